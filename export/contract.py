@@ -1,0 +1,217 @@
+"""The contract of `detector.onnx`: the card that travels in its metadata.
+
+The card is what the file says of itself: its classes in order, the threshold of each and
+the evidence behind it, how an image becomes its input, and what it was trained with. Whoever
+writes a file fills one in, whoever reads a file trusts nothing else. This module imports
+neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+FORMAT_VERSION = 1
+CARD_KEY = "ghm.card"
+
+INPUT = "images"
+THRESHOLDS_INPUT = "class_thresholds"
+IOU_INPUT = "iou_threshold"
+OUTPUTS = ("boxes", "scores", "labels", "num_detections")
+
+
+class CardError(ValueError):
+    """The file has no card, a card this version cannot read, or a card that contradicts it."""
+
+
+def as_float32(value: float) -> float:
+    """The float32 nearest to `value`, as the Python float that prints the same everywhere."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Preprocessing(_Frozen):
+    """How an RGB image becomes one row of `images`.
+
+    The image keeps its aspect ratio: it is resized (bilinear, antialiased) by
+    `min(height / h, width / w)`, laid at the top left, and the rest is filled with `pad_value`.
+    Then `x = (grey / 255 - mean) / std`, channels first.
+    """
+
+    height: Annotated[int, Field(gt=0)]
+    width: Annotated[int, Field(gt=0)]
+    color_order: Literal["RGB"] = "RGB"
+    resize: Literal["letterbox"] = "letterbox"
+    interpolation: Literal["bilinear"] = "bilinear"
+    padding: Literal["bottom_right"] = "bottom_right"
+    pad_value: Annotated[int, Field(ge=0, le=255)] = 114
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @field_validator("std")
+    @classmethod
+    def _positive_std(cls, std: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(std) <= 0:
+            raise ValueError(f"std must be positive, got {std}")
+        return std
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """The `(width, height)` that an image of `width x height` is resized to."""
+        scale = min(self.width / width, self.height / height)
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+class ThresholdCard(_Frozen):
+    """One class: the score that a detection of it must reach, and why.
+
+    Attributes:
+        name: The class.
+        threshold: The score, a float32, in [0, 1].
+        source: `policy` when the policy's own evidence set it, `prior` when the policy's answer
+            lay below the class's prior and was lifted to it, `fallback` when there was no
+            evidence for this class.
+        support: Positive anchors of the class counted in training.
+        ground_truths: Boxes of the class in the held-out images the evidence was taken from.
+        precision: Held-out precision at the threshold, None without evidence.
+        recall: Held-out recall at the threshold, None without evidence.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    threshold: Probability
+    source: Literal["policy", "prior", "fallback"]
+    support: Count
+    ground_truths: Count
+    precision: Probability | None = None
+    recall: Probability | None = None
+
+    @field_validator("threshold")
+    @classmethod
+    def _is_float32(cls, threshold: float) -> float:
+        if as_float32(threshold) != threshold:
+            raise ValueError(f"threshold {threshold!r} is not a float32; the graph cannot hold it")
+        return threshold
+
+
+class StatisticsCard(_Frozen):
+    """What training counted, as the thresholds were derived from it.
+
+    Histograms have one row a class and equal bins over scores in [0, 1]: detections on held-out
+    images that matched a ground truth (`positive_scores`) or did not (`negative_scores`).
+    """
+
+    anchors: Count
+    positives: list[Count]
+    ground_truths: list[Count]
+    positive_scores: list[list[Count]]
+    negative_scores: list[list[Count]]
+
+
+class TrainingCard(_Frozen):
+    """What the weights come from: data set, losses, seed, steps, versions and the checkpoint."""
+
+    data: str
+    losses: dict[str, Any]
+    seed: int
+    steps: Count
+    versions: dict[str, str]
+    checkpoint_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class DetectorCard(_Frozen):
+    """Everything that a reader of `detector.onnx` may rely on."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: Annotated[str, Field(min_length=1)]
+    architecture: str
+    backbone: str
+    class_names: Annotated[list[str], Field(min_length=1)]
+    threshold_policy: str
+    thresholds: list[ThresholdCard]
+    iou_threshold: Probability
+    candidates: Annotated[int, Field(gt=0)]
+    max_detections: Annotated[int, Field(gt=0)]
+    preprocessing: Preprocessing
+    statistics: StatisticsCard
+    training: TrainingCard
+
+    @model_validator(mode="after")
+    def _one_entry_a_class(self) -> Self:
+        names = self.class_names
+        if len(set(names)) != len(names):
+            raise ValueError(f"class names repeat: {names}")
+        if [entry.name for entry in self.thresholds] != names:
+            raise ValueError(
+                f"thresholds are for {[entry.name for entry in self.thresholds]}, classes are {names}"
+            )
+        for field, rows in self.statistics:
+            if field != "anchors" and len(rows) != len(names):
+                raise ValueError(
+                    f"statistics.{field} has {len(rows)} rows for {len(names)} classes"
+                )
+        return self
+
+    @property
+    def class_thresholds(self) -> list[float]:
+        """The thresholds in class order."""
+        return [entry.threshold for entry in self.thresholds]
+
+    def to_json(self) -> str:
+        """The card as JSON with sorted keys, so that equal cards are equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read a card.
+
+        Raises:
+            CardError: The text is not JSON, its `format_version` is newer than this package
+                reads, or a field is missing or out of range.
+        """
+        try:
+            raw = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise CardError(f"the card is not JSON: {error}") from error
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise CardError(
+                f"the card has format_version {version}; this package reads up to {FORMAT_VERSION}."
+                " Upgrade ghm-triton."
+            )
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "card"
+            raise CardError(f"the card is not valid at {place}: {first['msg']}") from error
+
+    def check_initializers(self, class_thresholds: list[float], iou_threshold: float) -> None:
+        """Refuse a file whose graph would not do what its card says.
+
+        Raises:
+            CardError: A threshold in the graph differs from the card's, or their number does.
+        """
+        if len(class_thresholds) != len(self.class_names):
+            raise CardError(
+                f"the graph has {len(class_thresholds)} thresholds, the card {len(self.class_names)}"
+            )
+        for entry, value in zip(self.thresholds, class_thresholds, strict=True):
+            if math.isnan(value) or value != entry.threshold:
+                raise CardError(
+                    f"class {entry.name!r}: the graph's threshold is {value!r},"
+                    f" the card's {entry.threshold!r}"
+                )
+        if iou_threshold != as_float32(self.iou_threshold):
+            raise CardError(
+                f"the graph's iou_threshold is {iou_threshold!r}, the card's {self.iou_threshold!r}"
+            )

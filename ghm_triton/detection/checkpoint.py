@@ -1,0 +1,117 @@
+"""One file that holds a detector, how it was trained, and what training counted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ghm_triton.detection.config import DetectorConfig
+from ghm_triton.detection.model import Detector, build_detector
+from ghm_triton.statistics import ClassStatistics
+
+FORMAT = "ghm-triton checkpoint"
+FORMAT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """The file is not a checkpoint of this package, or is damaged."""
+
+
+@dataclass
+class Checkpoint:
+    """Everything training leaves behind.
+
+    Attributes:
+        config: The detector's description.
+        model: The detector's `state_dict` (losses' moving averages included).
+        statistics: What training counted.
+        training: How it was trained: `data`, `losses`, `seed`, `step`, `versions` and every option
+            of the run; plain values only.
+        resume: Optimiser, schedule, random generators: what a resumed run needs.
+    """
+
+    config: DetectorConfig
+    model: dict[str, Tensor]
+    statistics: ClassStatistics
+    training: dict[str, Any]
+    resume: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write atomically: a killed run leaves the old file or the new one, never half of one."""
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict_shallow(self)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                torch.save(content, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a checkpoint onto the CPU. Never executes code from the file.
+
+        Raises:
+            CheckpointError: The file is missing, is not a checkpoint, is damaged or is newer.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path}: no such checkpoint") from error
+        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is a torch file, but not a checkpoint of ghm-triton")
+        if content["format_version"] > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format_version {content['format_version']};"
+                f" this package reads up to {FORMAT_VERSION}"
+            )
+        return cls(
+            config=DetectorConfig.from_dict(content["config"]),
+            model=content["model"],
+            statistics=ClassStatistics.from_dict(content["statistics"]),
+            training=content["training"],
+            resume=content["resume"],
+        )
+
+    def detector(self) -> Detector:
+        """The trained detector, in evaluation mode, without its losses."""
+        detector = build_detector(self.config)
+        weights = {k: v for k, v in self.model.items() if not _belongs_to_loss(k)}
+        detector.load_state_dict(weights)
+        return detector.eval()
+
+
+def asdict_shallow(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint as the plain values that `weights_only` loading accepts."""
+    return {
+        "config": asdict(checkpoint.config),
+        "model": checkpoint.model,
+        "statistics": checkpoint.statistics.to_dict(),
+        "training": checkpoint.training,
+        "resume": checkpoint.resume,
+    }
+
+
+def sha256_of(path: Path) -> str:
+    """The hex digest that a card names its checkpoint by."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _belongs_to_loss(key: str) -> bool:
+    return key.startswith(("head.classification_loss.", "head.regression_loss."))

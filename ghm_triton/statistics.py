@@ -1,0 +1,135 @@
+"""What training counted: the only evidence that thresholds are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+SCORE_BINS = 200
+
+
+@dataclass
+class ClassStatistics:
+    """Counts gathered while training and on held-out images.
+
+    Training: `anchors` and `positives` count what the classification loss saw (positive and
+    negative anchors, not ignored ones). Held-out: `ground_truths` counts boxes, and detections
+    fall into `positive_scores` when they match one (IoU 0.5, each box once, best score first) or
+    `negative_scores` when they do not.
+
+    Attributes:
+        class_names: The classes in label order, `0..C-1`.
+        anchors: Anchors counted.
+        positives: int64 `[C]`: anchors assigned to each class.
+        ground_truths: int64 `[C]`: held-out boxes of each class.
+        positive_scores: int64 `[C, SCORE_BINS]`, equal bins over [0, 1].
+        negative_scores: int64 `[C, SCORE_BINS]`.
+    """
+
+    class_names: tuple[str, ...]
+    anchors: int = 0
+    positives: Tensor = field(default_factory=lambda: torch.zeros(0))
+    ground_truths: Tensor = field(default_factory=lambda: torch.zeros(0))
+    positive_scores: Tensor = field(default_factory=lambda: torch.zeros(0))
+    negative_scores: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def __post_init__(self) -> None:
+        classes = len(self.class_names)
+        shapes = {
+            "positives": (classes,),
+            "ground_truths": (classes,),
+            "positive_scores": (classes, SCORE_BINS),
+            "negative_scores": (classes, SCORE_BINS),
+        }
+        for name, shape in shapes.items():
+            counts: Tensor = getattr(self, name)
+            if counts.numel() == 0:
+                setattr(self, name, torch.zeros(shape, dtype=torch.int64))
+            elif tuple(counts.shape) != shape:
+                raise ValueError(f"{name} must be {shape}, got {tuple(counts.shape)}")
+
+    def observe_labels(self, labels: Tensor) -> None:
+        """Count a batch of anchor labels, int64 of any shape: `C` background, negative ignored."""
+        counts = torch.bincount(labels[labels >= 0].cpu(), minlength=len(self.class_names) + 1)
+        self.anchors += int(counts.sum())
+        self.positives += counts[:-1]
+
+    def observe_detections(
+        self, scores: Tensor, labels: Tensor, matched: Tensor, ground_truth_labels: Tensor
+    ) -> None:
+        """Count one held-out image.
+
+        Args:
+            scores: `[D]` in [0, 1], of detections before any class threshold.
+            labels: int64 `[D]`.
+            matched: bool `[D]`: whether the detection found a ground truth of its class.
+            ground_truth_labels: int64 `[G]`.
+        """
+        classes = len(self.class_names)
+        self.ground_truths += torch.bincount(ground_truth_labels.cpu(), minlength=classes)
+        cell = labels.cpu() * SCORE_BINS + score_bin(scores.cpu())
+        for histogram, chosen in (
+            (self.positive_scores, matched.cpu()),
+            (self.negative_scores, ~matched.cpu()),
+        ):
+            counts = torch.bincount(cell[chosen], minlength=classes * SCORE_BINS)
+            histogram += counts.view(classes, SCORE_BINS)
+
+    def forget_held_out(self) -> None:
+        """Drop the held-out counts, before the images are scored again with newer weights."""
+        for counts in (self.ground_truths, self.positive_scores, self.negative_scores):
+            counts.zero_()
+
+    def merge(self, other: Self) -> Self:
+        """The sum of two sets of counts, as of two ranks.
+
+        Raises:
+            ValueError: They are of different classes.
+        """
+        if other.class_names != self.class_names:
+            raise ValueError(f"classes differ: {self.class_names} and {other.class_names}")
+        return type(self)(
+            self.class_names,
+            self.anchors + other.anchors,
+            self.positives + other.positives,
+            self.ground_truths + other.ground_truths,
+            self.positive_scores + other.positive_scores,
+            self.negative_scores + other.negative_scores,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, ready for JSON."""
+        return {
+            "class_names": list(self.class_names),
+            "anchors": self.anchors,
+            "positives": self.positives.tolist(),
+            "ground_truths": self.ground_truths.tolist(),
+            "positive_scores": self.positive_scores.tolist(),
+            "negative_scores": self.negative_scores.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: A field is missing or has another shape.
+        """
+        try:
+            names: Sequence[str] = values["class_names"]
+            counts = {
+                key: torch.tensor(values[key], dtype=torch.int64)
+                for key in ("positives", "ground_truths", "positive_scores", "negative_scores")
+            }
+            return cls(tuple(names), int(values["anchors"]), **counts)
+        except KeyError as error:
+            raise ValueError(f"the statistics lack {error}") from error
+
+
+def score_bin(scores: Tensor) -> Tensor:
+    """The histogram bin of each score, int64: bin `k` holds `[k, k + 1) / SCORE_BINS`."""
+    return (scores.double() * SCORE_BINS).long().clamp(0, SCORE_BINS - 1)

@@ -1,0 +1,1 @@
+"""From an ONNX detector to answers over HTTP. Nothing in this package imports torch."""
