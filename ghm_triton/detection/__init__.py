@@ -1,0 +1,1 @@
+"""Detectors on torchvision, data sets, the training loop and evaluation."""
