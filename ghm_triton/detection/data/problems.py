@@ -54,23 +54,28 @@ class ProblemLog:
 
     Attributes:
         name: The data set, for the message.
+        on_damage: The policy.
         problems: What was reported so far, in reading order.
     """
 
     name: str
+    on_damage: OnDamage
     problems: list[AnnotationProblem] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_policy(self.on_damage)
 
     def report(self, source: str, message: str) -> None:
         """Records one problem."""
         self.problems.append(AnnotationProblem(source, message))
 
-    def settle(self, on_damage: OnDamage) -> list[AnnotationProblem]:
+    def settle(self) -> list[AnnotationProblem]:
         """Returns the problems under `"skip"`.
 
         Raises:
             DamagedAnnotationError: There are problems and the policy is `"refuse"`.
         """
-        if on_damage == "refuse" and self.problems:
+        if self.on_damage == "refuse" and self.problems:
             raise DamagedAnnotationError(self.name, self.problems)
         return self.problems
 

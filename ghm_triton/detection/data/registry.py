@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ghm_triton.detection.data.coco import COCODataset
 from ghm_triton.detection.data.digits import DigitScenes
 from ghm_triton.detection.data.problems import OnDamage, check_policy
 from ghm_triton.detection.data.sample import DetectionDataset
+from ghm_triton.detection.data.voc import VOCDataset
 
 DATASETS = """\
 digits              scenes of scikit-learn's handwritten digits, no download; splits train, val
@@ -18,9 +20,13 @@ digits              scenes of scikit-learn's handwritten digits, no download; sp
                       noise=0               share of training boxes with a wrong label
                       imbalance=50          commonest class over rarest (held-out: at most 5)
                       seed=0                of the scenes
+voc:FOLDER          Pascal VOC: Annotations/*.xml, JPEGImages/*, ImageSets/Main/SPLIT.txt
+coco:FOLDER         COCO: annotations/instances_SPLIT.json or annotations/SPLIT.json, images in
+                    images/, images/SPLIT/, SPLIT/ or the folder itself
 """
 
-_KINDS = ("digits",)
+_FOLDERS: dict[str, type[VOCDataset] | type[COCODataset]] = {"voc": VOCDataset, "coco": COCODataset}
+_KINDS = ("digits", *_FOLDERS)
 
 
 def open_dataset(
@@ -40,6 +46,8 @@ def open_dataset(
             - `digits`, with optional `key=value` details separated by commas: `images`,
               `held_out_images`, `size` (`128`, or `96x128` for height x width), `noise`,
               `imbalance`, `seed`. See `DigitScenes`.
+            - `voc:FOLDER`. See `VOCDataset`.
+            - `coco:FOLDER`. See `COCODataset`.
         split: The split, such as `"train"`.
         on_damage: What to do about damaged annotations: `"skip"` leaves out the damaged box (or
             the image, when that is missing or cannot be read) and lists it in `.problems`;
@@ -47,7 +55,8 @@ def open_dataset(
         class_names: The classes in label order, such as those a detector was trained with. By
             default the data set's own.
         seed: Seed of `digits`, unless the spec names one. Use the same for every split.
-        **options: The details of the spec as keyword arguments; they override the spec.
+        **options: For `digits` its details as keyword arguments, which override the spec; for
+            folders `verify_images`, whether to decode every image at opening.
 
     Raises:
         ValueError: The spec, the split or an option is not known or out of range.
@@ -63,7 +72,26 @@ def open_dataset(
     kind, _, details = spec.partition(":")
     if kind == "digits":
         return _open_digits(details, split, class_names, {"seed": seed}, options)
+    if kind in _FOLDERS:
+        return _open_folder(kind, details, split, class_names, on_damage, options)
     raise ValueError(f"unknown data set {kind!r} in {spec!r}; known: {', '.join(_KINDS)}")
+
+
+def _open_folder(
+    kind: str,
+    folder: str,
+    split: str,
+    class_names: Sequence[str] | None,
+    on_damage: OnDamage,
+    options: dict[str, Any],
+) -> DetectionDataset:
+    if not folder:
+        raise ValueError(f"{kind}: expected a folder, as in {kind}:path/to/data")
+    unknown = ", ".join(options.keys() - {"verify_images"})
+    if unknown:
+        raise ValueError(f"{kind}: unknown option {unknown}; known: verify_images")
+    opener = _FOLDERS[kind]
+    return opener(folder, split, class_names=class_names, on_damage=on_damage, **options)
 
 
 def _open_digits(

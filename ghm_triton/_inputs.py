@@ -1,0 +1,166 @@
+"""Validation at the public edge: whatever the user passes becomes two-dimensional views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class ClassificationInputs:
+    """Logits and targets as rows: one row a sample, one column a class.
+
+    Attributes:
+        logits: `[R, C]`.
+        index: int64 `[R]`, `C` background, negative ignored; None with dense targets.
+        target: `[R, C]` in [0, 1]; None with index targets.
+        weight: `[R, C]`, 0 ignores; None keeps everything. May be a view with strides of 0.
+        shape: The shape the user passed.
+    """
+
+    logits: Tensor
+    index: Tensor | None
+    target: Tensor | None
+    weight: Tensor | None
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class RegressionInputs:
+    """Predictions and targets `[R, C]`, `weight` `[R, C]` or None, and the user's shape."""
+
+    pred: Tensor
+    target: Tensor
+    weight: Tensor | None
+    shape: torch.Size
+
+
+def classification_inputs(
+    logits: Tensor, target: Tensor, label_weight: Tensor | None, validate: bool | None
+) -> ClassificationInputs:
+    """Check what `ghm_c_loss` was given and view it as rows.
+
+    Args:
+        logits: `[..., C]`, floating.
+        target: The shape of `logits`, floating or bool; or integer `logits.shape[:-1]`.
+        label_weight: Broadcasts to `logits`; or None.
+        validate: Whether to look at the values, which waits for a GPU; None: on the CPU only.
+
+    Raises:
+        TypeError: A dtype does not fit.
+        ValueError: A shape or device does not fit, or (validating) a value is out of range.
+    """
+    _require_floating("logits", logits)
+    if logits.dim() == 0:
+        raise ValueError("logits must have at least one dimension, got a scalar")
+    _require_same_device(logits, target=target, label_weight=label_weight)
+    look = logits.device.type == "cpu" if validate is None else validate
+    rows = _rows(logits)
+    weight = _weight(label_weight, logits, look)
+    if target.shape == logits.shape and (target.is_floating_point() or target.dtype == torch.bool):
+        dense = _rows(target)
+        if look:
+            _require_range("target", dense, 0.0, 1.0)
+        return ClassificationInputs(rows, None, dense, weight, logits.shape)
+    if target.shape == logits.shape[:-1] and not _is_real_valued(target):
+        index = target.reshape(-1).long()
+        if look and index.numel() and int(index.max()) > rows.shape[1]:
+            raise ValueError(
+                f"target holds class index {int(index.max())}, but logits have {rows.shape[1]}"
+                f" classes (0..{rows.shape[1] - 1}, background {rows.shape[1]}, negative ignored)"
+            )
+        return ClassificationInputs(rows, index, None, weight, logits.shape)
+    raise ValueError(
+        f"target must be floating or bool {list(logits.shape)} (dense) or integer"
+        f" {list(logits.shape[:-1])} (class indices); got {target.dtype} {list(target.shape)}"
+    )
+
+
+def regression_inputs(
+    pred: Tensor, target: Tensor, label_weight: Tensor | None, validate: bool | None
+) -> RegressionInputs:
+    """Check what `ghm_r_loss` was given and view it as rows.
+
+    Raises:
+        TypeError: A dtype does not fit.
+        ValueError: A shape or device does not fit, or (validating) a weight is negative or NaN.
+    """
+    _require_floating("pred", pred)
+    _require_floating("target", target)
+    if pred.dim() == 0:
+        raise ValueError("pred must have at least one dimension, got a scalar")
+    if pred.shape != target.shape:
+        raise ValueError(
+            f"pred is {list(pred.shape)}, target {list(target.shape)}: they must agree"
+        )
+    _require_same_device(pred, target=target, label_weight=label_weight)
+    look = pred.device.type == "cpu" if validate is None else validate
+    return RegressionInputs(
+        _rows(pred), _rows(target), _weight(label_weight, pred, look), pred.shape
+    )
+
+
+def require_bins(bins: int) -> int:
+    """`bins` if it is a number of unit regions that the kernels take, 1 to 1024."""
+    if isinstance(bins, bool) or not isinstance(bins, int) or not 1 <= bins <= 1024:
+        raise ValueError(f"bins must be an integer from 1 to 1024, got {bins!r}")
+    return bins
+
+
+def require_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """`value` if it is one of `allowed`; otherwise an error that lists them."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    return value
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    # A vector is a column: one class, many samples.
+    return tensor.reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
+
+
+def _weight(label_weight: Tensor | None, like: Tensor, look: bool) -> Tensor | None:
+    if label_weight is None:
+        return None
+    try:
+        weight = _rows(label_weight.expand(like.shape))
+    except RuntimeError as error:
+        raise ValueError(
+            f"label_weight {list(label_weight.shape)} does not broadcast to {list(like.shape)}"
+        ) from error
+    if look:
+        _require_range("label_weight", label_weight, 0.0, float("inf"))
+    return weight
+
+
+def _is_real_valued(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+
+
+def _require_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64; got {tensor.dtype}")
+
+
+def _require_same_device(anchor: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is None:
+            continue
+        if not isinstance(other, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(other).__name__}")
+        if other.device != anchor.device:
+            raise ValueError(f"{name} is on {other.device}, the predictions on {anchor.device}")
+
+
+def _require_range(name: str, tensor: Tensor, low: float, high: float) -> None:
+    if tensor.numel() == 0:
+        return
+    smallest, largest = (float(bound) for bound in torch.aminmax(tensor.float()))
+    if not (low <= smallest and largest <= high):  # written so that NaN fails
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}]; got {smallest:g} to {largest:g}")

@@ -1,0 +1,272 @@
+"""The losses as functions: validate, count, weigh, sum."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ghm_triton._inputs import (
+    classification_inputs,
+    regression_inputs,
+    require_bins,
+    require_choice,
+)
+from ghm_triton.backend import select_backend
+from ghm_triton.density import GradientDensity
+from ghm_triton.reference.binning import RegionCounts, unit_region
+from ghm_triton.reference.focal import focal_entries
+from ghm_triton.schedule import StrengthSchedule
+
+Reduction = Literal["mean", "sum", "none"]
+Average = Literal["valid", "positives"]
+Backend = Literal["auto", "triton", "torch"]
+
+REDUCTIONS = ("mean", "sum", "none")
+AVERAGES = ("valid", "positives")
+DEFAULT_STRENGTH = 1.0
+
+
+def ghm_c_loss(
+    logits: Tensor,
+    target: Tensor,
+    label_weight: Tensor | None = None,
+    *,
+    bins: int = 30,
+    strength: float | StrengthSchedule = DEFAULT_STRENGTH,
+    normalizer: str = "valid_bins",
+    average: Average = "valid",
+    max_weight: float | None = None,
+    weighted: bool = False,
+    reduction: Reduction = "mean",
+    state: GradientDensity | None = None,
+    backend: Backend = "auto",
+    validate: bool | None = None,
+) -> Tensor:
+    r"""GHM-C: binary cross entropy, each entry weighted by the inverse density of its gradient.
+
+    .. math:: L = \frac{1}{N} \sum_i \beta_i^s \, BCE(x_i, p^*_i), \quad
+              \beta_i = \frac{N}{R_{ind(g_i)} \, n}, \quad g_i = |\sigma(x_i) - p^*_i|
+
+    Equations 5 and 9 of arXiv 1811.05181 with unit regions; at `strength` `s = 1` the paper's
+    loss. No gradient flows through `beta`.
+
+    Args:
+        logits: `[..., C]`, float32, float16 or bfloat16, any strides; arithmetic in float32.
+            float64 runs in torch.
+        target: Dense, the shape of `logits`, floating in [0, 1] or bool; or class indices, integer
+            `logits.shape[:-1]`: `0..C-1` foreground, `C` background, negative ignored.
+        label_weight: Broadcasts to `logits`; 0 ignores an entry, any positive value keeps it.
+        bins: Unit regions `M`.
+        strength: `s` in [0, 1]: 0 is plain binary cross entropy. Not of the paper.
+        normalizer: `n`: `valid_bins` counts the occupied regions (released code), `bins` is `M`
+            (the paper).
+        average: `mean` divides by `valid` entries (the paper), or by `positives`: the sum of the
+            targets, at least 1, as focal loss does.
+        max_weight: Upper bound of a weight.
+        weighted: Multiply by `label_weight` as well.
+        reduction: `mean`, `sum` (not divided), or `none` (the shape of `logits`).
+        state: A `GradientDensity` with its moving average; then `bins`, `strength`, `normalizer`
+            and `max_weight` are the state's, and these arguments are not looked at.
+        backend: `auto`, `triton` or `torch`.
+        validate: Look at the values of target and weight, which waits for a GPU. None: on the CPU
+            only; elsewhere a class index above `C`, or a dense target outside [0, 1], makes the
+            loss NaN instead.
+
+    Returns:
+        float32 scalar, or the shape of `logits` for `reduction="none"`. A non-finite logit at a
+        valid entry makes the loss NaN. Without valid entries the loss is 0.
+
+    Raises:
+        TypeError: A dtype does not fit.
+        ValueError: A shape, device, option or (validating) value does not fit.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0], [-3.0, 0.5]], requires_grad=True)
+        >>> labels = torch.tensor([0, 2])  # the second row is background
+        >>> loss = ghm_c_loss(logits, labels, average="positives")
+        >>> loss.backward()
+    """
+    _require_reduction(reduction, average)
+    inputs = classification_inputs(logits, target, label_weight, validate)
+    kernels = select_backend(backend, logits)
+    density = state or _fresh(bins, strength, normalizer, max_weight, logits)
+    with torch.no_grad():
+        counts = density.gather(kernels.count_bce(inputs, density.bins))
+        table = density.weigh(counts, kernels)
+        scale = _scale(counts, reduction, average, density.world_size())
+    loss: Tensor = kernels.weighted_bce(
+        inputs, table, scale, weighted=weighted, reduce=reduction != "none"
+    )
+    return loss.view(inputs.shape) if reduction == "none" else loss
+
+
+def ghm_r_loss(
+    pred: Tensor,
+    target: Tensor,
+    label_weight: Tensor | None = None,
+    *,
+    mu: float = 0.02,
+    bins: int = 10,
+    strength: float | StrengthSchedule = DEFAULT_STRENGTH,
+    normalizer: str = "valid_bins",
+    max_weight: float | None = None,
+    weighted: bool = False,
+    reduction: Reduction = "mean",
+    state: GradientDensity | None = None,
+    backend: Backend = "auto",
+    validate: bool | None = None,
+) -> Tensor:
+    r"""GHM-R: authentic smooth L1, each entry weighted by the inverse density of its gradient.
+
+    .. math:: L = \frac{1}{N} \sum_i \beta_i^s \, ASL_1(d_i), \quad
+              ASL_1(d) = \sqrt{d^2 + \mu^2} - \mu, \quad g = \frac{|d|}{\sqrt{d^2 + \mu^2}}
+
+    Equations 11 to 14 of arXiv 1811.05181.
+
+    Args:
+        pred: Box deltas of the positive samples, any shape, floating.
+        target: The same shape. No gradient reaches it.
+        label_weight: Broadcasts to `pred`; 0 ignores an entry.
+        mu: Width of the quadratic part, positive.
+        bins: Unit regions `M`.
+        strength: As in `ghm_c_loss`.
+        normalizer: As in `ghm_c_loss`.
+        max_weight: As in `ghm_c_loss`.
+        weighted: As in `ghm_c_loss`.
+        reduction: `mean` divides by the valid entries; `sum`; `none`.
+        state: As in `ghm_c_loss`.
+        backend: As in `ghm_c_loss`.
+        validate: As in `ghm_c_loss`.
+
+    Returns:
+        float32 scalar, or the shape of `pred`. 0 for empty input.
+
+    Raises:
+        TypeError: A dtype does not fit.
+        ValueError: A shape, device, option or (validating) value does not fit.
+    """
+    _require_reduction(reduction, "valid")
+    if not mu > 0:
+        raise ValueError(f"mu must be positive, got {mu}")
+    inputs = regression_inputs(pred, target, label_weight, validate)
+    kernels = select_backend(backend, pred)
+    density = state or _fresh(bins, strength, normalizer, max_weight, pred)
+    with torch.no_grad():
+        counts = density.gather(kernels.count_asl1(inputs, density.bins, mu))
+        table = density.weigh(counts, kernels)
+        scale = _scale(counts, reduction, "valid", density.world_size())
+    loss: Tensor = kernels.weighted_asl1(
+        inputs, table, scale, mu=mu, weighted=weighted, reduce=reduction != "none"
+    )
+    return loss.view(inputs.shape) if reduction == "none" else loss
+
+
+def gradient_density(gradient_norm: Tensor, bins: int = 30) -> Tensor:
+    """The unit-region density of each entry among all: `GD(g) = R_ind(g) * M` (equation 8).
+
+    Args:
+        gradient_norm: `g` in [0, 1], any shape, floating.
+        bins: Unit regions `M`.
+
+    Returns:
+        float32 of the same shape: entries per unit of gradient norm.
+
+    Raises:
+        TypeError: The input is not floating.
+        ValueError: A value lies outside [0, 1] or is NaN (looked at on the CPU only).
+
+    Example:
+        >>> gradient_density(torch.tensor([0.01, 0.02, 0.9]), bins=10)
+        tensor([20., 20., 10.])
+    """
+    require_bins(bins)
+    if not gradient_norm.is_floating_point():
+        raise TypeError(f"gradient_norm must be floating, got {gradient_norm.dtype}")
+    if gradient_norm.device.type == "cpu" and gradient_norm.numel():
+        low, high = (float(bound) for bound in torch.aminmax(gradient_norm))
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"gradient_norm must lie in [0, 1]; got {low:g} to {high:g}")
+    region = unit_region(gradient_norm.detach(), bins).flatten()
+    counts = torch.zeros(bins, dtype=torch.int64, device=region.device)
+    counts.scatter_add_(0, region, torch.ones_like(region))
+    return (counts[region] * bins).float().view(gradient_norm.shape)
+
+
+def focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    label_weight: Tensor | None = None,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    average: Average = "positives",
+    weighted: bool = False,
+    reduction: Reduction = "mean",
+    validate: bool | None = None,
+) -> Tensor:
+    r"""Sigmoid focal loss: `-alpha_t (1 - p_t)^gamma log(p_t)` (arXiv 1708.02002, equation 5).
+
+    In plain torch on every device, for comparison with the harmonized losses and with their
+    conventions.
+
+    Args:
+        logits: As in `ghm_c_loss`.
+        target: As in `ghm_c_loss`; dense targets interpolate between the two sides.
+        label_weight: As in `ghm_c_loss`.
+        alpha: Weight of the positives, in [0, 1]; negatives have `1 - alpha`.
+        gamma: Focusing exponent, at least 0.
+        average: As in `ghm_c_loss`.
+        weighted: As in `ghm_c_loss`.
+        reduction: As in `ghm_c_loss`.
+        validate: As in `ghm_c_loss`.
+
+    Returns:
+        float32 scalar, or the shape of `logits`.
+
+    Raises:
+        TypeError: A dtype does not fit.
+        ValueError: A shape, option or value does not fit.
+    """
+    _require_reduction(reduction, average)
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    if not gamma >= 0.0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+    inputs = classification_inputs(logits, target, label_weight, validate)
+    loss, valid, positives = focal_entries(inputs, alpha, gamma, weighted)
+    if reduction == "none":
+        return loss.view(inputs.shape)
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (valid if average == "valid" else positives).clamp(min=1)
+
+
+def _fresh(
+    bins: int,
+    strength: float | StrengthSchedule,
+    normalizer: str,
+    max_weight: float | None,
+    like: Tensor,
+) -> GradientDensity:
+    density = GradientDensity(bins, strength=strength, normalizer=normalizer, max_weight=max_weight)
+    return density.to(like.device)
+
+
+def _scale(counts: RegionCounts, reduction: str, average: str, world_size: int) -> Tensor:
+    """What multiplies the sum, float32 scalar.
+
+    Ranks average their gradients, so each rank's share of a mean is multiplied by their number.
+    """
+    scale = torch.ones_like(counts.positives)
+    if reduction == "mean":
+        divisor = counts.regions.sum() if average == "valid" else counts.positives
+        scale = world_size / divisor.double().clamp(min=1)
+    # The mean of a batch whose only entry is invalid must not come out as 0 * weight.
+    return torch.where(counts.invalid == 0, scale.float(), float("nan"))
+
+
+def _require_reduction(reduction: str, average: str) -> None:
+    require_choice("reduction", reduction, REDUCTIONS)
+    require_choice("average", average, AVERAGES)

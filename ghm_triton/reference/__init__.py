@@ -1,0 +1,18 @@
+"""The kernels' arithmetic in plain torch: the executable specification, and the CPU path.
+
+Every name here has its twin in `ghm_triton.ops` with the same signature.
+"""
+
+from ghm_triton.reference.asl1 import weighted_asl1
+from ghm_triton.reference.bce import weighted_bce
+from ghm_triton.reference.binning import RegionCounts, count_asl1, count_bce
+from ghm_triton.reference.density import update_density
+
+__all__ = [
+    "RegionCounts",
+    "count_asl1",
+    "count_bce",
+    "update_density",
+    "weighted_asl1",
+    "weighted_bce",
+]

@@ -1,0 +1,120 @@
+"""Step 1: how many entries fall into each unit region of the gradient norm."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ghm_triton._inputs import ClassificationInputs, RegressionInputs
+
+
+class RegionCounts(NamedTuple):
+    """What one batch holds.
+
+    Attributes:
+        regions: int64 `[M]`: `R_j`, the valid entries in each unit region.
+        positives: float64 scalar: the sum of the targets over valid entries; for hard targets,
+            the number of positives.
+        invalid: int64 scalar: valid entries whose logit is not finite or whose target is out of
+            range. More than zero makes the loss NaN.
+    """
+
+    regions: Tensor
+    positives: Tensor
+    invalid: Tensor
+
+
+def count_bce(inputs: ClassificationInputs, bins: int) -> RegionCounts:
+    """Count `g = |sigmoid(x) - p*|` of the valid entries into `bins` unit regions."""
+    classes = inputs.logits.shape[1]
+    valid = valid_entries(inputs)
+    if inputs.index is not None:
+        bad_target = (inputs.index > classes).unsqueeze(1)
+        foreground = (inputs.index >= 0) & (inputs.index < classes)
+        column = inputs.index.clamp(0, classes - 1).unsqueeze(1)
+        positives = (foreground.unsqueeze(1) & valid.gather(1, column)).sum().double()
+    else:
+        target = _dense(inputs)
+        bad_target = ~((target >= 0) & (target <= 1))
+        positives = torch.where(valid, target, 0.0).sum(dtype=torch.float64)
+    invalid = (valid & (~torch.isfinite(inputs.logits) | bad_target)).sum()
+    return RegionCounts(_count(gradient_norm(inputs), valid, bins), positives, invalid)
+
+
+def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
+    """Count `g = |d| / sqrt(d^2 + mu^2)` of the valid entries into `bins` unit regions."""
+    valid = (
+        torch.ones_like(inputs.pred, dtype=torch.bool)
+        if inputs.weight is None
+        else inputs.weight > 0
+    )
+    d = difference(inputs).detach()
+    norm = d.abs() / torch.sqrt(d * d + mu * mu)
+    invalid = (valid & ~torch.isfinite(d)).sum()
+    return RegionCounts(_count(norm, valid, bins), valid.sum().double(), invalid)
+
+
+def unit_region(norm: Tensor, bins: int) -> Tensor:
+    """Index of the unit region that a gradient norm in [0, 1] falls into, int64.
+
+    Region `j` is `[j / M, (j + 1) / M)`; the last one is closed, so `g = 1` belongs to it. NaN
+    goes to region 0: it is counted as invalid elsewhere.
+    """
+    return (norm.nan_to_num(0.0) * bins).long().clamp_(0, bins - 1)
+
+
+def gradient_norm(inputs: ClassificationInputs) -> Tensor:
+    """`g = |sigmoid(x) - p*|` of every entry, `[R, C]`."""
+    if inputs.index is not None:
+        return torch.sigmoid(signed_logits(inputs))
+    logits = inputs.logits.detach().to(compute_dtype(inputs.logits))
+    return (torch.sigmoid(logits) - _dense(inputs)).abs()
+
+
+def signed_logits(inputs: ClassificationInputs) -> Tensor:
+    """`u = (1 - 2 p*) x` for index targets, so that `g = sigmoid(u)` and `BCE = softplus(u)`."""
+    logits = inputs.logits.to(compute_dtype(inputs.logits))
+    index: Tensor = inputs.index  # type: ignore[assignment]
+    classes = logits.shape[1]
+    column = index.clamp(0, classes - 1).unsqueeze(1)
+    foreground = ((index >= 0) & (index < classes)).unsqueeze(1)
+    own = logits.gather(1, column)
+    return logits.scatter(1, column, torch.where(foreground, -own, own))
+
+
+def valid_entries(inputs: ClassificationInputs) -> Tensor:
+    """Which entries take part: `label_weight > 0` and a class index that is not negative."""
+    valid = torch.ones_like(inputs.logits, dtype=torch.bool)
+    if inputs.weight is not None:
+        valid = inputs.weight > 0
+    if inputs.index is not None:
+        valid = valid & (inputs.index >= 0).unsqueeze(1)
+    return valid
+
+
+def difference(inputs: RegressionInputs) -> Tensor:
+    """`d = pred - target` in the arithmetic's dtype; no gradient reaches the target."""
+    dtype = compute_dtype(inputs.pred)
+    return inputs.pred.to(dtype) - inputs.target.detach().to(dtype)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 tensors."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _dense(inputs: ClassificationInputs) -> Tensor:
+    if inputs.target is None:
+        raise TypeError("these inputs hold class indices, not dense targets")
+    return inputs.target.to(compute_dtype(inputs.logits))
+
+
+def _count(norm: Tensor, valid: Tensor, bins: int) -> Tensor:
+    # Ignored entries fall into one region more, which is cut off: no data-dependent shapes.
+    region = torch.where(valid, unit_region(norm.detach(), bins), bins).flatten()
+    if region.is_cuda:  # bincount would wait for the device
+        counts = torch.zeros(bins + 1, dtype=torch.int64, device=region.device)
+        return counts.scatter_add_(0, region, torch.ones_like(region))[:bins]
+    return torch.bincount(region, minlength=bins + 1)[:bins]
