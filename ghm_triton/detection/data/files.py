@@ -1,0 +1,173 @@
+"""Data sets whose images lie in files: what Pascal VOC and COCO have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+from ghm_triton.detection.data.boxes import Box
+from ghm_triton.detection.data.problems import (
+    AnnotationProblem,
+    DamagedAnnotationError,
+    ProblemLog,
+)
+from ghm_triton.detection.data.sample import DetectionDataset, Sample, box_tensor
+
+_VERIFIED = 5000  # decoding this many photographs takes seconds, all of COCO minutes
+_DEEP_MODES = ("I", "F")  # 16 or 32 bits a pixel: PIL would cut the range off at 255
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class UnusableError(Exception):
+    """An image or an annotation file cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image that was looked at: where it is, its size, and whether EXIF turns it."""
+
+    path: Path
+    size: tuple[int, int]
+    turned: bool
+
+
+@dataclass
+class Record:
+    """One image and the boxes annotated in it."""
+
+    image: ImageFile
+    image_id: int
+    source: str
+    boxes: list[Box] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    ignore: list[bool] = field(default_factory=list)
+
+    def add(self, box: Box, label: int, ignore: bool) -> None:
+        """Appends one box."""
+        self.boxes.append(box)
+        self.labels.append(label)
+        self.ignore.append(ignore)
+
+
+class FileDataset(DetectionDataset):
+    """Images in files with the records read for them.
+
+    Raises:
+        DamagedAnnotationError: There are problems and the log's policy is `"refuse"`, or no
+            image is left. Later, from indexing: an image that could be opened cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        class_names: tuple[str, ...],
+        records: list[Record],
+        log: ProblemLog,
+    ) -> None:
+        problems = log.settle()
+        if not records:
+            empty = AnnotationProblem(split, "no usable image is left in this split")
+            raise DamagedAnnotationError(log.name, [empty, *problems])
+        super().__init__(log.name, split, class_names, problems)
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self._records[index]
+        try:
+            image = load_image(record.image)
+        except _UNREADABLE as error:
+            message = f"cannot be decoded ({error}); verify_images=True finds all such images"
+            problem = AnnotationProblem(record.source, message)
+            raise DamagedAnnotationError(self.name, [problem]) from error
+        return Sample(
+            image=image,
+            boxes=box_tensor(record.boxes),
+            labels=torch.tensor(record.labels, dtype=torch.int64),
+            ignore=torch.tensor(record.ignore, dtype=torch.bool),
+            image_id=record.image_id,
+            source=record.source,
+        )
+
+
+def should_verify(verify_images: bool | None, images: int) -> bool:
+    """Whether to decode every image at opening: as asked, by default up to 5000 of them."""
+    return images <= _VERIFIED if verify_images is None else verify_images
+
+
+def probe_image(path: Path, declared: tuple[int, int] | None, *, verify: bool) -> ImageFile:
+    """Looks at an image without keeping it.
+
+    The image is turned upright as its EXIF orientation says, as viewers and annotation tools
+    do, unless the annotation declares the size that it has unturned.
+
+    Args:
+        path: The file.
+        declared: `(width, height)` according to the annotation, None if it says nothing.
+        verify: Decode the pixels too, which finds files cut short.
+
+    Raises:
+        UnusableError: It cannot be read, or has another size than declared.
+    """
+    try:
+        with Image.open(path) as image:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            stored, mode = image.size, image.mode
+            if verify:
+                image.draft("RGB", (stored[0] // 8, stored[1] // 8))  # JPEG: eight times less work
+                image.load()
+    except FileNotFoundError:
+        raise UnusableError("the image is missing") from None
+    except _UNREADABLE as error:
+        raise UnusableError(f"the image cannot be read ({error})") from error
+    if mode.startswith(_DEEP_MODES):
+        raise UnusableError(f"the image has more than 8 bits a channel (mode {mode})")
+    upright = stored[::-1] if orientation in (5, 6, 7, 8) else stored
+    turned = orientation in range(2, 9) and (declared != stored or declared == upright)
+    size = upright if turned else stored
+    if declared is not None and declared != size:
+        said, found = "x".join(map(str, declared)), "x".join(map(str, size))
+        raise UnusableError(f"the annotation says {said} pixels, the image has {found}")
+    return ImageFile(path, size, turned)
+
+
+def load_image(file: ImageFile) -> Image.Image:
+    """Decodes an image to RGB, upright."""
+    with Image.open(file.path) as image:
+        upright = ImageOps.exif_transpose(image) if file.turned else image
+        return upright.convert("RGB")
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a relative file name cannot lead out of the folder that it is resolved in."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return bool(name) and not path.is_absolute() and ".." not in path.parts
+
+
+def check_class_names(kind: str, names: Sequence[str]) -> tuple[str, ...]:
+    """The names as a tuple.
+
+    Raises:
+        TypeError: They are one string.
+        ValueError: There is none, or one occurs twice.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"{kind}: class_names must be a list of names, got {names!r}")
+    if not names:
+        raise ValueError(f"{kind}: there are no classes")
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ValueError(f"{kind}: class_names names {', '.join(twice)} more than once")
+    return tuple(names)
+
+
+def check_root(kind: str, root: Path) -> None:
+    """Raises `ValueError` unless `root` is a folder."""
+    if not root.is_dir():
+        raise ValueError(f"{kind}: no folder at {str(root)!r}")
