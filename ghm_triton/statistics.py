@@ -52,11 +52,10 @@ class ClassStatistics:
             elif tuple(counts.shape) != shape:
                 raise ValueError(f"{name} must be {shape}, got {tuple(counts.shape)}")
 
-    def observe_labels(self, labels: Tensor) -> None:
-        """Count a batch of anchor labels, int64 of any shape: `C` background, negative ignored."""
-        counts = torch.bincount(labels[labels >= 0].cpu(), minlength=len(self.class_names) + 1)
+    def add_labels(self, counts: Tensor) -> None:
+        """Add anchor counts, int64 `[C + 1]`: of every class, then of background."""
         self.anchors += int(counts.sum())
-        self.positives += counts[:-1]
+        self.positives += counts[:-1].cpu()
 
     def observe_detections(
         self, scores: Tensor, labels: Tensor, matched: Tensor, ground_truth_labels: Tensor

@@ -93,7 +93,8 @@ class Checkpoint:
         detector = build_detector(self.config)
         weights = {k: v for k, v in self.model.items() if not _belongs_to_loss(k)}
         detector.load_state_dict(weights)
-        return detector.eval()
+        detector.eval()
+        return detector
 
 
 def asdict_shallow(checkpoint: Checkpoint) -> dict[str, Any]:

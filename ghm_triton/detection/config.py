@@ -78,7 +78,9 @@ class DetectorConfig:
         Raises:
             ValueError: A field is unknown, missing or out of range.
         """
-        tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        tuples: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
+        }
         try:
             return cls(**tuples)
         except TypeError as error:

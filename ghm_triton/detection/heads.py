@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,9 @@ class HarmonizedRetinaNetHead(RetinaNetHead):  # type: ignore[misc]
         num_classes: Foreground classes, `C`.
         losses: What to train with; None for inference only.
         convs: 3x3 convolutions before each predictor, 1 to 4.
+
+    Attributes:
+        observer: Called with the labels `[B, A]` of every training batch, for statistics.
     """
 
     def __init__(
@@ -61,9 +65,10 @@ class HarmonizedRetinaNetHead(RetinaNetHead):  # type: ignore[misc]
         self.num_classes = num_classes
         self.classification_loss = losses.classification if losses else None
         self.regression_loss = losses.regression if losses else None
+        self.observer: Callable[[Tensor], None] | None = None
 
     def set_prior(self, prior: float) -> None:
-        """Start every anchor at foreground probability `prior`: bias `-log((1 - prior) / prior)`."""
+        """Start at foreground probability `prior`: bias `-log((1 - prior) / prior)`."""
         nn.init.constant_(self.classification_head.cls_logits.bias, -math.log((1 - prior) / prior))
 
     def compute_loss(
@@ -81,6 +86,8 @@ class HarmonizedRetinaNetHead(RetinaNetHead):  # type: ignore[misc]
         if self.classification_loss is None or self.regression_loss is None:
             raise RuntimeError("this head was built without losses; pass losses=HeadLosses(...)")
         labels = self.labels(targets, matched_idxs)
+        if self.observer is not None:
+            self.observer(labels)
         predicted, expected = self._deltas(targets, head_outputs, anchors, matched_idxs)
         return {
             "classification": self.classification_loss(head_outputs["cls_logits"], labels),

@@ -71,7 +71,8 @@ class Detector(RetinaNet):  # type: ignore[misc]
         """
         if tuple(images.shape[-2:]) != tuple(self.config.image_size):
             raise ValueError(
-                f"images are {tuple(images.shape[-2:])}, the detector takes {self.config.image_size}"
+                f"images are {tuple(images.shape[-2:])} pixels,"
+                f" the detector takes {self.config.image_size}"
             )
         output = self.head(list(self.backbone(images).values()))
         return output["cls_logits"], output["bbox_regression"]
@@ -90,7 +91,7 @@ class Detector(RetinaNet):  # type: ignore[misc]
         """
         logits, deltas = self.raw(images)
         outputs = {"cls_logits": logits, "bbox_regression": deltas}
-        anchors: Tensor = self.anchors  # type: ignore[assignment]
+        anchors: Tensor = self.anchors
         losses: dict[str, Tensor] = self.compute_loss(targets, outputs, [anchors] * len(targets))
         return losses
 
@@ -101,11 +102,16 @@ class Detector(RetinaNet):  # type: ignore[misc]
         anchors: list[Tensor],
     ) -> dict[str, Tensor]:
         """Match anchors to ground truth by IoU (0.5 / 0.4), then ask the head for its losses."""
-        matches = [self._match(a, t) for a, t in zip(anchors, targets, strict=True)]
+        matches = [self.match(a, t) for a, t in zip(anchors, targets, strict=True)]
         losses: dict[str, Tensor] = self.head.compute_loss(targets, head_outputs, anchors, matches)
         return losses
 
-    def _match(self, anchors: Tensor, target: dict[str, Tensor]) -> Tensor:
+    def labels(self, targets: list[dict[str, Tensor]]) -> Tensor:
+        """Class of every anchor for these targets, int64 `[B, A]`; see the head's `labels`."""
+        labels: Tensor = self.head.labels(targets, [self.match(self.anchors, t) for t in targets])
+        return labels
+
+    def match(self, anchors: Tensor, target: dict[str, Tensor]) -> Tensor:
         """Index of each anchor's ground truth, -1 for background, -2 for neither. `[A]`."""
         matcher = self.proposal_matcher
         matches = anchors.new_full((len(anchors),), matcher.BELOW_LOW_THRESHOLD, dtype=torch.int64)

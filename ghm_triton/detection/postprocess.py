@@ -102,7 +102,7 @@ class DeployedDetector(nn.Module):
         self, logits: Tensor, deltas: Tensor, class_thresholds: Tensor, iou_threshold: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Threshold, suppress and sort: `[B, A, C]` and `[B, A, 4]` to padded detections."""
-        anchors: Tensor = self.detector.anchors  # type: ignore[assignment]
+        anchors: Tensor = self.detector.anchors
         probability = torch.sigmoid(logits)
         below = torch.full_like(probability, BELOW_ANY_THRESHOLD)
         passing = torch.where(probability >= class_thresholds, probability, below)

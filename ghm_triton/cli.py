@@ -1,0 +1,81 @@
+"""`ghm`: gathers the commands of every installed package, and runs one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.metadata import entry_points
+
+from ghm_triton import __version__
+from ghm_triton.command import Command
+from ghm_triton.demo import DEMO
+from ghm_triton.detection.commands import EVAL, THRESHOLDS, TRAIN
+
+COMMANDS = (TRAIN, EVAL, THRESHOLDS, DEMO)
+
+GROUP = "ghm.commands"
+ORDER = ("train", "eval", "thresholds", "export", "verify", "predict", "serve", "demo")
+
+
+def gather() -> list[Command]:
+    """The commands that installed packages offer under the entry point `ghm.commands`."""
+    found: list[Command] = []
+    for entry in entry_points(group=GROUP):
+        commands: Iterable[Command] = entry.load()
+        found.extend(commands)
+    rank = {name: place for place, name in enumerate(ORDER)}
+    return sorted(found, key=lambda command: (rank.get(command.name, len(rank)), command.name))
+
+
+def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
+    """The parser of `ghm` with a subcommand each."""
+    parser = argparse.ArgumentParser(
+        prog="ghm",
+        description="Train detectors with harmonized losses, turn what training counted into"
+        " thresholds, ship them inside an ONNX file and serve it.",
+        epilog="A first run from end to end, in minutes: ghm demo",
+    )
+    parser.add_argument("--version", action="version", version=f"ghm-triton {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in commands:
+        subparser = subparsers.add_parser(
+            command.name,
+            help=command.help,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.configure(subparser)
+        subparser.set_defaults(command=command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ghm`; returns the exit code: 0 done, 1 a check failed, 2 it could not be done."""
+    arguments = build_parser(gather()).parse_args(argv)
+    command: Command = arguments.command
+    try:
+        return command.run(arguments)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in (
+            "ghm_triton",
+            "export",
+            "service",
+        ):
+            raise
+        return _refuse(
+            f"`ghm {command.name}` needs the package {error.name!r}:"
+            f" pip install 'ghm-triton[{command.extra}]'"
+        )
+    except (ValueError, OSError, ArithmeticError) as error:
+        return _refuse(f"{error}")
+    except KeyboardInterrupt:
+        return _refuse("interrupted")
+
+
+def _refuse(reason: str) -> int:
+    print(f"ghm: {reason}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""`ghm train`, `ghm eval` and `ghm thresholds`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ghm_triton.command import Command
+
+if TYPE_CHECKING:
+    from ghm_triton.detection.data import DetectionDataset
+    from ghm_triton.detection.evaluate import MeanAveragePrecision
+
+DIGITS_FRAME = (128, 128)
+FOLDER_FRAME = (320, 320)
+
+
+def configure_train(parser: argparse.ArgumentParser) -> None:
+    """Describe `ghm train`."""
+    parser.description = """\
+Train a RetinaNet and count, while it learns, what its thresholds will come from.
+
+examples:
+  ghm train --out runs/digits
+  ghm train --out runs/cells --data voc:path/to/BCCD --image-size 256x320 --hflip 0.5 --vflip 0.5
+  ghm train --out runs/cells --resume
+  torchrun --nproc-per-node 4 -m ghm_triton.cli train --out runs/coco --data coco:path/to/coco \\
+      --backbone resnet50 --channels 256 --image-size 800x1344"""
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for checkpoint.pt and metrics.jsonl")
+    add("--resume", action="store_true", help="go on from OUT/checkpoint.pt, with its options")
+    add("--device", default="auto", help="auto, cpu or cuda (default: a GPU where there is one)")
+    _add_data_options(parser.add_argument_group("data"))
+    _add_detector_options(parser.add_argument_group("detector"))
+    _add_loss_options(parser.add_argument_group("losses"))
+    _add_optimiser_options(parser.add_argument_group("optimiser"))
+
+
+def _add_data_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--data", help="digits (default, no download), voc:FOLDER or coco:FOLDER")
+    add("--train-split", help="default: train")
+    add("--val-split", help="held-out split that thresholds are derived from (default: val)")
+    add("--on-damage", choices=["skip", "refuse"], help="damaged annotations (default: skip)")
+    add("--hflip", type=float, help="probability of mirroring left to right (default: 0)")
+    add("--vflip", type=float, help="probability of mirroring upside down (default: 0)")
+    add("--workers", type=int, help="processes that load images (default: 0, in this one)")
+
+
+def _add_detector_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--backbone", help="tiny (default), resnet18, resnet34, resnet50 or resnet101")
+    add("--image-size", type=image_size, metavar="HxW", help="the network's frame, multiples of 32")
+    add("--channels", type=int, help="width of tiny, of its pyramid and head (default: 48)")
+    add("--head-convs", type=int, help="convolutions before each predictor, 1 to 4 (default: 2)")
+    add("--anchor-scale", type=float, help="smallest anchor, in strides (default: 3)")
+    add("--prior", type=float, help="foreground probability at the start (default: 0.01)")
+
+
+def _add_loss_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--cls-loss", choices=["ghm", "focal", "ce"], help="default: ghm (GHM-C)")
+    add("--reg-loss", choices=["ghm", "sl1"], help="default: ghm (GHM-R)")
+    add("--strength", type=float, help="of GHM-C at the first step: 1 is the paper, 0 is CE")
+    add("--strength-end", type=float, help="of GHM-C at the last step, reached in a line")
+    add("--reg-strength", type=float, help="of GHM-R at the first step")
+    add("--reg-strength-end", type=float, help="of GHM-R at the last step")
+    add("--bins", type=int, help="unit regions of GHM-C (default: 30)")
+    add("--average", choices=["positives", "valid"], help="what GHM-C and CE divide by")
+    add("--cls-weight", type=float, help="multiplies the classification loss")
+    add("--reg-weight", type=float, help="multiplies the regression loss")
+
+
+def _add_optimiser_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--steps", type=int, help="optimiser steps")
+    add("--batch-size", type=int, help="images a step, over all processes (default: 16)")
+    add("--optimizer", choices=["adamw", "sgd"], help="default: adamw")
+    add("--lr", type=float, help="peak learning rate; warm-up, then a cosine to zero")
+    add("--warmup", type=int, help="steps of warm-up (default: 50)")
+    add("--weight-decay", type=float, help="default: 1e-4")
+    add("--clip", type=float, help="largest gradient norm (default: 35)")
+    add("--amp", choices=["none", "bf16", "fp16"], help="automatic mixed precision")
+    add("--seed", type=int, help="of data, weights, batches and augmentation (default: 0)")
+    add("--checkpoint-every", type=int, help="steps between checkpoints (default: 200)")
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Carry out `ghm train`."""
+    from ghm_triton.detection.checkpoint import Checkpoint
+    from ghm_triton.detection.recipe import TrainOptions
+    from ghm_triton.detection.train import CHECKPOINT, open_split, train
+
+    given = {k: v for k, v in vars(arguments).items() if v is not None}
+    if arguments.resume:
+        saved = Checkpoint.load(arguments.out / CHECKPOINT)
+        options, config = TrainOptions.from_dict(saved.training), saved.config
+    else:
+        options = TrainOptions.from_dict(given)
+        dataset = open_split(options, options.train_split)
+        report_problems(dataset)
+        config = _config(given, dataset.class_names)
+    result = train(options, config, arguments.out, resume=arguments.resume, device=arguments.device)
+    if result.held_out is not None:
+        print(_summary(result.held_out, options.data, options.val_split))
+        print(f"checkpoint: {result.checkpoint}")
+    return 0
+
+
+def _config(given: dict[str, Any], class_names: tuple[str, ...]) -> Any:
+    from ghm_triton.detection.config import DetectorConfig
+
+    digits = str(given.get("data", "digits")).partition(":")[0] == "digits"
+    frame = given.get("image_size", DIGITS_FRAME if digits else FOLDER_FRAME)
+    names = ("backbone", "channels", "head_convs", "anchor_scale", "prior")
+    chosen = {name: given[name] for name in names if name in given}
+    return DetectorConfig(class_names=class_names, image_size=frame, **chosen)
+
+
+def configure_eval(parser: argparse.ArgumentParser) -> None:
+    """Describe `ghm eval`."""
+    parser.description = """\
+COCO average precision of a checkpoint on a held-out split.
+
+example:
+  ghm eval runs/digits/checkpoint.pt --split test"""
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="checkpoint.pt of a training run")
+    add("--data", help="data set (default: the one it was trained on)")
+    add("--split", default="test", help="split to evaluate on (default: test)")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    """Carry out `ghm eval`."""
+    from dataclasses import asdict
+
+    from ghm_triton.detection.checkpoint import Checkpoint
+    from ghm_triton.detection.data import open_dataset
+    from ghm_triton.detection.distributed import world
+    from ghm_triton.detection.evaluate import detect, mean_average_precision, torch_predictor
+    from ghm_triton.detection.postprocess import DeployedDetector
+
+    saved = Checkpoint.load(arguments.checkpoint)
+    data = arguments.data or saved.training["data"]
+    names = saved.config.class_names
+    dataset = open_dataset(data, arguments.split, class_names=names, seed=saved.training["seed"])
+    report_problems(dataset)
+    with world(arguments.device) as here:
+        predict = torch_predictor(DeployedDetector(saved.detector()).to(here.device))
+        result = mean_average_precision(names, list(detect(predict, saved.config, dataset)))
+    if arguments.json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(_summary(result, data, arguments.split))
+    return 0
+
+
+def configure_thresholds(parser: argparse.ArgumentParser) -> None:
+    """Describe `ghm thresholds`."""
+    parser.description = """\
+The threshold of every class that a policy derives from a checkpoint's statistics, with the
+evidence: positive anchors in training, held-out boxes, precision and recall at the threshold.
+
+policies:
+  prior          the class's probability at an anchor, counted in training
+  f1             the score that maximises F1 on held-out images
+  precision=0.9  the lowest score from which held-out precision is at least 0.9
+  recall=0.95    the highest score that keeps a held-out recall of at least 0.95
+  fixed=0.5      one number for every class
+
+example:
+  ghm thresholds runs/digits/checkpoint.pt --policy precision=0.9 --plot thresholds.png"""
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="checkpoint.pt of a training run")
+    add("--policy", default="f1", help="how to choose (default: f1)")
+    add("--plot", type=Path, metavar="PNG", help="also draw score histograms with the thresholds")
+    add("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run_thresholds(arguments: argparse.Namespace) -> int:
+    """Carry out `ghm thresholds`."""
+    from dataclasses import asdict
+
+    from ghm_triton.detection.checkpoint import Checkpoint
+    from ghm_triton.thresholds import ClassThresholds
+
+    statistics = Checkpoint.load(arguments.checkpoint).statistics
+    thresholds = ClassThresholds.from_statistics(statistics, arguments.policy)
+    if arguments.json:
+        print(json.dumps(asdict(thresholds)))
+    else:
+        print(thresholds.table())
+    if arguments.plot:
+        from ghm_triton.detection.plots import plot_thresholds
+
+        plot_thresholds(statistics, thresholds, arguments.plot)
+        print(f"plot: {arguments.plot}")
+    return 0
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`256x320` as `(256, 320)`, height first."""
+    sides = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not sides:
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH such as 256x320, got {text!r}")
+    return int(sides[1]), int(sides[2])
+
+
+def report_problems(dataset: DetectionDataset) -> None:
+    """Print every annotation that was skipped, by file."""
+    for problem in dataset.problems:
+        print(f"skipped: {problem.source}: {problem.message}")
+
+
+def _summary(result: MeanAveragePrecision, data: str, split: str) -> str:
+    return (
+        f"{result.table()}\n"
+        f"AP {result.ap:.3f}  AP50 {result.ap50:.3f}  AP75 {result.ap75:.3f}"
+        f"  on {result.images} images of {data}, split {split}"
+    )
+
+
+TRAIN = Command(
+    "train", "train a detector with harmonized losses", configure_train, run_train, "train"
+)
+EVAL = Command("eval", "average precision of a checkpoint", configure_eval, run_eval, "train")
+THRESHOLDS = Command(
+    "thresholds",
+    "the threshold of every class, and why",
+    configure_thresholds,
+    run_thresholds,
+    "train",
+)

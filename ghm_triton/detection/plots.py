@@ -1,0 +1,157 @@
+"""Pictures of what training did: gradient norms, thresholds and detections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ghm_triton.detection.data import DetectionDataset
+from ghm_triton.detection.loader import TrainingView, collate
+from ghm_triton.detection.model import Detector
+from ghm_triton.functional import gradient_density
+from ghm_triton.statistics import SCORE_BINS, ClassStatistics
+from ghm_triton.thresholds import ClassThresholds
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+CROSS_ENTROPY, HARMONIZED, FULL = "#7f7f7f", "#1f77b4", "#d62728"
+PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
+
+
+def gradient_norms(detector: Detector, dataset: DetectionDataset, images: int = 64) -> Tensor:
+    """`g = |sigmoid(x) - p*|` of every anchor and class that counts, on images of a data set.
+
+    Args:
+        detector: The detector; run in evaluation mode.
+        dataset: Labelled images.
+        images: How many of them, from the first.
+
+    Returns:
+        float32 `[N]`, in [0, 1].
+    """
+    view = TrainingView(dataset, detector.config, (0.0, 0.0))
+    norms = []
+    detector.eval()
+    for start in range(0, min(images, len(dataset)), 8):
+        draws = [(i, 0) for i in range(start, min(start + 8, images, len(dataset)))]
+        frame, targets = collate([view[draw] for draw in draws])
+        with torch.inference_mode():
+            logits, _ = detector.raw(frame)
+            labels = detector.labels(targets)
+        one_hot = torch.nn.functional.one_hot(labels.clamp(min=0), logits.shape[2] + 1)
+        norm = (torch.sigmoid(logits) - one_hot[..., :-1]).abs()
+        norms.append(norm[labels >= 0].flatten())
+    return torch.cat(norms)
+
+
+def plot_gradient_norms(norms: Tensor, strength: float, path: Path, bins: int = 30) -> None:
+    """The papers' figure: how many entries have which gradient norm, and what they add up to.
+
+    Args:
+        norms: `g`, `[N]` in [0, 1].
+        strength: Of the harmonizing that the detector was trained with, drawn beside the paper's.
+        path: PNG to write.
+        bins: Unit regions.
+    """
+    beta = len(norms) / gradient_density(norms, bins)
+    centres = (np.arange(bins) + 0.5) / bins
+    region = (norms * bins).long().clamp(max=bins - 1)
+    counts = torch.bincount(region, minlength=bins).numpy()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    left.bar(centres, np.maximum(counts, 0.5), 0.9 / bins, color=CROSS_ENTROPY)
+    left.set(yscale="log", ylim=(0.5, None), ylabel="entries", title="before: gradient norms")
+    for name, colour, weight in (
+        ("cross entropy", CROSS_ENTROPY, torch.ones_like(beta)),
+        (f"harmonized, strength {strength:g}", HARMONIZED, beta**strength),
+        ("harmonized, strength 1 (paper)", FULL, beta),
+    ):
+        share = torch.zeros(bins).index_add_(0, region, weight * norms)
+        right.plot(centres, (share / share.sum()).numpy(), color=colour, label=name, marker=".")
+    right.set(yscale="log", ylabel="share of the total gradient", title="after: who is heard")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.set(xlim=(0, 1), xlabel="gradient norm  g = |p - p*|")
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_thresholds(statistics: ClassStatistics, thresholds: ClassThresholds, path: Path) -> None:
+    """Held-out scores of right and wrong detections of every class, and where the line is drawn.
+
+    Args:
+        statistics: The histograms.
+        thresholds: The lines.
+        path: PNG to write.
+    """
+    classes = len(statistics.class_names)
+    columns = min(classes, 5)
+    rows = -(-classes // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(2.6 * columns, 2.1 * rows + 0.6),
+        squeeze=False,
+        layout="constrained",
+    )
+    coarse = SCORE_BINS // 8
+    centres = (np.arange(coarse) + 0.5) / coarse
+    for j, (entry, axes) in enumerate(zip(thresholds.entries, grid.flat, strict=False)):
+        for histogram, colour, name in (
+            (statistics.negative_scores[j], FULL, "false"),
+            (statistics.positive_scores[j], HARMONIZED, "true"),
+        ):
+            height = histogram.view(coarse, -1).sum(1).numpy()
+            axes.bar(centres, height, 1 / coarse, color=colour, alpha=0.55, label=name)
+        axes.axvline(entry.threshold, color="black", linewidth=1.2)
+        axes.set(yscale="symlog", xlim=(0, 1), ylim=(0, None))
+        axes.set_title(f"{entry.name}: {entry.threshold:.3f}", fontsize=9)
+        axes.tick_params(labelsize=7)
+    for axes in grid.flat[classes:]:
+        axes.set_visible(False)
+    grid[0, 0].legend(fontsize=7, frameon=False)
+    figure.supxlabel("score", fontsize=9)
+    figure.supylabel("held-out detections", fontsize=9)
+    figure.suptitle(f"thresholds by policy {thresholds.policy}", fontsize=10)
+    _save(figure, path)
+
+
+def draw_detections(
+    image: Image.Image, detections: Iterable[tuple[list[float], str, int]]
+) -> Image.Image:
+    """Draw boxes with their captions; small images are enlarged so that captions fit.
+
+    Args:
+        image: RGB.
+        detections: `(box, caption, label)`, the box `x1, y1, x2, y2` in pixels.
+
+    Returns:
+        A new RGB image.
+    """
+    zoom = max(1, round(512 / max(image.size)))
+    canvas = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(size=14)
+    for box, caption, label in detections:
+        colour = PALETTE[label % len(PALETTE)]
+        x1, y1, x2, y2 = (value * zoom for value in box)
+        draw.rectangle((x1, y1, x2, y2), outline=colour, width=2)
+        left, top, right, bottom = draw.textbbox((x1, y1), caption, font=font, anchor="lb")
+        if top < 0:
+            left, top, right, bottom = draw.textbbox((x1, y1), caption, font=font, anchor="lt")
+        draw.rectangle((left - 2, top - 2, right + 2, bottom + 2), fill=colour)
+        draw.text((left, top), caption, fill="white", font=font, anchor="lt")
+    return canvas
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
