@@ -1,0 +1,34 @@
+# Every target makes .venv first when it is missing. PYTHON names the interpreter to make it from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OUT ?= runs/demo
+MODEL ?= runs/demo/detector.onnx
+
+.PHONY: demo test check bench serve clean
+
+demo: $(READY)  ## train, export, verify, serve and detect, on data that is built in
+	$(BIN)/ghm demo --out $(OUT)
+
+test: $(READY)  ## every test; the kernels run in Triton's interpreter where there is no GPU
+	$(BIN)/python -m pytest -q
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## the losses against their peers, on the GPU where there is one
+	$(BIN)/python -m benchmarks.losses
+
+serve: $(READY)  ## serve MODEL over HTTP
+	$(BIN)/ghm serve $(MODEL)
+
+clean:  ## remove what make made
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	touch $@
