@@ -1,1 +1,1 @@
-"""From a checkpoint to an ONNX detector that carries its thresholds and says where they came from."""
+"""From a checkpoint to an ONNX detector that carries its thresholds and the reasons for them."""

@@ -1,0 +1,179 @@
+"""From a checkpoint to `detector.onnx`: the graph, its thresholds and the card behind them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from export.contract import (
+    CARD_KEY,
+    DetectorCard,
+    Preprocessing,
+    StatisticsCard,
+    ThresholdCard,
+    TrainingCard,
+    as_float32,
+)
+from export.file import write_atomically
+from export.graph import build_graph
+from ghm_triton.detection.checkpoint import Checkpoint, CheckpointError, sha256_of
+from ghm_triton.detection.config import DetectorConfig
+from ghm_triton.statistics import ClassStatistics
+from ghm_triton.thresholds import ClassThresholds
+
+# Of the options that a checkpoint was trained with, those that say what was minimised.
+LOSS_OPTIONS = (
+    "cls_loss",
+    "reg_loss",
+    "cls_weight",
+    "reg_weight",
+    "bins",
+    "average",
+    "strength",
+    "strength_end",
+    "reg_strength",
+    "reg_strength_end",
+)
+
+
+def export_detector(
+    checkpoint_path: str | Path,
+    output_path: str | Path,
+    *,
+    policy: str = "f1",
+    iou_threshold: float | None = None,
+    name: str | None = None,
+) -> DetectorCard:
+    """Write a checkpoint's detector as one ONNX file that carries its thresholds and its card.
+
+    The same checkpoint and arguments give the same bytes. A file that is there is replaced only
+    once the new one is complete.
+
+    Args:
+        checkpoint_path: A checkpoint that training wrote.
+        output_path: The `.onnx` file to write; its folder is made if it is missing.
+        policy: How the thresholds are derived from the checkpoint's statistics: `prior`, `f1`,
+            `precision=P`, `recall=R` or `fixed=T`, see `ClassThresholds.from_statistics`.
+        iou_threshold: NMS overlap written as the file's default, in [0, 1]; the checkpoint's own
+            where None.
+        name: What the detector calls itself; its architecture and backbone where None.
+
+    Returns:
+        The card in the file.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, damaged or does not say how it was trained.
+        ValueError: The policy, `iou_threshold` or `name` is not valid, or the output is the
+            checkpoint or a folder.
+        OSError: The file cannot be written.
+    """
+    checkpoint_path, output_path = Path(checkpoint_path), Path(output_path)
+    if output_path.is_dir():
+        raise ValueError(f"{output_path} is a folder; name a file, such as detector.onnx")
+    checkpoint = Checkpoint.load(checkpoint_path)
+    if output_path.exists() and output_path.samefile(checkpoint_path):
+        raise ValueError(f"{output_path} is the checkpoint; it would be overwritten")
+    card = make_card(
+        checkpoint,
+        sha256_of(checkpoint_path),
+        policy=policy,
+        iou_threshold=iou_threshold,
+        name=name,
+    )
+    model = build_graph(checkpoint.detector(), card.class_thresholds, card.iou_threshold)
+    model.metadata_props.add(key=CARD_KEY, value=card.to_json())
+    output_path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output_path, model.SerializeToString(deterministic=True))
+    return card
+
+
+def make_card(
+    checkpoint: Checkpoint,
+    checkpoint_sha256: str,
+    *,
+    policy: str = "f1",
+    iou_threshold: float | None = None,
+    name: str | None = None,
+) -> DetectorCard:
+    """The card of a checkpoint's detector under a threshold policy.
+
+    Args:
+        checkpoint: What training left behind.
+        checkpoint_sha256: The digest of its file, 64 hexadecimal digits.
+        policy: As for `export_detector`.
+        iou_threshold: As for `export_detector`.
+        name: As for `export_detector`.
+
+    Raises:
+        CheckpointError: The checkpoint does not say how it was trained, or its statistics are of
+            other classes than its detector.
+        ValueError: The policy, `iou_threshold` or `name` is not valid.
+    """
+    config, statistics = checkpoint.config, checkpoint.statistics
+    if statistics.class_names != config.class_names:
+        raise CheckpointError(
+            f"the statistics are of {', '.join(statistics.class_names)}"
+            f" and the detector of {', '.join(config.class_names)}"
+        )
+    iou = config.iou_threshold if iou_threshold is None else iou_threshold
+    if not 0.0 <= iou <= 1.0:
+        raise ValueError(f"iou_threshold must lie in [0, 1], got {iou_threshold}")
+    if name is not None and not name.strip():
+        raise ValueError(f"name must not be blank, got {name!r}")
+    chosen = ClassThresholds.from_statistics(statistics, policy)
+    return DetectorCard(
+        name=name or f"{config.architecture}-{config.backbone}",
+        architecture=config.architecture,
+        backbone=config.backbone,
+        class_names=list(config.class_names),
+        threshold_policy=chosen.policy,
+        thresholds=[ThresholdCard(**asdict(entry)) for entry in chosen.entries],
+        iou_threshold=as_float32(iou),
+        candidates=config.candidates,
+        max_detections=config.max_detections,
+        preprocessing=_preprocessing(config),
+        statistics=_statistics(statistics),
+        training=_training(checkpoint.training, checkpoint_sha256),
+    )
+
+
+def _preprocessing(config: DetectorConfig) -> Preprocessing:
+    height, width = config.image_size
+    return Preprocessing(
+        height=height, width=width, pad_value=config.pad_value, mean=config.mean, std=config.std
+    )
+
+
+def _statistics(statistics: ClassStatistics) -> StatisticsCard:
+    counts = statistics.to_dict()
+    del counts["class_names"]
+    return StatisticsCard(**counts)
+
+
+def _training(training: dict[str, Any], checkpoint_sha256: str) -> TrainingCard:
+    try:
+        return TrainingCard(
+            data=without_folders(training["data"]),
+            losses={option: training[option] for option in LOSS_OPTIONS},
+            seed=training["seed"],
+            steps=training["step"],
+            versions=training["versions"],
+            checkpoint_sha256=checkpoint_sha256,
+        )
+    except KeyError as error:
+        missing = error.args[0]
+        raise CheckpointError(f"the checkpoint does not say its training's {missing}") from error
+
+
+def without_folders(data: str) -> str:
+    """A data set as `--data` names it, without folders: the file travels, the disk does not.
+
+    Example:
+        >>> without_folders("voc:/home/someone/data/bccd")
+        'voc:bccd'
+        >>> without_folders("digits:noise=0.1")
+        'digits:noise=0.1'
+    """
+    return re.sub(r"[^:,;=]*[/\\](?=[^:,;=/\\])", "", data)

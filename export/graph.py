@@ -1,0 +1,130 @@
+"""The ONNX graph of a detector: exported once, any batch, thresholds open to the caller."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from google.protobuf.message import Message  # type: ignore[import-untyped]
+from onnx import ModelProto, numpy_helper
+from onnxscript import opset18 as op
+
+from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
+from ghm_triton.detection.model import Detector
+from ghm_triton.detection.postprocess import DeployedDetector
+
+# onnx writes newer versions by default than runtimes in use accept.
+OPSET = 18
+IR_VERSION = 10
+MAX_BATCH = 64
+# Entries below 0 take no part and a score of 0 may stand: any cut between -1 and 0 says so.
+SCORE_CUT = -0.5
+
+
+def build_graph(
+    detector: Detector, class_thresholds: list[float], iou_threshold: float
+) -> ModelProto:
+    """Export a detector with its thresholds and NMS.
+
+    Args:
+        detector: The trained detector; put into evaluation mode.
+        class_thresholds: Default score that a detection of each class must reach, `C` numbers.
+        iou_threshold: Default overlap that NMS allows, in [0, 1].
+
+    Returns:
+        A model with the inputs and outputs of the file's contract, its weights inside, and
+        nothing about the machine that exported it. It has no card yet.
+
+    Raises:
+        ValueError: There is not one threshold a class.
+        onnx.checker.ValidationError: The exporter produced an invalid model.
+    """
+    classes = detector.config.num_classes
+    if len(class_thresholds) != classes:
+        raise ValueError(f"{len(class_thresholds)} thresholds for {classes} classes")
+    model = _export(DeployedDetector(detector).eval())
+    _forget_origin(model)
+    model.ir_version = IR_VERSION
+    model.producer_name = "ghm-triton"
+    model.producer_version = version("ghm-triton")
+    model.graph.name = "detector"
+    _set_default(model, THRESHOLDS_INPUT, class_thresholds)
+    _set_default(model, IOU_INPUT, [iou_threshold])
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _export(deployed: DeployedDetector) -> ModelProto:
+    config = deployed.config
+    # Traced with two images: torch.export takes a batch of one for a constant.
+    images = torch.zeros(2, 3, *config.image_size)
+    thresholds = torch.full((config.num_classes,), 0.5)
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    candidates = min(config.candidates, len(deployed.detector.anchors))
+    with _quietly():
+        program = torch.onnx.export(
+            deployed,
+            (images, thresholds, torch.full((1,), 0.5)),
+            input_names=[INPUT, THRESHOLDS_INPUT, IOU_INPUT],
+            output_names=list(OUTPUTS),
+            dynamic_shapes=({0: batch}, None, None),
+            dynamo=True,
+            opset_version=OPSET,
+            external_data=False,
+            custom_translation_table={torch.ops.ghm.nms.default: _non_max_suppression(candidates)},
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    return program.model_proto
+
+
+def _non_max_suppression(candidates: int) -> Callable[..., Any]:
+    """`ghm::nms` in ONNX; it may keep every one of the `candidates` of a class."""
+
+    def translate(boxes: Any, scores: Any, iou_threshold: Any) -> Any:
+        most: Any = op.Constant(value_ints=[candidates])
+        cut: Any = op.Constant(value_floats=[SCORE_CUT])
+        return op.NonMaxSuppression(boxes, scores, most, iou_threshold, cut)
+
+    return translate
+
+
+def _set_default(model: ModelProto, name: str, values: list[float]) -> None:
+    """Give a graph input a default: an initializer of the same name, which callers override."""
+    tensor = numpy_helper.from_array(np.asarray(values, dtype=np.float32), name)
+    model.graph.initializer.append(tensor)
+
+
+def _forget_origin(message: Message) -> None:
+    """Drop what the exporter notes for debugging: stack traces with paths, node provenance."""
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for part in [value] if isinstance(value, Message) else value:
+                _forget_origin(part)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the exporter's notes to its own developers from the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,159 @@
+"""The file in onnxruntime and the checkpoint in torch, asked the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+from torch import Tensor
+
+from export.compare import Comparison, Detections, Rules, Tolerance, compare
+from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, as_float32
+from export.file import DetectorFile
+from ghm_triton.detection.checkpoint import Checkpoint
+from ghm_triton.detection.data import Sample
+from ghm_triton.detection.postprocess import DeployedDetector
+from ghm_triton.detection.transforms import Letterbox
+
+Feeds = dict[str, npt.NDArray[np.float32]]
+Outputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64], int]
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One way of asking.
+
+    Attributes:
+        name: For the report.
+        feeds: What overrides the file's defaults.
+        rules: What both sides answer under.
+    """
+
+    name: str
+    feeds: Feeds
+    rules: Rules
+
+
+class SideBySide:
+    """Both detectors, loaded.
+
+    Args:
+        file: The file; run by onnxruntime on the CPU.
+        checkpoint: The checkpoint, of the same classes and input size; run by torch on the CPU.
+        tolerance: How far matched detections may differ.
+    """
+
+    def __init__(self, file: DetectorFile, checkpoint: Checkpoint, tolerance: Tolerance) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # it warns that the thresholds can be overridden: they shall
+        providers = ["CPUExecutionProvider"]
+        self.session = onnxruntime.InferenceSession(file.content, options, providers=providers)
+        self.card = file.card
+        self.deployed = DeployedDetector(checkpoint.detector()).eval()
+        self.letterbox = Letterbox(checkpoint.config)
+        self.tolerance = tolerance
+
+    @torch.inference_mode()
+    def compare(
+        self, samples: Sequence[Sample], batch_sizes: Sequence[int]
+    ) -> dict[tuple[str, int], Comparison]:
+        """Compare on some images, for every setting and batch size."""
+        inputs = torch.stack([self.letterbox(sample.image)[0] for sample in samples])
+        parts = torch.split(inputs, max(batch_sizes))
+        heads = [self.deployed.detector.raw(part) for part in parts]
+        logits = torch.cat([part[0] for part in heads])
+        deltas = torch.cat([part[1] for part in heads])
+        results = {}
+        for setting in self._settings(logits.sigmoid()):
+            expected = self._expected(logits, deltas, setting.rules)
+            for size in batch_sizes:
+                result = Comparison(np.zeros(len(self.card.class_names), dtype=np.int64))
+                found = self._found(inputs.numpy(), setting.feeds, size)
+                for sample, ours, theirs in zip(samples, expected, found, strict=True):
+                    result.add(self._compare_image(sample.source, ours, theirs, setting.rules))
+                results[setting.name, size] = result
+        return results
+
+    def _settings(self, probability: Tensor) -> Iterator[Setting]:
+        """The file's defaults; thresholds that show every class; and another NMS on top."""
+        own = np.array(self.card.class_thresholds, dtype=np.float32)
+        iou = self.card.iou_threshold
+        yield Setting("the file's own thresholds", {}, self._rules(own, iou))
+        shown = self._thresholds_that_show(probability)
+        feeds: Feeds = {THRESHOLDS_INPUT: shown}
+        yield Setting("every class shown", feeds, self._rules(shown, iou))
+        other = as_float32(0.3 if iou > 0.4 else 0.6)
+        feeds = {THRESHOLDS_INPUT: shown, IOU_INPUT: np.array([other], dtype=np.float32)}
+        yield Setting(f"every class, IoU {other:.1f}", feeds, self._rules(shown, other))
+
+    def _rules(self, class_thresholds: npt.NDArray[np.float32], iou: float) -> Rules:
+        card = self.card
+        return Rules(card.class_names, class_thresholds, iou, card.max_detections)
+
+    def _thresholds_that_show(self, probability: Tensor) -> npt.NDArray[np.float32]:
+        """Thresholds that let as many anchors of each class pass as together half fill the answers.
+
+        Each lies half-way between two scores, so that rounding seldom decides.
+        """
+        scores = probability.flatten(0, 1)
+        room = self.card.max_detections * len(probability) // (2 * scores.shape[1])
+        passing = min(max(1, room), len(scores) - 1)
+        best = scores.topk(passing + 1, dim=0).values
+        middle: npt.NDArray[np.float32] = best[-2:].mean(dim=0).numpy()
+        return middle
+
+    def _expected(self, logits: Tensor, deltas: Tensor, rules: Rules) -> list[Detections]:
+        thresholds = torch.from_numpy(rules.class_thresholds)
+        iou = torch.tensor([rules.iou_threshold])
+        answer = self.deployed.select(logits, deltas, thresholds, iou)
+        boxes, scores, labels, counts = (part.numpy() for part in answer)
+        return [
+            Detections(boxes[i, :count], scores[i, :count], labels[i, :count])
+            for i, count in enumerate(counts.tolist())
+        ]
+
+    def _found(self, inputs: npt.NDArray[np.float32], feeds: Feeds, size: int) -> Iterator[Outputs]:
+        """The file's answer for each image, in batches of exactly `size`."""
+        for start in range(0, len(inputs), size):
+            rows = list(range(start, min(start + size, len(inputs))))
+            batch = inputs[list(islice(cycle(rows), size))]
+            answer = self.session.run(list(OUTPUTS), {INPUT: batch, **feeds})
+            for i in range(len(rows)):
+                boxes, scores, labels, counts = (output[i] for output in answer)
+                yield boxes, scores, labels, int(counts)
+
+    def _compare_image(
+        self, source: str, expected: Detections, outputs: Outputs, rules: Rules
+    ) -> Comparison:
+        boxes, scores, labels, count = outputs
+        found = Detections(boxes[:count], scores[:count], labels[:count])
+        broken = broken_rules(outputs, rules)
+        if broken:
+            result = Comparison(np.zeros(len(rules.class_names), dtype=np.int64))
+            result.mismatches = broken
+        else:
+            result = compare(expected, found, rules, self.tolerance)
+        result.mismatches = [f"{source}: {text}" for text in result.mismatches]
+        return result
+
+
+def broken_rules(outputs: Outputs, rules: Rules) -> list[str]:
+    """What the file's contract promises of any answer, and this one breaks."""
+    boxes, scores, labels, count = outputs
+    if not 0 <= count <= len(scores):
+        return [f"num_detections is {count} of {len(scores)}"]
+    broken = []
+    if not ((labels[:count] >= 0) & (labels[:count] < len(rules.class_names))).all():
+        return [f"a label is none of 0..{len(rules.class_names) - 1}"]
+    if (labels[count:] != -1).any() or scores[count:].any() or boxes[count:].any():
+        broken.append("the padding is not 0, 0 and -1")
+    if (np.diff(scores[:count]) > 0).any():
+        broken.append("the scores do not fall")
+    if not (scores[:count] >= rules.class_thresholds[labels[:count]]).all():
+        broken.append("a score lies below its class's threshold")
+    return broken
