@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 CARD_KEY = "ghm.card"
 
 INPUT = "images"
@@ -150,10 +150,9 @@ class DetectorCard(_Frozen):
         names = self.class_names
         if len(set(names)) != len(names):
             raise ValueError(f"class names repeat: {names}")
-        if [entry.name for entry in self.thresholds] != names:
-            raise ValueError(
-                f"thresholds are for {[entry.name for entry in self.thresholds]}, classes are {names}"
-            )
+        judged = [entry.name for entry in self.thresholds]
+        if judged != names:
+            raise ValueError(f"thresholds are for {judged}, classes are {names}")
         for field, rows in self.statistics:
             if field != "anchors" and len(rows) != len(names):
                 raise ValueError(
@@ -167,8 +166,13 @@ class DetectorCard(_Frozen):
         return [entry.threshold for entry in self.thresholds]
 
     def to_json(self) -> str:
-        """The card as JSON with sorted keys, so that equal cards are equal bytes."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """The card as JSON with sorted keys, so that equal cards are equal bytes.
+
+        Raises:
+            ValueError: `training.losses` holds NaN or infinity, which JSON cannot.
+        """
+        fields = self.model_dump(mode="json")
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -180,7 +184,7 @@ class DetectorCard(_Frozen):
         """
         try:
             raw = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not JSON, or a number beyond all sense
             raise CardError(f"the card is not JSON: {error}") from error
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -201,10 +205,9 @@ class DetectorCard(_Frozen):
         Raises:
             CardError: A threshold in the graph differs from the card's, or their number does.
         """
-        if len(class_thresholds) != len(self.class_names):
-            raise CardError(
-                f"the graph has {len(class_thresholds)} thresholds, the card {len(self.class_names)}"
-            )
+        found, wanted = len(class_thresholds), len(self.class_names)
+        if found != wanted:
+            raise CardError(f"the graph has {found} thresholds, the card {wanted}")
         for entry, value in zip(self.thresholds, class_thresholds, strict=True):
             if math.isnan(value) or value != entry.threshold:
                 raise CardError(

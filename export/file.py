@@ -1,0 +1,275 @@
+"""Reading `detector.onnx`: the card, the digest, and whether the graph keeps the contract.
+
+This is the reader's half of the contract: it needs onnx and numpy, never torch. Reading executes
+nothing: the graph is looked at as data, and only then handed to a runtime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    numpy_helper,
+)
+
+from export.contract import (
+    CARD_KEY,
+    INPUT,
+    IOU_INPUT,
+    OUTPUTS,
+    THRESHOLDS_INPUT,
+    CardError,
+    DetectorCard,
+)
+
+# A protobuf message cannot be larger, so a larger file is no ONNX file in one piece.
+MAX_FILE_BYTES = 2**31 - 1
+
+_OUTPUT_TYPES = {
+    "boxes": (TensorProto.FLOAT, 3),
+    "scores": (TensorProto.FLOAT, 2),
+    "labels": (TensorProto.INT64, 2),
+    "num_detections": (TensorProto.INT64, 1),
+}
+
+
+@dataclass(frozen=True)
+class DetectorFile:
+    """A detector that keeps the contract.
+
+    Attributes:
+        path: Where it was read.
+        card: What it says of itself.
+        sha256: The digest of its bytes, 64 hexadecimal digits.
+        content: Its bytes, so that what is run is what was checked and digested.
+    """
+
+    path: Path
+    card: DetectorCard
+    sha256: str
+    content: bytes = field(repr=False, compare=False)
+
+
+def read_detector(path: str | Path) -> DetectorFile:
+    """Read a detector and check it against the contract.
+
+    Args:
+        path: A `.onnx` file as `ghm export` writes it.
+
+    Returns:
+        The file's card, digest and bytes.
+
+    Raises:
+        CardError: The file is not ONNX, has no card or one that this version cannot read, lacks
+            an input, initializer or output of the contract, keeps data outside itself, or its
+            graph's thresholds are not those of its card. The message starts with the path.
+        OSError: The file cannot be read.
+    """
+    path = Path(path)
+    try:
+        content = _read(path)
+        model = _parse(content)
+        card = _card(model)
+        _refuse_external_data(model)
+        _check_graph(model.graph, card)
+    except CardError as error:
+        raise CardError(f"{path}: {error}") from error
+    return DetectorFile(path, card, hashlib.sha256(content).hexdigest(), content)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write a file that a reader sees whole or not at all, even if the machine stops half-way.
+
+    Args:
+        path: Where to write. A file that is there is replaced.
+        content: The bytes.
+
+    Raises:
+        OSError: The folder is missing or cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    # Not tempfile: its files are private, and this one becomes a file like any other.
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` last, where folders can be opened (not on Windows)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise CardError("not a file")
+    with path.open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if not content:
+        raise CardError("the file is empty")
+    if len(content) > MAX_FILE_BYTES:
+        raise CardError("larger than 2 GiB, which no ONNX file in one piece is")
+    return content
+
+
+def _parse(content: bytes) -> ModelProto:
+    try:
+        model = onnx.load_model_from_string(content)
+    except DecodeError as error:
+        raise CardError("not an ONNX file, or cut short") from error
+    # Protobuf reads many a text as an empty message of unknown fields.
+    if model.ir_version <= 0 or not model.graph.node:
+        raise CardError("not an ONNX file: it holds no graph")
+    return model
+
+
+def _card(model: ModelProto) -> DetectorCard:
+    cards = [entry.value for entry in model.metadata_props if entry.key == CARD_KEY]
+    if not cards:
+        raise CardError(
+            f"no card: the metadata has no {CARD_KEY!r}. A file that `ghm export` wrote has one"
+        )
+    if len(cards) > 1:
+        raise CardError(f"{len(cards)} cards in the metadata; there must be one")
+    return DetectorCard.from_json(cards[0])
+
+
+def _check_graph(graph: GraphProto, card: DetectorCard) -> None:
+    _check_image_input(graph, card)
+    _check_outputs(graph)
+    thresholds = _overridable(graph, THRESHOLDS_INPUT, len(card.class_names))
+    iou = _overridable(graph, IOU_INPUT, 1)
+    card.check_initializers([float(value) for value in thresholds], float(iou[0]))
+
+
+def _check_image_input(graph: GraphProto, card: DetectorCard) -> None:
+    initialized = {tensor.name for tensor in graph.initializer}
+    required = {value.name: value for value in graph.input if value.name not in initialized}
+    if list(required) != [INPUT]:
+        raise CardError(f"the graph's inputs are {sorted(required)}; there must be one, {INPUT!r}")
+    height, width = card.preprocessing.height, card.preprocessing.width
+    wanted = f"float32 [batch, 3, {height}, {width}] with a batch of any size"
+    shape = _shape(required[INPUT])
+    if (
+        required[INPUT].type.tensor_type.elem_type != TensorProto.FLOAT
+        or shape is None
+        or shape != [None, 3, height, width]
+    ):
+        raise CardError(f"input {INPUT!r} is {_describe(required[INPUT])}, not {wanted}")
+
+
+def _check_outputs(graph: GraphProto) -> None:
+    found = {value.name: value for value in graph.output}
+    for name in OUTPUTS:
+        if name not in found:
+            raise CardError(f"the graph has no output {name!r}; it has {sorted(found)}")
+        element, rank = _OUTPUT_TYPES[name]
+        shape = _shape(found[name])
+        right_type = found[name].type.tensor_type.elem_type == element
+        if not right_type or (shape is not None and len(shape) != rank):
+            raise CardError(
+                f"output {name!r} is {_describe(found[name])},"
+                f" not {_element(element)} of {rank} dimension{'s' if rank > 1 else ''}"
+            )
+
+
+def _overridable(graph: GraphProto, name: str, length: int) -> npt.NDArray[np.float32]:
+    """The default of an input that a caller may override: float32 `[length]`."""
+    tensors = [tensor for tensor in graph.initializer if tensor.name == name]
+    if len(tensors) != 1:
+        raise CardError(f"the graph has {len(tensors)} initializers {name!r}; there must be one")
+    if name not in {value.name for value in graph.input}:
+        raise CardError(f"{name!r} is no input of the graph, so no request could override it")
+    tensor = tensors[0]
+    if tensor.data_type != TensorProto.FLOAT or list(tensor.dims) != [length]:
+        raise CardError(
+            f"initializer {name!r} is {_element(tensor.data_type)} {list(tensor.dims)},"
+            f" not float32 [{length}]"
+        )
+    try:
+        values = numpy_helper.to_array(tensor)
+    except ValueError as error:
+        raise CardError(f"initializer {name!r} is damaged: {error}") from error
+    return np.asarray(values, dtype=np.float32)
+
+
+def _refuse_external_data(model: ModelProto) -> None:
+    inside_functions = (node for function in model.functions for node in function.node)
+    for tensor in chain(_tensors(model.graph), *map(_tensors_of_node, inside_functions)):
+        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+            raise CardError(
+                f"tensor {tensor.name!r} is kept in another file; a detector carries its weights"
+            )
+
+
+def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """Every tensor in a graph and in the graphs inside its nodes."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _tensors_of_node(node)
+
+
+def _tensors_of_node(node: NodeProto) -> Iterator[TensorProto]:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.TENSOR:
+            yield attribute.t
+        yield from attribute.tensors
+        if attribute.type == AttributeProto.GRAPH:
+            yield from _tensors(attribute.g)
+        for graph in attribute.graphs:
+            yield from _tensors(graph)
+
+
+def _shape(value: ValueInfoProto) -> list[int | None] | None:
+    """The dimensions, None for one of any size; None when the file gives no shape."""
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape"):
+        return None
+    return [dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim]
+
+
+def _element(data_type: int) -> str:
+    try:
+        return str(onnx.helper.tensor_dtype_to_np_dtype(data_type))
+    except (KeyError, ValueError):
+        return f"of unknown type {data_type}"
+
+
+def _describe(value: ValueInfoProto) -> str:
+    element = _element(value.type.tensor_type.elem_type)
+    shape = _shape(value)
+    if shape is None:
+        return f"{element} of no stated shape"
+    return f"{element} [{', '.join('any' if dim is None else str(dim) for dim in shape)}]"

@@ -1,0 +1,78 @@
+"""The application: `create_app` puts the parts together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+import anyio
+from anyio import to_thread
+from fastapi import FastAPI
+
+from export.file import read_detector
+from service import openapi, problems
+from service.model import ServedModel
+from service.request_id import RequestIdMiddleware
+from service.routes import detect, health, models
+from service.settings import Settings, load_settings
+from service.state import ServiceState
+
+_DESCRIPTION = """Object detection with a threshold of its own for each class.
+
+The thresholds come from training statistics and travel inside the model file. Every detection
+names the one that it passed.
+"""
+
+
+def load_model(settings: Settings) -> ServedModel:
+    """Read and load the detector that the settings name, without running it.
+
+    Raises:
+        CardError: The file does not keep the contract.
+        ModelError: The runtime cannot load it, or not on the provider asked for.
+        OSError: The file cannot be read.
+    """
+    file = read_detector(settings.model)
+    return ServedModel(file, provider=settings.provider, threads=settings.threads)
+
+
+def create_app(settings: Settings | None = None, model: ServedModel | None = None) -> FastAPI:
+    """Make the application.
+
+    Args:
+        settings: What the service is told; read from `GHM_*` where None, so that
+            `uvicorn --factory service.app:create_app` works.
+        model: A loaded model; where None, the start loads the one that the settings name.
+
+    Returns:
+        The application. Its start fails if the model cannot be loaded; it is ready once the model
+        has answered a warm-up image.
+
+    Raises:
+        SettingsError: The environment has a value that is no setting.
+    """
+    service = ServiceState(load_settings() if settings is None else settings, model)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:  # noqa: ARG001  FastAPI's signature
+        if service.model is None:
+            service.model = await to_thread.run_sync(load_model, service.settings)
+        # The warm-up runs beside the first requests, so that /health answers from the start.
+        async with anyio.create_task_group() as background:
+            background.start_soon(service.warm_up)
+            yield
+
+    app = FastAPI(
+        title="ghm-triton",
+        version=version("ghm-triton"),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    app.add_middleware(RequestIdMiddleware)
+    problems.install(app)
+    openapi.install(app)
+    for part in (detect, models, health):
+        app.include_router(part.router)
+    return app

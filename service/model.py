@@ -1,0 +1,213 @@
+"""The detector in memory: an onnxruntime session that keeps to its file's card."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
+from export.file import DetectorFile
+
+logger = logging.getLogger("ghm.service")
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+
+# No score reaches it: the threshold that switches a class off inside the graph, so that its
+# detections take no place among the candidates of the classes that were asked for.
+OFF = 2.0
+
+_ERRORS_ONLY = 3  # onnxruntime warns of every overridable initializer
+
+
+class ModelError(RuntimeError):
+    """The runtime cannot load or run this detector, or not on what was asked for."""
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, best first.
+
+    Attributes:
+        boxes: float32 `[N, 4]`, x1, y1, x2, y2 in pixels of the model's input.
+        scores: float32 `[N]`, in [0, 1], falling.
+        labels: int64 `[N]`, indices into the card's class names.
+    """
+
+    boxes: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+
+
+class ServedModel:
+    """A detector that answers. Safe to call from several threads at once.
+
+    Args:
+        file: The detector, as `export.file.read_detector` returns it.
+        provider: `auto`, `cpu` or `cuda`. `auto` takes CUDA where it works and the CPU elsewhere.
+        threads: Threads of one inference on the CPU.
+
+    Attributes:
+        card: The detector's card.
+        sha256: The digest of its file.
+        providers: What runs it, in order of preference, by onnxruntime's names.
+        warm: Whether it has answered once.
+
+    Raises:
+        ModelError: The runtime refuses the graph, or CUDA was asked for and does not work here.
+    """
+
+    def __init__(self, file: DetectorFile, *, provider: str = "auto", threads: int = 1) -> None:
+        self.card: DetectorCard = file.card
+        self.sha256 = file.sha256
+        self.warm = False
+        self._session = _session(file, provider, threads)
+        self.providers: list[str] = self._session.get_providers()
+        self._thresholds = np.array(file.card.class_thresholds, dtype=np.float32)
+
+    def warm_up(self) -> None:
+        """Answer for one grey image, so that the first request does not pay for first things.
+
+        Raises:
+            ModelError: The graph does not run, or not as the contract says.
+        """
+        size = self.card.preprocessing
+        self.detect(np.zeros((1, 3, size.height, size.width), dtype=np.float32))
+        self.warm = True
+
+    def detect(
+        self,
+        batch: npt.NDArray[np.float32],
+        class_thresholds: npt.NDArray[np.float32] | None = None,
+        iou_threshold: float | None = None,
+    ) -> list[Detections]:
+        """Find objects in a batch of images.
+
+        Args:
+            batch: float32 `[B, 3, H, W]`, prepared as the card says (`service.images.letterbox`).
+            class_thresholds: float32 `[C]`, the score that a detection of each class must reach;
+                the card's where None. `OFF` switches a class off.
+            iou_threshold: Of two boxes of a class that overlap by more, the lesser falls, in
+                [0, 1]; the card's where None.
+
+        Returns:
+            One entry an image.
+
+        Raises:
+            ValueError: An input has another shape or type, or holds NaN or infinity.
+            ModelError: The runtime fails, or the graph answers with something else than the
+                contract says.
+        """
+        self._check_batch(batch)
+        feeds = {INPUT: batch}
+        if class_thresholds is not None:
+            feeds[THRESHOLDS_INPUT] = self._checked_thresholds(class_thresholds)
+        if iou_threshold is not None:
+            if not 0 <= iou_threshold <= 1:
+                raise ValueError(f"iou_threshold must be in [0, 1], got {iou_threshold}")
+            feeds[IOU_INPUT] = np.array([iou_threshold], dtype=np.float32)
+        try:
+            boxes, scores, labels, numbers = self._session.run(list(OUTPUTS), feeds)
+        except Exception as error:
+            raise ModelError(f"inference failed: {error}") from error
+        return [
+            self._checked_answer(boxes[i], scores[i], labels[i], int(numbers[i]))
+            for i in range(len(batch))
+        ]
+
+    def _check_batch(self, batch: npt.NDArray[np.float32]) -> None:
+        wanted = (3, self.card.preprocessing.height, self.card.preprocessing.width)
+        if batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != wanted:
+            raise ValueError(
+                f"images must be float32 [B, {', '.join(map(str, wanted))}],"
+                f" got {batch.dtype} {list(batch.shape)}"
+            )
+        if len(batch) == 0:
+            raise ValueError("images is an empty batch")
+        if not np.isfinite(batch).all():  # the graph would silently find nothing
+            raise ValueError("images holds NaN or infinity")
+
+    def _checked_thresholds(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        if values.dtype != np.float32 or values.shape != self._thresholds.shape:
+            raise ValueError(
+                f"class_thresholds must be float32 {list(self._thresholds.shape)},"
+                f" got {values.dtype} {list(values.shape)}"
+            )
+        if not np.isfinite(values).all() or values.min() < 0:
+            raise ValueError(f"class_thresholds must be finite and not negative, got {values}")
+        return values
+
+    def _checked_answer(
+        self,
+        boxes: npt.NDArray[np.float32],
+        scores: npt.NDArray[np.float32],
+        labels: npt.NDArray[np.int64],
+        number: int,
+    ) -> Detections:
+        found = Detections(boxes[:number], scores[:number], labels[:number])
+        known = (found.labels >= 0) & (found.labels < len(self._thresholds))
+        if not (np.isfinite(found.boxes).all() and np.isfinite(found.scores).all() and known.all()):
+            raise ModelError("the graph answered with a box, score or label out of range")
+        return found
+
+
+def _session(file: DetectorFile, provider: str, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _ERRORS_ONLY
+    try:
+        session = onnxruntime.InferenceSession(
+            file.content, options, providers=_wanted_providers(provider)
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{file.path}: onnxruntime cannot load it: {error}") from error
+    # Without this the session changes providers by itself when one fails in the middle.
+    session.disable_fallback()
+    got = session.get_providers()
+    # onnxruntime answers with a CPU session, not with an error, where CUDA does not load.
+    if provider == "cuda" and CUDA not in got:
+        raise ModelError(
+            f"provider cuda does not work here: onnxruntime {onnxruntime.__version__} fell back to"
+            f" {', '.join(got)}. Are the CUDA libraries it needs installed?"
+        )
+    if provider == "auto":
+        logger.info("the model runs on %s", got[0])
+    return session
+
+
+def _wanted_providers(provider: str) -> list[Any]:
+    if provider == "cpu":
+        return [CPU]
+    built_in = CUDA in onnxruntime.get_available_providers()
+    missing = None if built_in else "this onnxruntime is built without it"
+    if built_in and not _has_cuda_device():
+        missing = "no NVIDIA driver or no device was found"
+    if missing is None:
+        if hasattr(onnxruntime, "preload_dlls"):  # finds the CUDA libraries of Python packages
+            onnxruntime.preload_dlls()
+        return [CUDA, CPU]
+    if provider == "cuda":
+        raise ModelError(f"provider cuda does not work here: {missing}")
+    return [CPU]
+
+
+def _has_cuda_device() -> bool:
+    """Ask the driver, quietly; onnxruntime lists CUDA whether or not there is a device."""
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    started = driver.cuInit(0) == 0
+    return started and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0

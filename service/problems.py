@@ -1,0 +1,103 @@
+"""Errors as RFC 9457 problem details, with the member `error` that v2 inference clients read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from service.schemas import ProblemDetails
+
+MEDIA_TYPE = "application/problem+json"
+
+_MEANINGS = {
+    400: "The request is malformed: its body is not what its headers say, or an image is damaged.",
+    404: "There is no such model.",
+    413: "The body has more bytes, or an image more pixels, than this service reads.",
+    415: "Not an image of a kind that this service reads.",
+    422: "An option has a value that cannot be, or names a class that the model does not know.",
+    500: "The service failed. The log has the reason beside the `request_id`.",
+    503: "The model is not ready. Ask again after `Retry-After` seconds.",
+}
+
+
+class ProblemError(Exception):
+    """Raised to answer with an error.
+
+    Args:
+        status: The HTTP status.
+        detail: One sentence for whoever sent the request; names the value at fault.
+        headers: Sent along.
+    """
+
+    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.headers = dict(headers or {})
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses=` of a route that answers with these errors."""
+    return {
+        status: {"model": ProblemDetails, "description": _MEANINGS[status]} for status in statuses
+    }
+
+
+def problem_response(
+    scope: Mapping[str, Any], status: int, detail: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The answer that describes a problem.
+
+    Args:
+        scope: The ASGI scope of the request.
+        status: The HTTP status.
+        detail: What went wrong.
+        headers: Sent along.
+    """
+    body = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "error": detail,
+        "request_id": scope.get("state", {}).get("request_id", ""),
+    }
+    return Response(orjson.dumps(body), status, dict(headers or {}), MEDIA_TYPE)
+
+
+def short(value: object) -> str:
+    """A value as it is quoted in an error: recognisable, and never a page long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of an application a problem."""
+    app.exception_handler(ProblemError)(_on_problem)
+    app.exception_handler(HTTPException)(_on_http_exception)
+    app.exception_handler(RequestValidationError)(_on_validation_error)
+
+
+async def _on_problem(request: Request, error: ProblemError) -> Response:
+    return problem_response(request.scope, error.status, error.detail, error.headers)
+
+
+async def _on_http_exception(request: Request, error: HTTPException) -> Response:
+    detail = error.detail
+    if error.status_code == HTTPStatus.NOT_FOUND and detail == HTTPStatus.NOT_FOUND.phrase:
+        detail = f"there is nothing at {short(request.url.path)}; /docs lists what there is"
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        detail = f"{request.method} is not answered at {short(request.url.path)}"
+    return problem_response(request.scope, error.status_code, detail, error.headers)
+
+
+async def _on_validation_error(request: Request, error: RequestValidationError) -> Response:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return problem_response(request.scope, 422, f"{place}: {first['msg']}")

@@ -1,0 +1,124 @@
+"""What the service answers, for OpenAPI and for clients that validate.
+
+The detection route writes its JSON itself, for speed; a test holds it to these models.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from export.contract import DetectorCard
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Milliseconds = Annotated[float, Field(ge=0.0)]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class Detection(_Answer):
+    """One object."""
+
+    box: tuple[float, float, float, float] = Field(
+        description="x1, y1, x2, y2 in pixels of the image that was sent, upright",
+        examples=[[12.5, 40.0, 96.25, 131.0]],
+    )
+    score: Probability = Field(description="A float32", examples=[0.875])
+    label: int = Field(ge=0, description="The class's place in the model's list", examples=[0])
+    class_name: str = Field(alias="class", description="The class's name", examples=["dog"])
+    threshold: Probability = Field(
+        description="What the score had to reach: the threshold of this class in force for this"
+        " request. A float32",
+        examples=[0.5],
+    )
+
+
+class ImageSize(_Answer):
+    """The size of an image as a viewer shows it, after EXIF's orientation."""
+
+    width: int = Field(gt=0, description="Pixels", examples=[640])
+    height: int = Field(gt=0, description="Pixels", examples=[480])
+
+
+class Timings(_Answer):
+    """Where the time went, in milliseconds. What `total_ms` has beyond the rest was waiting."""
+
+    read_ms: Milliseconds = Field(description="Receiving the body", examples=[0.5])
+    decode_ms: Milliseconds = Field(description="Decoding and resizing", examples=[6.25])
+    inference_ms: Milliseconds = Field(description="Running the model", examples=[41.0])
+    total_ms: Milliseconds = Field(description="From the first byte read", examples=[48.5])
+
+
+class ImageDetections(_Answer):
+    """What was found in one image, best first."""
+
+    image: ImageSize
+    detections: list[Detection]
+
+
+class DetectResponse(ImageDetections):
+    """The answer for one image: a raw body, or a form with one `file`."""
+
+    model: str = Field(description="The name of the model", examples=["pets"])
+    timings: Timings
+
+
+class DetectManyResponse(_Answer):
+    """The answer for a form with `files`: one result a file, in the order they were sent."""
+
+    model: str = Field(description="The name of the model", examples=["pets"])
+    results: list[ImageDetections]
+    timings: Timings
+
+
+class ModelSummary(_Answer):
+    """A model in the list of models."""
+
+    name: str = Field(examples=["pets"])
+    sha256: str = Field(description="The digest of the file", examples=["9f86d081884c7d65" * 4])
+    class_names: list[str] = Field(examples=[["dog", "cat"]])
+    thresholds: dict[str, Probability] = Field(
+        description="The file's threshold of each class", examples=[{"dog": 0.5, "cat": 0.25}]
+    )
+    threshold_policy: str = Field(description="How they were chosen", examples=["f1"])
+
+
+class ModelList(_Answer):
+    """The models that the service has."""
+
+    models: list[ModelSummary]
+
+
+class ModelDetail(_Answer):
+    """Everything that a model says of itself."""
+
+    name: str = Field(examples=["pets"])
+    sha256: str = Field(description="The digest of the file", examples=["9f86d081884c7d65" * 4])
+    providers: list[str] = Field(
+        description="What runs it, by onnxruntime's names", examples=[["CPUExecutionProvider"]]
+    )
+    threshold_policy: str = Field(description="How the thresholds were chosen", examples=["f1"])
+    card: DetectorCard
+
+
+class Health(_Answer):
+    """A sign of life."""
+
+    status: Literal["alive", "ready"]
+
+
+class ProblemDetails(_Answer):
+    """An error, as RFC 9457 has it."""
+
+    type: str = Field(description="`about:blank`: the title says it", examples=["about:blank"])
+    title: str = Field(description="The status in words", examples=["Unprocessable Entity"])
+    status: int = Field(description="The HTTP status", examples=[422])
+    detail: str = Field(
+        description="What went wrong, naming the value at fault",
+        examples=["classes: unknown class 'cow'; this model knows: dog, cat"],
+    )
+    error: str = Field(description="`detail` again, where v2 inference clients look for it")
+    request_id: str = Field(description="Also in `X-Request-ID` and in the service's log")
