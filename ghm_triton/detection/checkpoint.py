@@ -70,7 +70,12 @@ class Checkpoint:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: no such checkpoint") from error
-        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError) as error:
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} is damaged, or holds more than weights and plain values, which would"
+                " execute code when loaded"
+            ) from error
+        except (RuntimeError, EOFError, ValueError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:

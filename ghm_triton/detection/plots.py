@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -17,10 +17,6 @@ from ghm_triton.detection.model import Detector
 from ghm_triton.functional import gradient_density
 from ghm_triton.statistics import SCORE_BINS, ClassStatistics
 from ghm_triton.thresholds import ClassThresholds
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 
 CROSS_ENTROPY, HARMONIZED, FULL = "#7f7f7f", "#1f77b4", "#d62728"
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
@@ -65,7 +61,8 @@ def plot_gradient_norms(norms: Tensor, strength: float, path: Path, bins: int = 
     centres = (np.arange(bins) + 0.5) / bins
     region = (norms * bins).long().clamp(max=bins - 1)
     counts = torch.bincount(region, minlength=bins).numpy()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.bar(centres, np.maximum(counts, 0.5), 0.9 / bins, color=CROSS_ENTROPY)
     left.set(yscale="log", ylim=(0.5, None), ylabel="entries", title="before: gradient norms")
     for name, colour, weight in (
@@ -94,13 +91,8 @@ def plot_thresholds(statistics: ClassStatistics, thresholds: ClassThresholds, pa
     classes = len(statistics.class_names)
     columns = min(classes, 5)
     rows = -(-classes // columns)
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(2.6 * columns, 2.1 * rows + 0.6),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(2.6 * columns, 2.1 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     coarse = SCORE_BINS // 8
     centres = (np.arange(coarse) + 0.5) / coarse
     for j, (entry, axes) in enumerate(zip(thresholds.entries, grid.flat, strict=False)):
@@ -154,4 +146,3 @@ def draw_detections(
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

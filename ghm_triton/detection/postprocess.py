@@ -126,5 +126,5 @@ class DeployedDetector(nn.Module):
         stands = top >= 0
         labels = torch.where(stands, position // anchors, -1)
         image = torch.arange(position.shape[0], device=position.device).unsqueeze(1)
-        found = boxes[image, position % anchors] * stands.unsqueeze(2)
-        return found, top * stands, labels, stands.sum(dim=1)
+        found = torch.where(stands.unsqueeze(2), boxes[image, position % anchors], 0.0)
+        return found, torch.where(stands, top, 0.0), labels, stands.sum(dim=1)

@@ -202,7 +202,7 @@ class _Run:
     def _checkpoint(self) -> None:
         if self.pending:
             self._flush()
-        counts = self.labels_seen.cpu()
+        counts = self.labels_seen.clone().cpu()
         self.labels_seen.zero_()
         for seen in self.here.gather(counts):
             self.statistics.add_labels(seen[1:])
@@ -270,7 +270,7 @@ def versions() -> dict[str, str]:
     return {
         "ghm_triton": ghm_triton.__version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of its own, which safe loading refuses
         "torchvision": torchvision.__version__,
     }
 

@@ -1,0 +1,92 @@
+import dataclasses
+
+import pytest
+import torch
+
+from ghm_triton.detection.recipe import (
+    TrainOptions,
+    build_losses,
+    build_optimizer,
+)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    options = TrainOptions(steps=100, warmup=10, lr=1.0)
+    rates = [options.learning_rate(step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(rates[9], rel=1e-6)
+    assert rates[50] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0.0)
+
+
+def test_strengths_run_from_start_to_end():
+    options = TrainOptions(steps=10, strength=0.4, strength_end=0.1, reg_strength_end=None)
+    losses = build_losses(options)
+    density = losses.classification.loss.density
+    assert float(density.current_strength()) == pytest.approx(0.4)
+    for _ in range(10):
+        losses.classification(torch.randn(1, 5, 3), torch.zeros(1, 5, dtype=torch.int64))
+    assert float(density.current_strength()) == pytest.approx(0.1)
+    assert losses.regression.loss.density.schedule is None
+
+
+def test_cross_entropy_is_ghm_of_strength_zero():
+    options = TrainOptions(cls_loss="ce", strength=1.0)
+    logits, labels = torch.randn(4, 6, 3), torch.randint(0, 4, (4, 6))
+    target = torch.nn.functional.one_hot(labels, 4)[..., :3].float()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+    ours = build_losses(options).classification(logits, labels)
+    # 72 float32 terms in another order.
+    assert float(ours) == pytest.approx(float(expected / target.sum()), rel=1e-5)
+
+
+def test_weights_multiply():
+    pred, target = torch.randn(7, 4), torch.randn(7, 4)
+    one, three = (build_losses(TrainOptions(reg_weight=w)).regression(pred, target) for w in (1, 3))
+    assert float(three) == pytest.approx(3 * float(one), rel=1e-6)
+
+
+def test_smooth_l1_is_the_papers():
+    d = torch.tensor([[0.05, -0.05, 0.5, -2.0]], dtype=torch.float64)
+    delta = 1 / 9
+    expected = 2 * (0.05**2 / (2 * delta)) + (0.5 - delta / 2) + (2 - delta / 2)
+    ours = build_losses(TrainOptions(reg_loss="sl1", reg_weight=1.0)).regression(
+        d, torch.zeros_like(d)
+    )
+    assert float(ours) == pytest.approx(expected, rel=1e-12)
+
+
+def test_norms_and_biases_are_not_decayed():
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    decayed, free = build_optimizer(TrainOptions(weight_decay=0.1), module).param_groups
+    assert [p.dim() for p in decayed["params"]] == [4]
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("cls_loss", "hinge"),
+        ("reg_loss", "l7"),
+        ("optimizer", "adam"),
+        ("amp", "fp8"),
+        ("on_damage", "ignore"),
+        ("steps", 0),
+        ("batch_size", 0),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("clip", -1.0),
+        ("hflip", 1.1),
+        ("strength", 2.0),
+        ("reg_strength", float("nan")),
+    ],
+)
+def test_an_option_out_of_range_is_named(field, value):
+    with pytest.raises(ValueError, match=f"{field} must .*{value}"):
+        TrainOptions(**{field: value})
+
+
+def test_options_survive_plain_values():
+    options = TrainOptions(steps=7, strength_end=None)
+    assert TrainOptions.from_dict({**options.to_dict(), "step": 3}) == options
+    assert dataclasses.replace(options, steps=8) != options

@@ -1,0 +1,128 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ghm_triton.detection.checkpoint import Checkpoint
+from ghm_triton.detection.data import open_dataset
+from ghm_triton.detection.loader import StepSampler, TrainingView
+from ghm_triton.detection.model import build_detector
+from ghm_triton.detection.train import CHECKPOINT, METRICS, TrainingError, train
+
+
+def losses_of(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+
+
+def quietly(options, config, out, **kwargs):
+    return train(options, config, out, device="cpu", progress=False, **kwargs)
+
+
+def test_a_resumed_run_has_the_losses_of_an_unbroken_one(options, config, tmp_path):
+    quietly(options, config, tmp_path / "whole")
+    quietly(options, config, tmp_path / "broken", stop_after=4)
+    quietly(options, config, tmp_path / "broken", resume=True)
+    # Bit for bit: batches are a function of (seed, step) and all state is in the checkpoint.
+    assert losses_of(tmp_path / "broken") == losses_of(tmp_path / "whole")
+    whole, broken = (Checkpoint.load(tmp_path / x / CHECKPOINT) for x in ("whole", "broken"))
+    assert whole.model.keys() == broken.model.keys()
+    assert all(torch.equal(whole.model[key], broken.model[key]) for key in whole.model)
+    assert whole.statistics.to_dict() == broken.statistics.to_dict()
+
+
+def test_the_seed_decides_and_nothing_else(options, config, tmp_path):
+    quietly(options, config, tmp_path / "a")
+    torch.rand(7)  # the state a caller left behind must not matter
+    quietly(options, config, tmp_path / "b")
+    quietly(dataclasses.replace(options, seed=1), config, tmp_path / "c")
+    assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
+    assert losses_of(tmp_path / "a") != losses_of(tmp_path / "c")
+
+
+def test_statistics_count_the_anchors_that_were_trained_on(options, config, tmp_path):
+    quietly(options, config, tmp_path)
+    detector = build_detector(config)
+    dataset = open_dataset(options.data, "train", seed=options.seed)
+    view = TrainingView(dataset, config, (0.0, 0.0))
+    expected = torch.zeros(len(config.class_names) + 1, dtype=torch.int64)
+    for draws in StepSampler(len(dataset), options.batch_size, options.seed, 0, options.steps):
+        labels = detector.labels([view[draw][1] for draw in draws])
+        expected += torch.bincount(labels[labels >= 0], minlength=len(expected))
+    statistics = Checkpoint.load(tmp_path / CHECKPOINT).statistics
+    assert statistics.anchors == int(expected.sum())
+    assert statistics.positives.tolist() == expected[:-1].tolist()
+    held_out = open_dataset(options.data, "val", seed=options.seed)
+    boxes = sum(len(held_out[i].labels) for i in range(len(held_out)))
+    assert int(statistics.ground_truths.sum()) == boxes
+
+
+@pytest.mark.parametrize("cls_loss", ["ghm", "focal", "ce"])
+@pytest.mark.parametrize("reg_loss", ["ghm", "sl1"])
+def test_every_pair_of_losses_learns(cls_loss, reg_loss, options, config, tmp_path):
+    chosen = dataclasses.replace(
+        options, cls_loss=cls_loss, reg_loss=reg_loss, steps=30, batch_size=8, strength_end=None
+    )
+    quietly(chosen, config, tmp_path)
+    lines = losses_of(tmp_path)
+    first, last = lines[0], lines[-5:]
+    assert sum(x["classification"] for x in last) / 5 < 0.7 * first["classification"]
+
+
+def test_mixed_precision_trains(options, config, tmp_path):
+    quietly(dataclasses.replace(options, amp="bf16"), config, tmp_path)
+    assert len(losses_of(tmp_path)) == options.steps
+
+
+def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(options, config, tmp_path):
+    quietly(options, config, tmp_path, stop_after=3)
+    sound = (tmp_path / CHECKPOINT).read_bytes()
+    saved = Checkpoint.load(tmp_path / CHECKPOINT)
+    saved.model["head.classification_head.cls_logits.bias"].fill_(float("nan"))
+    saved.save(tmp_path / CHECKPOINT)
+    poisoned = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(TrainingError, match="step 3: .*nan.*is not finite"):
+        quietly(options, config, tmp_path, resume=True)
+    assert (tmp_path / CHECKPOINT).read_bytes() == poisoned != sound
+
+
+def test_resuming_with_other_options_is_refused_by_name(options, config, tmp_path):
+    quietly(options, config, tmp_path, stop_after=3)
+    with pytest.raises(ValueError, match=r"'lr': \(0\.\d+, 0\.5\)"):
+        quietly(dataclasses.replace(options, lr=0.5), config, tmp_path, resume=True)
+    wider = dataclasses.replace(config, channels=24)
+    with pytest.raises(ValueError, match="another detector"):
+        quietly(options, wider, tmp_path, resume=True)
+
+
+def test_asking_for_a_gpu_that_is_not_there_says_so(options, config, tmp_path):
+    if torch.cuda.is_available():
+        assert train(options, config, tmp_path, device="cuda", progress=False).held_out
+        return
+    with pytest.raises(ValueError, match="no CUDA device"):
+        train(options, config, tmp_path, device="cuda", progress=False)
+
+
+def test_two_processes_train_as_one_and_share_the_density(tmp_path):
+    """`torchrun` with two processes: one checkpoint, all anchors of the whole batch counted."""
+    out = tmp_path / "two"
+    arguments = "--data digits:images=32,held_out_images=4,size=96 --image-size 96x96 --channels 16"
+    arguments += " --head-convs 1 --steps 4 --batch-size 4 --device cpu"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launch += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [*launch, "-m", "ghm_triton.cli", "train", "--out", str(out), *arguments.split()]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    alone = tmp_path / "one"
+    command = [sys.executable, "-m", "ghm_triton.cli", "train", "--out", str(alone)]
+    subprocess.run([*command, *arguments.split()], check=True, timeout=240)
+    together, single = Checkpoint.load(out / CHECKPOINT), Checkpoint.load(alone / CHECKPOINT)
+    assert together.statistics.positives.tolist() == single.statistics.positives.tolist()
+    assert together.statistics.anchors == single.statistics.anchors
+    # The first counts come from equal weights. Batch norm sees half the batch a process, so the
+    # gradient norms differ a little; the number of valid entries does not.
+    key = "head.classification_loss.loss.density.smoothed"
+    assert together.model[key].sum() == pytest.approx(float(single.model[key].sum()), rel=1e-6)
