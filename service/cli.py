@@ -6,6 +6,7 @@ import argparse
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +151,8 @@ def _serve(settings: Settings) -> None:
         print(_thresholds_table(model.card))
         print(f"{model.card.name} runs on {model.providers[0]}, {settings.threads} threads")
         print(f"serving at {_url(listener)}", flush=True)
-        uvicorn.Server(config).run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # Ctrl+C has stopped the server in good order by now
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,0 +1,282 @@
+"""A real detector for the service's tests: it finds patches of red, green and blue.
+
+It is small enough to build in a moment and keeps the whole contract: overridable thresholds and
+IoU, non-maximum suppression, padded and sorted outputs, any batch. A patch is a 16 x 16 box on a
+grid of 8 pixels; its score for a colour is a sigmoid of how much of that colour its mean has.
+"""
+
+import io
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+from PIL import Image
+from starlette.testclient import TestClient
+
+from export.contract import (
+    CARD_KEY,
+    INPUT,
+    IOU_INPUT,
+    THRESHOLDS_INPUT,
+    DetectorCard,
+    Preprocessing,
+    StatisticsCard,
+    ThresholdCard,
+    TrainingCard,
+    as_float32,
+)
+from service.app import create_app, load_model
+from service.model import ServedModel
+from service.schemas import ProblemDetails
+from service.settings import Settings
+
+HEIGHT, WIDTH, CELL, STRIDE = 64, 96, 16, 8
+CLASSES = ["red", "green", "blue"]
+THRESHOLDS = [as_float32(value) for value in (0.5, 0.6, 0.7)]
+MAX_DETECTIONS = 20
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def anchors() -> np.ndarray:
+    """The boxes, float32 [A, 4], row by row."""
+    rows = np.arange(0, HEIGHT - CELL + 1, STRIDE)
+    columns = np.arange(0, WIDTH - CELL + 1, STRIDE)
+    y, x = np.meshgrid(rows, columns, indexing="ij")
+    return np.stack([x, y, x + CELL, y + CELL], -1).reshape(-1, 4).astype(np.float32)
+
+
+def make_card(**changes: object) -> DetectorCard:
+    thresholds = [
+        ThresholdCard(
+            name=name,
+            threshold=threshold,
+            source="policy",
+            support=100,
+            ground_truths=50,
+            precision=0.9,
+            recall=0.8,
+        )
+        for name, threshold in zip(CLASSES, THRESHOLDS, strict=True)
+    ]
+    fields = {
+        "name": "colours",
+        "architecture": "patches",
+        "backbone": "mean colour",
+        "class_names": CLASSES,
+        "threshold_policy": "f1",
+        "thresholds": thresholds,
+        "iou_threshold": 0.25,
+        "candidates": 1000,
+        "max_detections": MAX_DETECTIONS,
+        "preprocessing": Preprocessing(height=HEIGHT, width=WIDTH, mean=MEAN, std=STD),
+        "statistics": StatisticsCard(
+            anchors=1000,
+            positives=[100, 100, 100],
+            ground_truths=[50, 50, 50],
+            positive_scores=[[0, 1]] * 3,
+            negative_scores=[[1, 0]] * 3,
+        ),
+        "training": TrainingCard(
+            data="none", losses={}, seed=0, steps=0, versions={}, checkpoint_sha256="0" * 64
+        ),
+    }
+    return DetectorCard.model_validate(fields | changes)
+
+
+def colour_weights() -> tuple[np.ndarray, np.ndarray]:
+    """Weights [C, 3] and bias [C] of logit = 8 * (own - the mean of the others) - 4."""
+    of_colour = np.full((3, 3), -4.0) + 12.0 * np.eye(3)
+    weights = of_colour * np.array(STD)  # the input is normalized; undo it here
+    bias = of_colour @ np.array(MEAN) - 4.0
+    return weights.astype(np.float32), bias.astype(np.float32)
+
+
+def post_processing(card: DetectorCard) -> list[NodeProto]:
+    """From `p`, scores [B, C, A], to the outputs: threshold, suppress, sort and pad."""
+    node = helper.make_node
+    minus_one = numpy_helper.from_array(np.array([-1], np.float32))
+    return [
+        node("Reshape", [THRESHOLDS_INPUT, "per_class"], ["bars"]),
+        node("GreaterOrEqual", ["p", "bars"], ["stands"]),
+        node("Where", ["stands", "p", "minus_one"], ["candidates"]),
+        node("Shape", [INPUT], ["batch"], start=0, end=1),
+        node("Concat", ["batch", "boxes_tail"], ["boxes_shape"], axis=0),
+        node("Expand", ["anchors", "boxes_shape"], ["every_box"]),
+        node(
+            "NonMaxSuppression",
+            ["every_box", "candidates", "total_row", IOU_INPUT, "zero_row"],
+            ["kept"],
+        ),
+        node("GatherND", ["candidates", "kept"], ["kept_scores"]),
+        node("Shape", ["candidates"], ["dense_shape"]),
+        node("ConstantOfShape", ["dense_shape"], ["nothing"], value=minus_one),
+        node("ScatterND", ["nothing", "kept", "kept_scores"], ["survivors"]),
+        node("Reshape", ["survivors", "flat"], ["flat_scores"]),
+        node("TopK", ["flat_scores", "k"], ["top", "places"], axis=1),
+        node("GreaterOrEqual", ["top", "zero"], ["found"]),
+        node("Where", ["found", "top", "zero"], ["scores"]),
+        node("Div", ["places", "total"], ["class_of"]),
+        node("Where", ["found", "class_of", "no_label"], ["labels"]),
+        node("Mod", ["places", "total"], ["anchor_of"]),
+        node("Gather", ["anchors", "anchor_of"], ["top_boxes"]),
+        node("Unsqueeze", ["found", "third"], ["found_column"]),
+        node("Where", ["found_column", "top_boxes", "zero"], ["boxes"]),
+        node("Cast", ["found"], ["ones"], to=TensorProto.INT64),
+        node("ReduceSum", ["ones", "second"], ["num_detections"], keepdims=0),
+    ]
+
+
+def build_detector(card: DetectorCard) -> bytes:
+    """A file that keeps the contract, with this card."""
+    boxes = anchors()
+    total, classes = len(boxes), len(card.class_names)
+    weights, bias = colour_weights()
+    pool = {"kernel_shape": [CELL, CELL], "strides": [STRIDE, STRIDE]}
+    nodes = [
+        helper.make_node("AveragePool", [INPUT], ["mean"], **pool),
+        helper.make_node("Conv", ["mean", "weights", "bias"], ["logits"]),
+        helper.make_node("Sigmoid", ["logits"], ["grid"]),
+        helper.make_node("Reshape", ["grid", "dense"], ["p"]),
+        *post_processing(card),
+    ]
+    initializers = {
+        "weights": weights.reshape(classes, 3, 1, 1),
+        "bias": bias,
+        "anchors": boxes,
+        "minus_one": np.array(-1, np.float32),
+        "zero": np.array(0, np.float32),
+        "zero_row": np.array([0], np.float32),
+        "no_label": np.array(-1),
+        "second": np.array([1]),
+        "third": np.array([2]),
+        "k": np.array([card.max_detections]),
+        "total": np.array(total),
+        "total_row": np.array([total]),
+        "boxes_tail": np.array([total, 4]),
+        "per_class": np.array([1, classes, 1]),
+        "dense": np.array([0, classes, total]),
+        "flat": np.array([0, classes * total]),
+        THRESHOLDS_INPUT: np.array(card.class_thresholds, np.float32),
+        IOU_INPUT: np.array([card.iou_threshold], np.float32),
+    }
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "colours",
+        [
+            info(INPUT, TensorProto.FLOAT, ["batch", 3, HEIGHT, WIDTH]),
+            info(THRESHOLDS_INPUT, TensorProto.FLOAT, [classes]),
+            info(IOU_INPUT, TensorProto.FLOAT, [1]),
+        ],
+        [
+            info("boxes", TensorProto.FLOAT, ["batch", "M", 4]),
+            info("scores", TensorProto.FLOAT, ["batch", "M"]),
+            info("labels", TensorProto.INT64, ["batch", "M"]),
+            info("num_detections", TensorProto.INT64, ["batch"]),
+        ],
+        [numpy_helper.from_array(value, name) for name, value in initializers.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, {CARD_KEY: card.to_json()})
+    return model.SerializeToString()
+
+
+def make_scene(
+    width: int, height: int, patches: dict[tuple[int, int, int, int], str]
+) -> Image.Image:
+    """A white image with coloured rectangles."""
+    image = Image.new("RGB", (width, height), "white")
+    for box, colour in patches.items():
+        image.paste(colour, box)
+    return image
+
+
+def encode_image(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def encode():
+    return encode_image
+
+
+@pytest.fixture(scope="session")
+def scene():
+    return make_scene
+
+
+@pytest.fixture(scope="session")
+def card() -> DetectorCard:
+    return make_card()
+
+
+@pytest.fixture(scope="session")
+def write_detector(tmp_path_factory: pytest.TempPathFactory):
+    """Writes a detector whose card has some fields changed; returns the path."""
+
+    def write(**changes: object) -> Path:
+        path = tmp_path_factory.mktemp("model") / "colours.onnx"
+        path.write_bytes(build_detector(make_card(**changes)))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def detector(write_detector) -> Path:
+    return write_detector()
+
+
+@pytest.fixture(scope="session")
+def settings(detector: Path) -> Settings:
+    return Settings(model=detector, threads=1, provider="cpu")
+
+
+@pytest.fixture(scope="session")
+def model(settings: Settings) -> ServedModel:
+    model = load_model(settings)
+    model.warm_up()
+    return model
+
+
+@pytest.fixture(scope="session")
+def client(settings: Settings, model: ServedModel):
+    with TestClient(create_app(settings, model)) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def image() -> Image.Image:
+    """Twice the model's size, so that boxes come back doubled; scores 0.98, 0.93 and 0.98."""
+    patches = {
+        (32, 32, 64, 64): "#ff0000",
+        (128, 32, 160, 64): "#00d000",
+        (64, 80, 96, 112): "#0000ff",
+    }
+    return make_scene(192, 128, patches)
+
+
+@pytest.fixture(scope="session")
+def png(image: Image.Image) -> bytes:
+    return encode_image(image)
+
+
+@pytest.fixture(scope="session")
+def problem():
+    """Checks that an answer is a problem of a status; returns its detail."""
+
+    def check(response: httpx.Response, status: int) -> str:
+        assert response.status_code == status, response.text
+        assert response.headers["content-type"] == "application/problem+json"
+        body = ProblemDetails.model_validate(response.json())
+        assert body.status == status
+        assert body.detail == body.error
+        assert body.request_id == response.headers["x-request-id"]
+        return body.detail
+
+    return check

@@ -1,0 +1,143 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.images import decode, letterbox
+from service.schemas import DetectManyResponse, DetectResponse
+
+URL = "/v1/detect"
+
+
+def send(client, png, **options):
+    """One image with options in the query."""
+    response = client.post(URL, content=png, params=options)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def boxes(body) -> dict[str, list[float]]:
+    return {found["class"]: found["box"] for found in body["detections"]}
+
+
+def test_raw_body(client, png):
+    response = client.post(URL, content=png, headers={"Content-Type": "image/png"})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    DetectResponse.model_validate(body)
+    assert body["model"] == "colours"
+    assert body["image"] == {"width": 192, "height": 128}
+    assert boxes(body) == {
+        "red": [32, 32, 64, 64],
+        "green": [128, 32, 160, 64],
+        "blue": [64, 80, 96, 112],
+    }
+
+
+def test_every_detection_names_the_threshold_that_it_passed(client, png, card):
+    for found in send(client, png)["detections"]:
+        assert found["threshold"] == card.class_thresholds[found["label"]]
+        assert found["class"] == card.class_names[found["label"]]
+        assert found["score"] >= found["threshold"]
+
+
+def test_the_service_answers_what_the_model_says(client, model, png, card):
+    row, geometry = letterbox(decode(png, 10**6), card.preprocessing)
+    truth = model.detect(row[None])[0]
+    found = send(client, png)["detections"]
+    assert [one["score"] for one in found] == truth.scores.tolist()
+    assert [one["label"] for one in found] == truth.labels.tolist()
+    expected = geometry.to_image(truth.boxes)
+    # Boxes are answered to a thousandth of a pixel.
+    np.testing.assert_allclose([one["box"] for one in found], expected, atol=0.0005 + 1e-12)
+
+
+def test_one_file_is_one_object(client, png):
+    body = client.post(URL, files={"file": ("a.png", png)}).json()
+    DetectResponse.model_validate(body)
+    assert boxes(body) == boxes(send(client, png))
+
+
+def test_files_are_a_list_in_order(client, encode, scene, png):
+    other = encode(scene(96, 64, {(0, 0, 16, 16): "#ff0000"}), "JPEG", quality=95)
+    files = [("files", ("a.png", png)), ("files", ("b.jpg", other)), ("files", ("c.png", png))]
+    body = client.post(URL, files=files).json()
+    DetectManyResponse.model_validate(body)
+    first, second, third = body["results"]
+    assert boxes(first) == boxes(third) == boxes(send(client, png))
+    assert second["image"] == {"width": 96, "height": 64}
+    assert boxes(second) == {"red": [0, 0, 16, 16]}
+
+
+def test_one_of_files_is_a_list_too(client, png):
+    body = client.post(URL, files={"files": ("a.png", png)}).json()
+    assert len(DetectManyResponse.model_validate(body).results) == 1
+
+
+def test_upright_pixels_are_answered_in(client, encode, image):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encode(image.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    body = send(client, turned)
+    assert body["image"] == {"width": 192, "height": 128}
+    assert boxes(body)["red"] == [32, 32, 64, 64]
+
+
+def test_nothing_found_is_an_empty_list(client, encode, scene):
+    assert send(client, encode(scene(50, 50, {})))["detections"] == []
+
+
+def test_timings_add_up(client, png):
+    timings = send(client, png)["timings"]
+    parts = timings["read_ms"] + timings["decode_ms"] + timings["inference_ms"]
+    # Each of the four is rounded to a thousandth.
+    assert 0 < parts <= timings["total_ms"] + 0.002
+
+
+def test_the_image_at_fault_is_named(client, png, problem):
+    files = [("files", ("good.png", png)), ("files", ("bad.png", b"nonsense"))]
+    assert "files[1] 'bad.png': not an image" in problem(client.post(URL, files=files), 415)
+
+
+def test_what_is_no_image_is_415(client, problem):
+    headers = {"Content-Type": "image/png"}
+    detail = problem(client.post(URL, content=b"%PDF-1.7", headers=headers), 415)
+    assert "JPEG, PNG, WebP, BMP, TIFF, GIF" in detail
+
+
+def test_an_image_of_too_many_pixels_is_413(settings, model, encode, problem):
+    limits = settings.model_copy(update={"max_pixels": 5000})
+    with TestClient(create_app(limits, model)) as client:
+        detail = problem(client.post(URL, content=encode(Image.new("L", (100, 51)))), 413)
+    assert "the body: the image is 100 x 51 pixels; at most 5000" in detail
+
+
+def test_another_method_is_405(client, problem):
+    response = client.get(URL)
+    problem(response, 405)
+    assert response.headers["allow"] == "POST"
+
+
+def test_before_the_model_is_ready_503(settings, problem):
+    client = TestClient(create_app(settings))  # without its start, no model is loaded
+    response = client.post(URL, content=b"x")
+    assert "not ready: the model is not loaded" in problem(response, 503)
+    assert response.headers["retry-after"] == "1"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    head=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"II*\0"]),
+    tail=st.binary(max_size=200),
+    query=st.dictionaries(
+        st.sampled_from(["threshold", "thresholds", "classes", "iou", "max_detections", "x"]),
+        st.text(max_size=20),
+        max_size=2,
+    ),
+)
+def test_no_bytes_and_no_options_break_the_service(client, head, tail, query):
+    response = client.post(URL, content=head + tail, params=query)
+    assert response.status_code in (200, 400, 413, 415, 422), response.text

@@ -1,0 +1,82 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from export.contract import CardError
+from service.app import create_app
+from service.model import ModelError
+from service.settings import Settings, SettingsError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_importing_the_service_pulls_in_no_torch():
+    code = (
+        "import sys, service.app, service.cli\n"
+        "heavy = {'torch', 'torchvision', 'ghm_triton', 'triton'}\n"
+        "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_command_alone_imports_nothing_heavy():
+    code = (
+        "import sys, service.cli\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'fastapi', 'pydantic', 'PIL', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_settings_come_from_the_environment(monkeypatch, detector):
+    monkeypatch.setenv("GHM_MODEL", str(detector))
+    assert create_app().state.service.settings.model == detector
+
+
+def test_without_settings_and_environment(monkeypatch):
+    monkeypatch.delenv("GHM_MODEL", raising=False)
+    with pytest.raises(SettingsError, match="GHM_MODEL"):
+        create_app()
+
+
+def test_the_start_fails_without_the_file(tmp_path):
+    app = create_app(Settings(model=tmp_path / "none.onnx"))
+    with pytest.raises(FileNotFoundError), TestClient(app):
+        pass
+
+
+def test_the_start_fails_with_a_file_that_breaks_the_contract(tmp_path):
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(b"not a model")
+    with pytest.raises(CardError, match=r"bad\.onnx"), TestClient(create_app(Settings(model=path))):
+        pass
+
+
+def test_the_start_fails_where_the_provider_does_not_work(detector, monkeypatch):
+    monkeypatch.setattr("service.model._has_cuda_device", lambda: False)
+    app = create_app(Settings(model=detector, provider="cuda"))
+    with pytest.raises(ModelError, match="cuda does not work here"), TestClient(app):
+        pass
+
+
+def test_requests_at_once_get_their_own_answers(client, encode, scene):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(place: int) -> list[float]:
+        box = (16 * place, 16, 16 * place + 16, 32)
+        content = encode(scene(96, 64, {box: "#ff0000"}))
+        (found,) = client.post("/v1/detect", content=content).json()["detections"]
+        return found["box"]
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(ask, [0, 1, 2, 3, 4, 5] * 4))
+    assert answers == [[16 * p, 16, 16 * p + 16, 32] for p in [0, 1, 2, 3, 4, 5] * 4]

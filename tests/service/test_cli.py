@@ -1,0 +1,148 @@
+"""The command as a user runs it: a process, a printed address, real requests."""
+
+import argparse
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.cli import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+RUN = (
+    "import argparse, sys\n"
+    "from service.cli import COMMANDS\n"
+    "parser = argparse.ArgumentParser(prog='ghm serve')\n"
+    "COMMANDS[0].configure(parser)\n"
+    "sys.exit(COMMANDS[0].run(parser.parse_args()))\n"
+)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", RUN, *map(str, arguments)]
+
+
+def refused(*arguments: object) -> str:
+    """What a start that must fail says."""
+    done = subprocess.run(
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def served(detector):
+    """A running service: its address and what it printed."""
+    arguments = command(detector, "--port", 0, "--threads", 1, "--max-upload-mb", 0.5)
+    with subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            printed = []
+            while not (printed and printed[-1].startswith("serving at ")):
+                line = process.stdout.readline()
+                assert line, process.stderr.read()  # it ended before it served
+                printed.append(line)
+            yield printed[-1].split()[-1], "".join(printed)
+        finally:
+            process.send_signal(signal.SIGINT)
+            _, log = process.communicate(timeout=60)
+        assert process.returncode == 0, log
+        assert "Traceback" not in log
+
+
+def test_prints_thresholds_and_an_address(served):
+    url, printed = served
+    lines = printed.splitlines()
+    assert lines[0] == "thresholds by policy 'f1':"
+    assert lines[1].split() == ["class", "threshold", "from", "positives", "precision", "recall"]
+    assert lines[2].split() == ["red", "0.5000", "policy", "100", "0.900", "0.800"]
+    assert [line.split()[0] for line in lines[2:5]] == ["red", "green", "blue"]
+    assert lines[5] == "colours runs on CPUExecutionProvider, 1 threads"
+    assert url.startswith("http://127.0.0.1:")
+    assert not url.endswith(":0")
+
+
+def test_detects_over_a_real_connection(served, png, client):
+    url, _ = served
+    answer = httpx.post(f"{url}/v1/detect", files={"file": ("a.png", png)}).json()
+    expected = client.post("/v1/detect", content=png).json()
+    assert answer["detections"] == expected["detections"] != []
+
+
+def test_is_ready_as_soon_as_the_address_is_printed(served):
+    assert httpx.get(f"{served[0]}/health/ready").json() == {"status": "ready"}
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_too_large_a_body_gets_its_413_over_a_real_connection(served, chunked):
+    def chunks():
+        for _ in range(64):
+            yield b"x" * 2**16
+
+    content = chunks() if chunked else b"x" * 2**22
+    response = httpx.post(f"{served[0]}/v1/detect", content=content)
+    assert response.status_code == 413
+    assert str(2**19) in response.json()["error"]
+
+
+def test_a_client_that_goes_away_does_no_harm(served, png):
+    url, _ = served
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = "POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
+        connection.sendall(head.encode() + png[:100])
+    assert httpx.post(f"{url}/v1/detect", content=png).status_code == 200
+
+
+def test_no_model():
+    assert "GHM_MODEL is not set" in refused()
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    path = tmp_path / "none.onnx"
+    assert refused(path) == f"ghm serve: {path}: No such file or directory\n"
+
+
+def test_a_file_that_is_no_detector(tmp_path):
+    path = tmp_path / "bad.onnx"
+    path.write_text("hello")
+    assert refused(path) == f"ghm serve: {path}: not an ONNX file, or cut short\n"
+
+
+def test_a_port_that_is_taken(detector):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = refused(detector, "--port", port)
+    assert said == f"ghm serve: cannot listen at 127.0.0.1:{port}: Address already in use\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "70000"], "port is 70000"),
+        (["--threads", "0"], "threads is 0"),
+        (["--provider", "tpu"], "invalid choice: 'tpu'"),
+        (["--max-upload-mb", "nan"], "must be a positive number, got nan"),
+        (["--max-megapixels", "1000"], "max_pixels is 1000000000"),
+    ],
+)
+def test_an_option_that_cannot_be(detector, arguments, message):
+    assert message in refused(detector, *arguments)
+
+
+def test_the_command_is_found_by_its_fields():
+    (serve,) = COMMANDS
+    assert (serve.name, serve.extra) == ("serve", "serve")
+    parser = argparse.ArgumentParser()
+    serve.configure(parser)
+    text = parser.format_help()
+    assert "ghm serve detector.onnx" in text
+    assert "curl -F file=@photo.jpg" in text
+    assert serve.help

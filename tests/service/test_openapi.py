@@ -1,0 +1,133 @@
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from export.file import read_detector
+from service.app import create_app
+from service.model import ModelError, ServedModel
+from service.options import DetectOptions
+from service.schemas import DetectResponse
+
+
+@pytest.fixture(scope="module")
+def document(client):
+    return client.get("/openapi.json").json()
+
+
+class BrokenModel(ServedModel):
+    """Loads and does not run."""
+
+    def detect(self, *inputs):
+        raise ModelError("broken")
+
+
+@pytest.fixture
+def unready(settings) -> TestClient:
+    return TestClient(create_app(settings))  # without its start, no model is loaded
+
+
+def test_every_documented_status_of_detect_is_real_and_no_other(
+    document, client, unready, settings, detector, png, encode
+):
+    model = BrokenModel(read_detector(detector), provider="cpu")
+    model.warm = True
+    requests = [
+        (client, {"content": png}),
+        (client, {"content": b""}),
+        (client, {"content": encode(Image.new("L", (7000, 7000)))}),
+        (client, {"content": b"x"}),
+        (client, {"content": png, "params": {"iou": "2"}}),
+        (TestClient(create_app(settings, model)), {"content": png}),
+        (unready, {"content": png}),
+    ]
+    real = [one.post("/v1/detect", **request).status_code for one, request in requests]
+    assert real == [200, 400, 413, 415, 422, 500, 503]
+    documented = document["paths"]["/v1/detect"]["post"]["responses"]
+    assert sorted(int(status) for status in documented) == real
+
+
+def test_every_documented_status_of_the_others_is_real_and_no_other(
+    document, client, unready, settings
+):
+    broken_app = create_app(settings)
+    del broken_app.state.service
+    broken = TestClient(broken_app)
+    real = {
+        "/v1/models": {one.get("/v1/models").status_code for one in (client, unready, broken)},
+        "/v1/models/{name}": {
+            client.get("/v1/models/x").status_code,
+            *(one.get("/v1/models/colours").status_code for one in (client, unready, broken)),
+        },
+        "/health/live": {one.get("/health/live").status_code for one in (client, unready, broken)},
+        "/health/ready": {one.get("/health/ready").status_code for one in (client, unready)},
+    }
+    for path, statuses in real.items():
+        responses = document["paths"][path]["get"]["responses"]
+        assert {int(status) for status in responses} == statuses, path
+
+
+def test_every_path_is_documented_with_its_only_method(document):
+    assert {path: list(operations) for path, operations in document["paths"].items()} == {
+        "/v1/detect": ["post"],
+        "/v1/models": ["get"],
+        "/v1/models/{name}": ["get"],
+        "/health/live": ["get"],
+        "/health/ready": ["get"],
+    }
+
+
+def test_errors_are_documented_as_problems(document):
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            for status, response in operation["responses"].items():
+                kinds = list(response["content"])
+                wanted = "application/problem+json" if int(status) >= 400 else "application/json"
+                assert kinds == [wanted], (path, status)
+
+
+def references(part) -> list[str]:
+    if isinstance(part, dict):
+        own = [part["$ref"]] if "$ref" in part else []
+        return own + [found for value in part.values() for found in references(value)]
+    return (
+        [found for value in part for found in references(value)] if isinstance(part, list) else []
+    )
+
+
+def test_every_reference_leads_somewhere(document):
+    found = references(document)
+    assert found
+    for reference in found:
+        assert reference.removeprefix("#/components/schemas/") in document["components"]["schemas"]
+
+
+def test_fastapis_own_errors_are_gone(document):
+    assert "HTTPValidationError" not in str(document)
+
+
+def test_options_are_documented_in_query_and_form(document):
+    operation = document["paths"]["/v1/detect"]["post"]
+    names = {parameter["name"]: parameter for parameter in operation["parameters"]}
+    assert set(names) == set(DetectOptions.model_fields)
+    form = operation["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+    assert set(form) == {"file", "files", *DetectOptions.model_fields}
+    assert names["threshold"]["schema"]["type"] == form["threshold"]["type"] == "number"
+    assert names["max_detections"]["schema"]["type"] == "integer"
+
+
+def test_answers_have_examples_that_are_valid(document):
+    def example(name: str) -> dict:
+        properties = document["components"]["schemas"][name]["properties"]
+        return {field: schema["examples"][0] for field, schema in properties.items()}
+
+    answer = {
+        "model": "pets",
+        "image": example("ImageSize"),
+        "detections": [example("Detection")],
+        "timings": example("Timings"),
+    }
+    DetectResponse.model_validate(answer)
+
+
+def test_docs_page(client):
+    assert client.get("/docs").status_code == 200
