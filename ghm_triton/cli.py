@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
+from typing import Any
 
 from ghm_triton import __version__
 from ghm_triton.command import Command
@@ -53,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `ghm`; returns the exit code: 0 done, 1 a check failed, 2 it could not be done."""
     arguments = build_parser(gather()).parse_args(argv)
     command: Command = arguments.command
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _run(command, arguments)
+
+
+def _run(command: Command, arguments: argparse.Namespace) -> int:
     try:
         return command.run(arguments)
     except ModuleNotFoundError as error:
@@ -70,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"{error}")
     except KeyboardInterrupt:
         return _refuse("interrupted")
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as a sentence, without the line of code that it comes from."""
+    print(f"ghm: warning: {message}", file=sys.stderr)
 
 
 def _refuse(reason: str) -> int:

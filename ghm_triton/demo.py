@@ -125,7 +125,7 @@ def _post(url: str, image: bytes) -> dict[str, Any]:
 def _draw(answer: dict[str, Any], image: Path, path: Path) -> None:
     from PIL import Image
 
-    from ghm_triton.detection.plots import draw_detections
+    from ghm_triton.drawing import draw_detections
 
     shown = [
         (found["box"], f"{found['class']} {found['score']:.2f}", found["label"])

@@ -1,14 +1,12 @@
-"""Pictures of what training did: gradient norms, thresholds and detections."""
+"""Pictures of what training did: gradient norms and thresholds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ghm_triton.detection.data import DetectionDataset
@@ -19,7 +17,6 @@ from ghm_triton.statistics import SCORE_BINS, ClassStatistics
 from ghm_triton.thresholds import ClassThresholds
 
 CROSS_ENTROPY, HARMONIZED, FULL = "#7f7f7f", "#1f77b4", "#d62728"
-PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
 
 
 def gradient_norms(detector: Detector, dataset: DetectionDataset, images: int = 64) -> Tensor:
@@ -113,34 +110,6 @@ def plot_thresholds(statistics: ClassStatistics, thresholds: ClassThresholds, pa
     figure.supylabel("held-out detections", fontsize=9)
     figure.suptitle(f"thresholds by policy {thresholds.policy}", fontsize=10)
     _save(figure, path)
-
-
-def draw_detections(
-    image: Image.Image, detections: Iterable[tuple[list[float], str, int]]
-) -> Image.Image:
-    """Draw boxes with their captions; small images are enlarged so that captions fit.
-
-    Args:
-        image: RGB.
-        detections: `(box, caption, label)`, the box `x1, y1, x2, y2` in pixels.
-
-    Returns:
-        A new RGB image.
-    """
-    zoom = max(1, round(512 / max(image.size)))
-    canvas = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=14)
-    for box, caption, label in detections:
-        colour = PALETTE[label % len(PALETTE)]
-        x1, y1, x2, y2 = (value * zoom for value in box)
-        draw.rectangle((x1, y1, x2, y2), outline=colour, width=2)
-        left, top, right, bottom = draw.textbbox((x1, y1), caption, font=font, anchor="lb")
-        if top < 0:
-            left, top, right, bottom = draw.textbbox((x1, y1), caption, font=font, anchor="lt")
-        draw.rectangle((left - 2, top - 2, right + 2, bottom + 2), fill=colour)
-        draw.text((left, top), caption, fill="white", font=font, anchor="lt")
-    return canvas
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -1,11 +1,9 @@
-import pytest
 import torch
 from PIL import Image
 
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.plots import (
-    draw_detections,
     gradient_norms,
     plot_gradient_norms,
     plot_thresholds,
@@ -36,18 +34,3 @@ def test_plots_are_pictures(trained, tmp_path):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 400
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
-
-
-def test_boxes_are_drawn_where_they_are():
-    drawn = draw_detections(Image.new("RGB", (64, 32), "white"), [([8.0, 12, 40, 28], "seven", 7)])
-    assert drawn.size == (512, 256)
-    assert drawn.getpixel((64, 160)) != (255, 255, 255)  # left edge, eight times enlarged
-    assert drawn.getpixel((200, 160)) == (255, 255, 255)  # inside
-    untouched = draw_detections(Image.new("RGB", (64, 32), "white"), [])
-    assert untouched.getcolors() == [(512 * 256, (255, 255, 255))]
-
-
-@pytest.mark.parametrize("box", [[0.0, 0.0, 20.0, 20.0], [600.0, 5.0, 640.0, 40.0]])
-def test_captions_at_the_edge_do_not_fail(box):
-    image = draw_detections(Image.new("RGB", (640, 480)), [(box, "a long caption 0.99", 3)])
-    assert image.size == (640, 480)

@@ -85,7 +85,7 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(options, co
     saved.model["head.classification_head.cls_logits.bias"].fill_(float("nan"))
     saved.save(tmp_path / CHECKPOINT)
     poisoned = (tmp_path / CHECKPOINT).read_bytes()
-    with pytest.raises(TrainingError, match="step 3: .*nan.*is not finite"):
+    with pytest.raises(TrainingError, match=r"step 3: .*nan.*is not finite"):
         quietly(options, config, tmp_path, resume=True)
     assert (tmp_path / CHECKPOINT).read_bytes() == poisoned != sound
 

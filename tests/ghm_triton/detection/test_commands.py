@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+from ghm_triton import cli
+from ghm_triton.detection.checkpoint import Checkpoint
+from ghm_triton.detection.commands import image_size
+
+SMALL = "--data digits:images=16,held_out_images=4,size=96 --image-size 96x96 --channels 16"
+RUN = [*SMALL.split(), "--head-convs", "1", "--batch-size", "4", "--device", "cpu"]
+
+
+def test_train_goes_from_flags_to_a_checkpoint(tmp_path, capsys):
+    flags = [*RUN, "--steps", "4", "--cls-loss", "focal", "--reg-loss", "sl1", "--lr", "0.001"]
+    assert cli.main(["train", "--out", str(tmp_path), *flags]) == 0
+    saved = Checkpoint.load(tmp_path / "checkpoint.pt")
+    assert saved.training["cls_loss"] == "focal"
+    assert saved.training["step"] == 4
+    assert (saved.config.image_size, saved.config.channels) == ((96, 96), 16)
+    printed = capsys.readouterr().out
+    assert "AP50" in printed
+    assert "split val" in printed
+
+
+def test_resume_takes_its_options_from_the_checkpoint(tmp_path, capsys):
+    assert cli.main(["train", "--out", str(tmp_path), *RUN, "--steps", "2"]) == 0
+    assert cli.main(["train", "--out", str(tmp_path), "--resume", "--device", "cpu"]) == 0
+    assert Checkpoint.load(tmp_path / "checkpoint.pt").training["step"] == 2
+
+
+def test_eval_prints_what_it_computed(trained, capsys):
+    assert cli.main(["eval", str(trained), "--split", "test", "--device", "cpu", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == 12
+    assert set(result["per_class"]) == set("0123456789")
+
+
+def test_thresholds_print_and_plot(trained, tmp_path, capsys):
+    picture = tmp_path / "t.png"
+    flags = ["--policy", "fixed=0.25", "--plot", str(picture)]
+    assert cli.main(["thresholds", str(trained), *flags]) == 0
+    assert "policy fixed=0.25" in capsys.readouterr().out
+    assert picture.stat().st_size > 1000
+    assert cli.main(["thresholds", str(trained), "--policy", "prior", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "ghm: warning: class '7' was never a positive in training" in printed.err
+    entries = json.loads(printed.out)["entries"]
+    assert [entry["name"] for entry in entries] == list("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--data", "faces"], "unknown data set 'faces'"),
+        (["train", "--image-size", "100x96"], "image_size must be multiples of 32"),
+        (["train", "--strength", "3"], "strength must lie in [0, 1], got 3.0"),
+        (["train", "--train-split", "everything"], "unknown split 'everything'"),
+        (["train", "--resume"], "no such checkpoint"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(words, message, tmp_path, capsys):
+    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_policy_lists_the_known(trained, capsys):
+    assert cli.main(["thresholds", str(trained), "--policy", "best"]) == 2
+    assert "unknown policy 'best'; choose from prior, f1" in capsys.readouterr().err
+
+
+def test_image_size_reads_height_first():
+    assert image_size("256x320") == (256, 320)
+    with pytest.raises(Exception, match="expected HEIGHTxWIDTH"):
+        image_size("256")
