@@ -127,6 +127,15 @@ class TrainingCard(_Frozen):
     versions: dict[str, str]
     checkpoint_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
+    @field_validator("losses")
+    @classmethod
+    def _is_json(cls, losses: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(losses, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"losses must be what JSON can hold: {error}") from error
+        return losses
+
 
 class DetectorCard(_Frozen):
     """Everything that a reader of `detector.onnx` may rely on."""
@@ -166,13 +175,8 @@ class DetectorCard(_Frozen):
         return [entry.threshold for entry in self.thresholds]
 
     def to_json(self) -> str:
-        """The card as JSON with sorted keys, so that equal cards are equal bytes.
-
-        Raises:
-            ValueError: `training.losses` holds NaN or infinity, which JSON cannot.
-        """
-        fields = self.model_dump(mode="json")
-        return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        """The card as JSON with sorted keys, so that equal cards are equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Self:

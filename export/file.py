@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -176,7 +176,7 @@ def _check_image_input(graph: GraphProto, card: DetectorCard) -> None:
     initialized = {tensor.name for tensor in graph.initializer}
     required = {value.name: value for value in graph.input if value.name not in initialized}
     if list(required) != [INPUT]:
-        raise CardError(f"the graph's inputs are {sorted(required)}; there must be one, {INPUT!r}")
+        raise CardError(f"the graph's inputs are {_names(required)}; there must be one, {INPUT!r}")
     height, width = card.preprocessing.height, card.preprocessing.width
     wanted = f"float32 [batch, 3, {height}, {width}] with a batch of any size"
     shape = _shape(required[INPUT])
@@ -192,7 +192,7 @@ def _check_outputs(graph: GraphProto) -> None:
     found = {value.name: value for value in graph.output}
     for name in OUTPUTS:
         if name not in found:
-            raise CardError(f"the graph has no output {name!r}; it has {sorted(found)}")
+            raise CardError(f"the graph has no output {name!r}; it has {_names(found)}")
         element, rank = _OUTPUT_TYPES[name]
         shape = _shape(found[name])
         right_type = found[name].type.tensor_type.elem_type == element
@@ -250,6 +250,11 @@ def _tensors_of_node(node: NodeProto) -> Iterator[TensorProto]:
             yield from _tensors(attribute.g)
         for graph in attribute.graphs:
             yield from _tensors(graph)
+
+
+def _names(values: Iterable[object]) -> list[str]:
+    """Names in order. One that is not UTF-8 comes out of protobuf as bytes."""
+    return sorted(map(str, values))
 
 
 def _shape(value: ValueInfoProto) -> list[int | None] | None:

@@ -1,0 +1,197 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from export.contract import CardError, DetectorCard, Preprocessing, ThresholdCard, as_float32
+
+
+def fields(**changes: object) -> dict:
+    """A card's fields, as JSON has them."""
+    thresholds = [
+        {
+            "name": name,
+            "threshold": threshold,
+            "source": "policy",
+            "support": 10,
+            "ground_truths": 5,
+            "precision": 0.5,
+            "recall": 0.5,
+        }
+        for name, threshold in (("dog", 0.5), ("cat", 0.25))
+    ]
+    card = {
+        "format_version": 1,
+        "name": "pets",
+        "architecture": "retinanet",
+        "backbone": "resnet18",
+        "class_names": ["dog", "cat"],
+        "threshold_policy": "f1",
+        "thresholds": thresholds,
+        "iou_threshold": 0.5,
+        "candidates": 1000,
+        "max_detections": 100,
+        "preprocessing": {"height": 64, "width": 96, "mean": [0, 0, 0], "std": [1, 1, 1]},
+        "statistics": {
+            "anchors": 100,
+            "positives": [1, 2],
+            "ground_truths": [1, 2],
+            "positive_scores": [[0, 1], [1, 1]],
+            "negative_scores": [[0, 1], [1, 1]],
+        },
+        "training": {
+            "data": "pets",
+            "losses": {"classification": {"name": "ghm_c", "bins": 30}},
+            "seed": 0,
+            "steps": 10,
+            "versions": {"torch": "2"},
+            "checkpoint_sha256": "a" * 64,
+        },
+    }
+    return card | changes
+
+
+def read(**changes: object) -> DetectorCard:
+    return DetectorCard.from_json(json.dumps(fields(**changes)))
+
+
+def test_a_card_comes_back_from_json_as_it_was():
+    card = read()
+    assert DetectorCard.from_json(card.to_json()) == card
+    assert card.class_thresholds == [0.5, 0.25]
+
+
+def test_equal_cards_are_equal_bytes():
+    backwards = dict(reversed(fields().items()))
+    assert DetectorCard.from_json(json.dumps(backwards)).to_json() == read().to_json()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, {1, 2}])
+def test_a_value_that_json_cannot_hold_is_refused(value):
+    training = fields()["training"] | {"losses": {"weight": value}}
+    with pytest.raises(ValidationError, match="losses must be what JSON can hold"):
+        DetectorCard.model_validate(fields(training=training))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "9" * 5000])
+def test_what_is_not_json_is_refused(text):
+    with pytest.raises(CardError, match="the card is not JSON"):
+        DetectorCard.from_json(text)
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "3", '"card"'])
+def test_json_that_is_no_object_is_refused(text):
+    with pytest.raises(CardError, match="the card is not valid at card"):
+        DetectorCard.from_json(text)
+
+
+@given(text=st.text(max_size=50))
+def test_any_text_is_a_card_or_a_card_error(text):
+    with pytest.raises(CardError):
+        DetectorCard.from_json(text)
+
+
+def test_a_newer_format_says_so_whatever_else_it_holds():
+    with pytest.raises(CardError, match="format_version 2; this package reads up to 1"):
+        DetectorCard.from_json('{"format_version": 2, "news": true}')
+
+
+@pytest.mark.parametrize("version", [0, "1", None])
+def test_a_format_that_never_was(version):
+    with pytest.raises(CardError, match="not valid at format_version"):
+        read(format_version=version)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_names": ["dog", "dog"]}, "class names repeat"),
+        ({"class_names": ["cat", "dog"]}, r"thresholds are for \['dog', 'cat'\]"),
+        ({"class_names": []}, "class_names"),
+        ({"iou_threshold": 1.5}, "iou_threshold"),
+        ({"max_detections": 0}, "max_detections"),
+        ({"surprise": 1}, "surprise"),
+        ({"name": ""}, "name"),
+    ],
+)
+def test_a_card_that_contradicts_itself_is_refused(changes, message):
+    with pytest.raises(CardError, match=message):
+        read(**changes)
+
+
+@pytest.mark.parametrize("missing", sorted(set(fields()) - {"format_version"}))
+def test_a_field_that_is_missing_is_named(missing):
+    rest = {name: value for name, value in fields().items() if name != missing}
+    with pytest.raises(CardError, match=missing):
+        DetectorCard.from_json(json.dumps(rest))
+
+
+def test_statistics_have_one_row_a_class():
+    statistics = fields()["statistics"] | {"positives": [1]}
+    with pytest.raises(CardError, match=r"statistics\.positives has 1 rows for 2 classes"):
+        read(statistics=statistics)
+
+
+def threshold(value: float) -> ThresholdCard:
+    return ThresholdCard(name="x", threshold=value, source="prior", support=0, ground_truths=0)
+
+
+def test_a_threshold_is_a_float32():
+    assert threshold(as_float32(0.1)).threshold == float(np.float32(0.1))
+    with pytest.raises(ValidationError, match="not a float32"):
+        threshold(0.1)
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5, math.nan, math.inf])
+def test_a_threshold_is_a_probability(value):
+    with pytest.raises(ValidationError):
+        threshold(value)
+
+
+@given(value=st.floats(0, 1))
+def test_as_float32_is_numpys(value):
+    assert as_float32(value) == float(np.float32(value))
+
+
+def test_initializers_that_agree_pass():
+    read(iou_threshold=0.6).check_initializers([0.5, 0.25], as_float32(0.6))
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "iou", "message"),
+    [
+        ([0.5], 0.5, "the graph has 1 thresholds, the card 2"),
+        ([0.5, 0.25, 0.1], 0.5, "the graph has 3 thresholds, the card 2"),
+        ([0.5, np.nextafter(np.float32(0.25), np.float32(1))], 0.5, "class 'cat'"),
+        ([math.nan, 0.25], 0.5, "class 'dog': the graph's threshold is nan"),
+        ([0.5, 0.25], 0.4, "iou_threshold is 0.4, the card's 0.5"),
+        ([0.5, 0.25], math.nan, "iou_threshold is nan"),
+    ],
+)
+def test_initializers_that_differ_are_refused(thresholds, iou, message):
+    with pytest.raises(CardError, match=message):
+        read().check_initializers(thresholds, iou)
+
+
+@pytest.mark.parametrize("std", [(0, 1, 1), (1, -1, 1)])
+def test_std_is_positive(std):
+    with pytest.raises(ValidationError, match="std must be positive"):
+        Preprocessing(height=4, width=4, mean=(0, 0, 0), std=std)
+
+
+@given(width=st.integers(1, 10_000), height=st.integers(1, 10_000))
+def test_a_resized_image_fits_and_touches_a_side(width, height):
+    new_width, new_height = Preprocessing(
+        height=64, width=96, mean=(0, 0, 0), std=(1, 1, 1)
+    ).resized(width, height)
+    assert 1 <= new_width <= 96
+    assert 1 <= new_height <= 64
+    assert new_width == 96 or new_height == 64
+    # The aspect ratio is kept but for rounding each side to a pixel, at least one.
+    scale = min(96 / width, 64 / height)
+    assert abs(new_width - max(1, width * scale)) <= 0.5
+    assert abs(new_height - max(1, height * scale)) <= 0.5

@@ -1,0 +1,358 @@
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from export.contract import (
+    CARD_KEY,
+    CardError,
+    DetectorCard,
+    Preprocessing,
+    StatisticsCard,
+    ThresholdCard,
+    TrainingCard,
+)
+from export.file import read_detector, write_atomically
+
+Edit = Callable[[ModelProto], object]
+
+
+def make_card() -> DetectorCard:
+    return DetectorCard(
+        name="pets",
+        architecture="none",
+        backbone="none",
+        class_names=["dog", "cat"],
+        threshold_policy="fixed=0.5",
+        thresholds=[
+            ThresholdCard(name=name, threshold=0.5, source="policy", support=1, ground_truths=1)
+            for name in ("dog", "cat")
+        ],
+        iou_threshold=0.6,
+        candidates=10,
+        max_detections=10,
+        preprocessing=Preprocessing(height=8, width=16, mean=(0, 0, 0), std=(1, 1, 1)),
+        statistics=StatisticsCard(
+            anchors=1,
+            positives=[1, 1],
+            ground_truths=[1, 1],
+            positive_scores=[[1], [1]],
+            negative_scores=[[1], [1]],
+        ),
+        training=TrainingCard(
+            data="none", losses={}, seed=0, steps=0, versions={}, checkpoint_sha256="0" * 64
+        ),
+    )
+
+
+def make_model() -> ModelProto:
+    """The smallest graph with the contract's inputs and outputs. It is never run."""
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["weights"], ["boxes"], name="first")],
+        "g",
+        [
+            info("images", TensorProto.FLOAT, ["batch", 3, 8, 16]),
+            info("class_thresholds", TensorProto.FLOAT, [2]),
+            info("iou_threshold", TensorProto.FLOAT, [1]),
+        ],
+        [
+            info("boxes", TensorProto.FLOAT, ["batch", "M", 4]),
+            info("scores", TensorProto.FLOAT, ["batch", "M"]),
+            info("labels", TensorProto.INT64, ["batch", "M"]),
+            info("num_detections", TensorProto.INT64, ["batch"]),
+        ],
+        [
+            numpy_helper.from_array(np.array([0.5, 0.5], np.float32), "class_thresholds"),
+            numpy_helper.from_array(np.array([0.6], np.float32), "iou_threshold"),
+            numpy_helper.from_array(np.zeros((1, 1, 4), np.float32), "weights"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, {CARD_KEY: make_card().to_json()})
+    return model
+
+
+@pytest.fixture
+def read(tmp_path: Path):
+    """Reads a detector after an edit."""
+
+    def edited(edit: Edit = lambda _: None):
+        model = make_model()
+        edit(model)
+        path = tmp_path / "detector.onnx"
+        path.write_bytes(model.SerializeToString())
+        return read_detector(path)
+
+    return edited
+
+
+def test_reads_what_keeps_the_contract(read, tmp_path):
+    file = read()
+    content = (tmp_path / "detector.onnx").read_bytes()
+    assert file.card == make_card()
+    assert file.content == content
+    assert file.sha256 == hashlib.sha256(content).hexdigest()
+    assert file.path == tmp_path / "detector.onnx"
+
+
+def test_a_path_may_be_text(read, tmp_path):
+    read()
+    assert read_detector(str(tmp_path / "detector.onnx")).card.name == "pets"
+
+
+def initializer(model: ModelProto, name: str) -> TensorProto:
+    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
+
+
+def replace(name: str, array: np.ndarray) -> Edit:
+    def edit(model: ModelProto) -> None:
+        initializer(model, name).CopyFrom(numpy_helper.from_array(array, name))
+
+    return edit
+
+
+def drop(field: str, name: str) -> Edit:
+    def edit(model: ModelProto) -> None:
+        values = getattr(model.graph, field)
+        values.remove(next(value for value in values if value.name == name))
+
+    return edit
+
+
+def retype(field: str, name: str, element: int, shape: list | None) -> Edit:
+    def edit(model: ModelProto) -> None:
+        value = next(value for value in getattr(model.graph, field) if value.name == name)
+        value.CopyFrom(helper.make_tensor_value_info(name, element, shape))
+
+    return edit
+
+
+def set_card(text: str) -> Edit:
+    return lambda model: helper.set_model_props(model, {CARD_KEY: text})
+
+
+def two_cards(model: ModelProto) -> None:
+    model.metadata_props.append(model.metadata_props[0])
+
+
+def damage(model: ModelProto) -> None:
+    initializer(model, "class_thresholds").raw_data = b"abc"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.ClearField("metadata_props"), "no card.*'ghm.card'.*ghm export"),
+        (two_cards, "2 cards"),
+        (set_card("{"), "the card is not JSON"),
+        (set_card('{"format_version": 7}'), "format_version 7.*Upgrade ghm-triton"),
+        (set_card('{"format_version": 1}'), "the card is not valid at name"),
+        (drop("input", "images"), r"inputs are \[\]; there must be one, 'images'"),
+        (
+            lambda m: m.graph.input.append(
+                helper.make_tensor_value_info("more", TensorProto.FLOAT, [1])
+            ),
+            r"inputs are \['images', 'more'\]",
+        ),
+        (
+            retype("input", "images", TensorProto.UINT8, ["b", 3, 8, 16]),
+            r"'images' is uint8 \[any, 3, 8, 16\], not float32 \[batch, 3, 8, 16\]",
+        ),
+        (
+            retype("input", "images", TensorProto.FLOAT, ["b", 3, 16, 8]),
+            r"float32 \[any, 3, 16, 8\], not float32 \[batch, 3, 8, 16\]",
+        ),
+        (retype("input", "images", TensorProto.FLOAT, [1, 3, 8, 16]), r"float32 \[1, 3, 8, 16\]"),
+        (retype("input", "images", TensorProto.FLOAT, None), "no stated shape"),
+        (drop("output", "labels"), "no output 'labels'; it has .*'boxes'"),
+        (
+            retype("output", "labels", TensorProto.INT32, ["b", "m"]),
+            r"'labels' is int32 \[any, any\], not int64 of 2 dimensions",
+        ),
+        (retype("output", "boxes", TensorProto.FLOAT, ["b", 4]), "float32 of 3 dimensions"),
+        (drop("input", "class_thresholds"), "'class_thresholds' is no input.*override"),
+        (drop("input", "iou_threshold"), "'iou_threshold' is no input.*override"),
+        (drop("initializer", "class_thresholds"), "inputs are"),
+        (
+            replace("class_thresholds", np.array([0.5], np.float32)),
+            r"'class_thresholds' is float32 \[1\], not float32 \[2\]",
+        ),
+        (
+            replace("class_thresholds", np.array([0.5, 0.5])),
+            r"'class_thresholds' is float64 \[2\], not float32 \[2\]",
+        ),
+        (replace("iou_threshold", np.array(0.6, np.float32)), r"'iou_threshold' is float32 \[\]"),
+        (
+            replace("class_thresholds", np.array([0.5, np.nan], np.float32)),
+            "class 'cat': the graph's threshold is nan",
+        ),
+        (
+            replace("class_thresholds", np.array([0.5, 0.25], np.float32)),
+            "class 'cat': the graph's threshold is 0.25, the card's 0.5",
+        ),
+        (replace("iou_threshold", np.array([0.5], np.float32)), "iou_threshold is 0.5"),
+        (damage, "'class_thresholds' is damaged"),
+    ],
+)
+def test_what_breaks_the_contract_is_refused_in_a_sentence(read, tmp_path, edit, message):
+    with pytest.raises(CardError, match=message) as caught:
+        read(edit)
+    assert str(caught.value).startswith(f"{tmp_path / 'detector.onnx'}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_both_initializers_gone(read):
+    def edit(model: ModelProto) -> None:
+        for field in ("input", "initializer"):
+            drop(field, "class_thresholds")(model)
+
+    with pytest.raises(CardError, match="0 initializers 'class_thresholds'"):
+        read(edit)
+
+
+def test_an_output_without_a_shape_is_the_runtimes_business(read):
+    assert read(retype("output", "boxes", TensorProto.FLOAT, None)).card.name == "pets"
+
+
+def external_tensor() -> TensorProto:
+    tensor = TensorProto(name="far", data_type=TensorProto.FLOAT, dims=[1])
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../secrets")
+    return tensor
+
+
+def node_with(attribute: object) -> onnx.NodeProto:
+    return helper.make_node("If", ["weights"], ["y"], then_branch=attribute)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: m.graph.initializer.append(external_tensor()),
+        lambda m: m.graph.sparse_initializer.add().values.CopyFrom(external_tensor()),
+        lambda m: m.graph.node.append(node_with(external_tensor())),
+        lambda m: m.graph.node.append(
+            node_with(helper.make_graph([], "inner", [], [], [external_tensor()]))
+        ),
+        lambda m: m.functions.add().node.append(node_with(external_tensor())),
+    ],
+    ids=["initializer", "sparse", "attribute", "subgraph", "function"],
+)
+def test_data_outside_the_file_is_refused(read, edit):
+    with pytest.raises(CardError, match="tensor 'far' is kept in another file"):
+        read(edit)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"not a model", "not an ONNX file"),
+        (b"\x00\xff" * 50, "not an ONNX file"),
+        (b"PK\x03\x04 a zip file", "not an ONNX file"),
+        (b"\x08\x0a", "holds no graph"),  # a message with an IR version and nothing else
+    ],
+)
+def test_what_is_no_onnx_file_is_refused(tmp_path, content, message):
+    path = tmp_path / "x.onnx"
+    path.write_bytes(content)
+    with pytest.raises(CardError, match=message):
+        read_detector(path)
+
+
+def test_a_file_cut_short_anywhere_is_refused(tmp_path):
+    content = make_model().SerializeToString()
+    path = tmp_path / "x.onnx"
+    for length in range(0, len(content), 7):
+        path.write_bytes(content[:length])
+        with pytest.raises(CardError):
+            read_detector(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("damaged")
+
+
+@settings(max_examples=200, deadline=None)
+@given(damage=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4))
+def test_any_damage_is_a_detector_or_a_card_error(folder, damage):
+    content = bytearray(make_model().SerializeToString())
+    for place, value in damage:
+        content[round(place * (len(content) - 1))] = value
+    path = folder / "x.onnx"
+    path.write_bytes(content)
+    try:
+        file = read_detector(path)
+    except CardError:
+        return
+    assert file.content == content
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none"):
+        read_detector(tmp_path / "none.onnx")
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(CardError, match="not a file"):
+        read_detector(tmp_path)
+
+
+def test_a_device_is_no_file():
+    with pytest.raises(CardError, match="not a file"):
+        read_detector("/dev/zero")
+
+
+def test_reading_imports_no_torch():
+    code = "import sys, export.file; print('torch' in sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_writes_and_replaces(tmp_path):
+    path = tmp_path / "x.onnx"
+    for content in (b"first", b"second and longer"):
+        write_atomically(path, content)
+        assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
+    path = tmp_path / "x.onnx"
+    write_atomically(path, b"old")
+
+    def no_space(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="no space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_written_file_has_the_permissions_of_any_other(tmp_path):
+    (tmp_path / "any").write_bytes(b"")
+    write_atomically(tmp_path / "x", b"")
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("any", "x")}
+    assert len(modes) == 1
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "none" / "x", b"")
