@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser(gather()).parse_args(argv)
     command: Command = arguments.command
     with warnings.catch_warnings():
+        warnings.filterwarnings("default", category=UserWarning)
         warnings.showwarning = _warn
         return _run(command, arguments)
 

@@ -72,9 +72,7 @@ def _plot_gradients(checkpoint: Path, path: Path) -> None:
     from ghm_triton.detection.plots import gradient_norms, plot_gradient_norms
 
     saved = Checkpoint.load(checkpoint)
-    dataset = open_dataset(
-        saved.training["data"], saved.training["train_split"], seed=saved.training["seed"]
-    )
+    dataset = open_dataset(saved.training["data"], saved.training["train_split"])
     norms = gradient_norms(saved.detector(), dataset)
     plot_gradient_norms(norms, saved.training["strength"], path)
 

@@ -84,7 +84,7 @@ def _add_optimiser_options(group: argparse._ArgumentGroup) -> None:
     add("--weight-decay", type=float, help="default: 1e-4")
     add("--clip", type=float, help="largest gradient norm (default: 35)")
     add("--amp", choices=["none", "bf16", "fp16"], help="automatic mixed precision")
-    add("--seed", type=int, help="of data, weights, batches and augmentation (default: 0)")
+    add("--seed", type=int, help="of weights, batches and augmentation (default: 0)")
     add("--checkpoint-every", type=int, help="steps between checkpoints (default: 200)")
 
 
@@ -148,7 +148,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     saved = Checkpoint.load(arguments.checkpoint)
     data = arguments.data or saved.training["data"]
     names = saved.config.class_names
-    dataset = open_dataset(data, arguments.split, class_names=names, seed=saved.training["seed"])
+    dataset = open_dataset(data, arguments.split, class_names=names)
     report_problems(dataset)
     with world(arguments.device) as here:
         predict = torch_predictor(DeployedDetector(saved.detector()).to(here.device))

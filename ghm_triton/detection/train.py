@@ -261,7 +261,6 @@ def open_split(
         split,
         on_damage=options.on_damage,  # type: ignore[arg-type]
         class_names=class_names,
-        seed=options.seed,
     )
 
 

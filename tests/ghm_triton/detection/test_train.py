@@ -47,7 +47,7 @@ def test_the_seed_decides_and_nothing_else(options, config, tmp_path):
 def test_statistics_count_the_anchors_that_were_trained_on(options, config, tmp_path):
     quietly(options, config, tmp_path)
     detector = build_detector(config)
-    dataset = open_dataset(options.data, "train", seed=options.seed)
+    dataset = open_dataset(options.data, "train")
     view = TrainingView(dataset, config, (0.0, 0.0))
     expected = torch.zeros(len(config.class_names) + 1, dtype=torch.int64)
     for draws in StepSampler(len(dataset), options.batch_size, options.seed, 0, options.steps):
@@ -56,7 +56,7 @@ def test_statistics_count_the_anchors_that_were_trained_on(options, config, tmp_
     statistics = Checkpoint.load(tmp_path / CHECKPOINT).statistics
     assert statistics.anchors == int(expected.sum())
     assert statistics.positives.tolist() == expected[:-1].tolist()
-    held_out = open_dataset(options.data, "val", seed=options.seed)
+    held_out = open_dataset(options.data, "val")
     boxes = sum(len(held_out[i].labels) for i in range(len(held_out)))
     assert int(statistics.ground_truths.sum()) == boxes
 
