@@ -149,7 +149,7 @@ def _serve(settings: Settings) -> None:
     )
     with _listen(settings.host, settings.port) as listener:
         print(_thresholds_table(model.card))
-        print(f"{model.card.name} runs on {model.providers[0]}, {settings.threads} threads")
+        print(f"{model.card.name} runs on {model.providers[0]}, threads: {settings.threads}")
         print(f"serving at {_url(listener)}", flush=True)
         with suppress(KeyboardInterrupt):  # Ctrl+C has stopped the server in good order by now
             uvicorn.Server(config).run(sockets=[listener])

@@ -69,7 +69,7 @@ class ServiceState:
             await to_thread.run_sync(model.warm_up, limiter=self.inferences)
         except ModelError as error:
             self.waiting_for = f"the model failed its warm-up: {error}"
-            logger.error(self.waiting_for)
+            logger.error("%s", self.waiting_for)
 
 
 def service_state(request: Request) -> ServiceState:

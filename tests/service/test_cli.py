@@ -1,6 +1,7 @@
 """The command as a user runs it: a process, a printed address, real requests."""
 
 import argparse
+import os
 import signal
 import socket
 import subprocess
@@ -8,7 +9,10 @@ import sys
 from pathlib import Path
 
 import httpx
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from service.cli import COMMANDS
 
@@ -22,6 +26,10 @@ RUN = (
 )
 
 
+# A developer's own settings must not leak into the tests.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("GHM_")}
+
+
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-c", RUN, *map(str, arguments)]
 
@@ -29,7 +37,13 @@ def command(*arguments: object) -> list[str]:
 def refused(*arguments: object) -> str:
     """What a start that must fail says."""
     done = subprocess.run(
-        command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        command(*arguments),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -40,9 +54,8 @@ def refused(*arguments: object) -> str:
 def served(detector):
     """A running service: its address and what it printed."""
     arguments = command(detector, "--port", 0, "--threads", 1, "--max-upload-mb", 0.5)
-    with subprocess.Popen(
-        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, **pipes) as process:
         try:
             printed = []
             while not (printed and printed[-1].startswith("serving at ")):
@@ -64,7 +77,7 @@ def test_prints_thresholds_and_an_address(served):
     assert lines[1].split() == ["class", "threshold", "from", "positives", "precision", "recall"]
     assert lines[2].split() == ["red", "0.5000", "policy", "100", "0.900", "0.800"]
     assert [line.split()[0] for line in lines[2:5]] == ["red", "green", "blue"]
-    assert lines[5] == "colours runs on CPUExecutionProvider, 1 threads"
+    assert lines[5] == "colours runs on CPUExecutionProvider, threads: 1"
     assert url.startswith("http://127.0.0.1:")
     assert not url.endswith(":0")
 
@@ -114,6 +127,16 @@ def test_a_file_that_is_no_detector(tmp_path):
     path = tmp_path / "bad.onnx"
     path.write_text("hello")
     assert refused(path) == f"ghm serve: {path}: not an ONNX file, or cut short\n"
+
+
+def test_a_graph_that_loads_but_does_not_run(detector, tmp_path):
+    model = onnx.load(detector)
+    for tensor in model.graph.initializer:
+        if tensor.name == "flat":  # a shape that the scores do not have
+            tensor.CopyFrom(numpy_helper.from_array(np.array([0, 50]), "flat"))
+    path = tmp_path / "broken.onnx"
+    onnx.save(model, path)
+    assert "ghm serve: inference failed" in refused(path)
 
 
 def test_a_port_that_is_taken(detector):
