@@ -280,6 +280,13 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path):
             read_detector(path)
 
 
+def test_names_that_are_not_utf8_are_refused_in_a_sentence(tmp_path):
+    path = tmp_path / "x.onnx"
+    path.write_bytes(make_model().SerializeToString().replace(b"labels", b"\xff\xfebels"))
+    with pytest.raises(CardError):
+        read_detector(path)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("damaged")
