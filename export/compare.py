@@ -43,6 +43,31 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def without(self, rows: Sequence[int]) -> Detections:
+        """The others."""
+        keep = np.ones(len(self), dtype=bool)
+        keep[list(rows)] = False
+        return Detections(self.boxes[keep], self.scores[keep], self.labels[keep])
+
+
+@dataclass(frozen=True, eq=False)
+class Proposals:
+    """All that a detector proposes for one image, before thresholds and NMS choose.
+
+    Attributes:
+        boxes: float32 `[A, 4]`, x1 y1 x2 y2 in input pixels.
+        scores: float32 `[A, C]`.
+    """
+
+    boxes: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+
+    def hold(self, detections: Detections, i: int, tolerance: Tolerance) -> bool:
+        """Whether detection `i` is one of them, within the tolerances."""
+        score = np.abs(self.scores[:, detections.labels[i]] - detections.scores[i])
+        box = np.abs(self.boxes - detections.boxes[i]).max(axis=1, initial=0.0)
+        return bool(((score <= tolerance.score) & (box <= tolerance.box)).any())
+
 
 @dataclass(frozen=True, eq=False)
 class Rules:
@@ -70,7 +95,8 @@ class Comparison:
         box: Largest difference of a coordinate between matched detections, in pixels.
         score: Largest difference of a score between matched detections.
         borderline: Detections of one side alone, that rounding explains: the score lies at its
-            threshold or at the last place of a full list, or NMS had to choose between equals.
+            threshold or at the last place of a full list, NMS had to choose between equals, or
+            the overlap lies at NMS's threshold.
         mismatches: Detections of one side alone that nothing explains, in words.
     """
 
@@ -90,13 +116,18 @@ class Comparison:
 
 
 def compare(
-    expected: Detections, found: Detections, rules: Rules, tolerance: Tolerance
+    expected: Detections,
+    found: Detections,
+    proposals: Proposals,
+    rules: Rules,
+    tolerance: Tolerance,
 ) -> Comparison:
     """Match the detections of one image one to one, whatever their order.
 
     Args:
         expected: The checkpoint's.
         found: The file's.
+        proposals: What the checkpoint had to choose from.
         rules: What both were asked for.
         tolerance: How far a matched pair may differ.
     """
@@ -108,13 +139,21 @@ def compare(
         result.matched[expected.labels[i]] += 1
         result.box = max(result.box, float(box[i, j]))
         result.score = max(result.score, float(score[i, j]))
-    sides = (("checkpoint", expected, found, 0), ("file", found, expected, 1))
-    for side, own, other, place in sides:
-        for i in sorted(set(range(len(own))) - {pair[place] for pair in pairs}):
-            if _rounding_decides(own, i, other, rules, tolerance):
-                result.borderline += 1
-            else:
-                result.mismatches.append(_describe(side, own, i, other, rules.class_names))
+    missing = expected.without([i for i, _ in pairs])
+    extra = found.without([j for _, j in pairs])
+    # Rounding moves a choice between proposals; it never makes a detection out of nothing.
+    genuine = np.array([proposals.hold(extra, j, tolerance) for j in range(len(extra))], dtype=bool)
+    swapped_in = extra.without(np.flatnonzero(~genuine).tolist())
+    for i in range(len(missing)):
+        if _rounding_decides(missing, i, expected, found, swapped_in, rules, tolerance):
+            result.borderline += 1
+        else:
+            result.mismatches.append(_describe("checkpoint", missing, i, found, rules.class_names))
+    for j in range(len(extra)):
+        if genuine[j] and _rounding_decides(extra, j, found, expected, missing, rules, tolerance):
+            result.borderline += 1
+        else:
+            result.mismatches.append(_describe("file", extra, j, expected, rules.class_names))
     return result
 
 
@@ -141,20 +180,28 @@ def _pairs(
 
 
 def _rounding_decides(
-    own: Detections, i: int, other: Detections, rules: Rules, tolerance: Tolerance
+    alone: Detections,
+    i: int,
+    own: Detections,
+    other: Detections,
+    other_alone: Detections,
+    rules: Rules,
+    tolerance: Tolerance,
 ) -> bool:
-    """Whether differences within the tolerance explain that only one side shows detection `i`."""
-    score, label = own.scores[i], own.labels[i]
+    """Whether rounding explains that only one side (`own`) shows detection `i` of `alone`."""
+    score, label, box = alone.scores[i], alone.labels[i], alone.boxes[i]
     if abs(score - rules.class_thresholds[label]) <= tolerance.score:
         return True
     for side in (own, other):
         if len(side) >= rules.capacity and score <= side.scores.min() + tolerance.score:
             return True
-    rivals = (other.labels == label) & (other.scores >= score - tolerance.score)
-    overlap = _iou(own.boxes[i], other.boxes)
-    at_threshold = np.abs(overlap - rules.iou_threshold) <= tolerance.iou
-    equals = (overlap > rules.iou_threshold) & (np.abs(other.scores - score) <= tolerance.score)
-    return bool((rivals & (at_threshold | equals)).any())
+    # Suppressed on the other side by a better box, at an overlap that is or is not too much ...
+    better = (other.labels == label) & (other.scores >= score - tolerance.score)
+    at_threshold = np.abs(_iou(box, other.boxes) - rules.iou_threshold) <= tolerance.iou
+    # ... or by its equal, which this side suppressed in turn.
+    equal = (other_alone.labels == label) & (np.abs(other_alone.scores - score) <= tolerance.score)
+    rival = equal & (_iou(box, other_alone.boxes) > rules.iou_threshold)
+    return bool((better & at_threshold).any() or rival.any())
 
 
 def _iou(box: npt.NDArray[np.float32], boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -12,16 +12,20 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from export.compare import Comparison, Detections, Rules, Tolerance, compare
+from export.compare import Comparison, Detections, Proposals, Rules, Tolerance, compare
 from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, as_float32
 from export.file import DetectorFile
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import Sample
-from ghm_triton.detection.postprocess import DeployedDetector
+from ghm_triton.detection.postprocess import DeployedDetector, decode_boxes
 from ghm_triton.detection.transforms import Letterbox
 
 Feeds = dict[str, npt.NDArray[np.float32]]
 Outputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64], int]
+
+
+class UnrunnableError(RuntimeError):
+    """onnxruntime cannot load or run the file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +50,19 @@ class SideBySide:
         file: The file; run by onnxruntime on the CPU.
         checkpoint: The checkpoint, of the same classes and input size; run by torch on the CPU.
         tolerance: How far matched detections may differ.
+
+    Raises:
+        UnrunnableError: onnxruntime refuses the file.
     """
 
     def __init__(self, file: DetectorFile, checkpoint: Checkpoint, tolerance: Tolerance) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # it warns that the thresholds can be overridden: they shall
         providers = ["CPUExecutionProvider"]
-        self.session = onnxruntime.InferenceSession(file.content, options, providers=providers)
+        try:
+            self.session = onnxruntime.InferenceSession(file.content, options, providers=providers)
+        except Exception as error:  # its errors share no class of their own
+            raise UnrunnableError(f"onnxruntime refuses the file: {error}") from error
         self.card = file.card
         self.deployed = DeployedDetector(checkpoint.detector()).eval()
         self.letterbox = Letterbox(checkpoint.config)
@@ -62,22 +72,37 @@ class SideBySide:
     def compare(
         self, samples: Sequence[Sample], batch_sizes: Sequence[int]
     ) -> dict[tuple[str, int], Comparison]:
-        """Compare on some images, for every setting and batch size."""
+        """Compare on some images, for every setting and batch size.
+
+        Raises:
+            UnrunnableError: The file does not run.
+        """
         inputs = torch.stack([self.letterbox(sample.image)[0] for sample in samples])
         parts = torch.split(inputs, max(batch_sizes))
         heads = [self.deployed.detector.raw(part) for part in parts]
         logits = torch.cat([part[0] for part in heads])
         deltas = torch.cat([part[1] for part in heads])
+        probability = logits.sigmoid()
+        proposals = self._proposals(probability, deltas)
         results = {}
-        for setting in self._settings(logits.sigmoid()):
+        for setting in self._settings(probability):
             expected = self._expected(logits, deltas, setting.rules)
             for size in batch_sizes:
                 result = Comparison(np.zeros(len(self.card.class_names), dtype=np.int64))
                 found = self._found(inputs.numpy(), setting.feeds, size)
-                for sample, ours, theirs in zip(samples, expected, found, strict=True):
-                    result.add(self._compare_image(sample.source, ours, theirs, setting.rules))
+                for sample, ours, theirs, proposed in zip(
+                    samples, expected, found, proposals, strict=True
+                ):
+                    one = self._compare_image(ours, theirs, proposed, setting.rules)
+                    one.mismatches = [f"{sample.source}: {text}" for text in one.mismatches]
+                    result.add(one)
                 results[setting.name, size] = result
         return results
+
+    def _proposals(self, probability: Tensor, deltas: Tensor) -> list[Proposals]:
+        anchors: Tensor = self.deployed.detector.anchors
+        boxes = decode_boxes(deltas, anchors, self.deployed.config.image_size).numpy()
+        return [Proposals(*pair) for pair in zip(boxes, probability.numpy(), strict=True)]
 
     def _settings(self, probability: Tensor) -> Iterator[Setting]:
         """The file's defaults; thresholds that show every class; and another NMS on top."""
@@ -122,24 +147,24 @@ class SideBySide:
         for start in range(0, len(inputs), size):
             rows = list(range(start, min(start + size, len(inputs))))
             batch = inputs[list(islice(cycle(rows), size))]
-            answer = self.session.run(list(OUTPUTS), {INPUT: batch, **feeds})
+            try:
+                answer = self.session.run(list(OUTPUTS), {INPUT: batch, **feeds})
+            except Exception as error:
+                raise UnrunnableError(f"the file fails on a batch of {size}: {error}") from error
             for i in range(len(rows)):
                 boxes, scores, labels, counts = (output[i] for output in answer)
                 yield boxes, scores, labels, int(counts)
 
     def _compare_image(
-        self, source: str, expected: Detections, outputs: Outputs, rules: Rules
+        self, expected: Detections, outputs: Outputs, proposals: Proposals, rules: Rules
     ) -> Comparison:
-        boxes, scores, labels, count = outputs
-        found = Detections(boxes[:count], scores[:count], labels[:count])
         broken = broken_rules(outputs, rules)
         if broken:
-            result = Comparison(np.zeros(len(rules.class_names), dtype=np.int64))
-            result.mismatches = broken
-        else:
-            result = compare(expected, found, rules, self.tolerance)
-        result.mismatches = [f"{source}: {text}" for text in result.mismatches]
-        return result
+            nothing = np.zeros(len(rules.class_names), dtype=np.int64)
+            return Comparison(nothing, mismatches=broken)
+        boxes, scores, labels, count = outputs
+        found = Detections(boxes[:count], scores[:count], labels[:count])
+        return compare(expected, found, proposals, rules, self.tolerance)
 
 
 def broken_rules(outputs: Outputs, rules: Rules) -> list[str]:

@@ -15,7 +15,7 @@ from export.compare import Comparison, Tolerance
 from export.contract import DetectorCard
 from export.detector import make_card
 from export.file import read_detector
-from export.side_by_side import SideBySide
+from export.side_by_side import SideBySide, UnrunnableError
 from ghm_triton.detection.checkpoint import Checkpoint, sha256_of
 from ghm_triton.detection.data import Sample
 from ghm_triton.thresholds import ThresholdWarning
@@ -66,6 +66,26 @@ class VerifyReport:
         for run in self.runs.values():
             total.add(run)
         return total
+
+    def conclude(self) -> None:
+        """Judge the runs: add to `problems` whatever they showed."""
+        for (name, batch), run in self.runs.items():
+            place = f"{name}, batch {batch}"
+            self.problems += [f"{place}: {text}" for text in run.mismatches[:SHOWN]]
+            if len(run.mismatches) > SHOWN:
+                self.problems.append(f"{place}: {len(run.mismatches) - SHOWN} more like these")
+        total = self.total()
+        matched = int(total.matched.sum())
+        allowed = max(1, int(BORDERLINE_SHARE * matched))
+        if total.borderline > allowed:
+            self.problems.append(
+                f"{total.borderline} detections are borderline, on one side alone;"
+                f" rounding explains at most {allowed} among {matched}"
+            )
+        if not matched and not total.mismatches:
+            self.problems.append(
+                "neither side detects anything in these images; nothing was compared"
+            )
 
     def table(self) -> str:
         """The report for a terminal."""
@@ -132,14 +152,18 @@ def verify(
     report.problems += card_problems(file.card, checkpoint, sha256_of(checkpoint_path))
     if not _comparable(file.card, checkpoint):
         return report
-    pair = SideBySide(file, checkpoint, tolerance or Tolerance())
     chosen = [i * len(samples) // count for i in range(count)]
     size = max(GROUP, *batch_sizes)
-    for start in range(0, count, size):
-        group = [samples[i] for i in chosen[start : start + size]]
-        for key, found in pair.compare(group, batch_sizes).items():
-            report.runs.setdefault(key, report.nothing()).add(found)
-    report.problems += _run_problems(report)
+    try:
+        pair = SideBySide(file, checkpoint, tolerance or Tolerance())
+        for start in range(0, count, size):
+            group = [samples[i] for i in chosen[start : start + size]]
+            for key, found in pair.compare(group, batch_sizes).items():
+                report.runs.setdefault(key, report.nothing()).add(found)
+    except UnrunnableError as fault:
+        report.problems.append(str(fault))
+        return report
+    report.conclude()
     return report
 
 
@@ -178,25 +202,6 @@ def _comparable(card: DetectorCard, checkpoint: Checkpoint) -> bool:
         tuple(card.class_names) == config.class_names
         and (frame.height, frame.width) == config.image_size
     )
-
-
-def _run_problems(report: VerifyReport) -> list[str]:
-    problems = []
-    for (name, batch), run in report.runs.items():
-        problems += [f"{name}, batch {batch}: {text}" for text in run.mismatches[:SHOWN]]
-        if len(run.mismatches) > SHOWN:
-            problems.append(f"{name}, batch {batch}: {len(run.mismatches) - SHOWN} more like these")
-    total = report.total()
-    matched = int(total.matched.sum())
-    allowed = max(1, int(BORDERLINE_SHARE * matched))
-    if total.borderline > allowed:
-        problems.append(
-            f"{total.borderline} detections are borderline, on one side alone;"
-            f" rounding explains at most {allowed} of {matched}"
-        )
-    if not matched and not problems:
-        problems.append("neither side detects anything in these images; nothing was compared")
-    return problems
 
 
 def _shorten(value: Any) -> str:

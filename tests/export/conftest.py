@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from export.detector import export_detector
+from ghm_triton.detection.checkpoint import Checkpoint
+from ghm_triton.detection.config import DetectorConfig
+from ghm_triton.detection.data import Sample
+from ghm_triton.detection.model import Detector, build_detector
+from ghm_triton.detection.recipe import TrainOptions
+from ghm_triton.statistics import SCORE_BINS, ClassStatistics
+
+CLASSES = ("red", "green", "blue")
+
+
+def spread_detector(config: DetectorConfig, seed: int = 0) -> Detector:
+    """Random weights, scaled until scores fill (0, 1) and boxes overlap: NMS has work to do."""
+    torch.manual_seed(seed)
+    detector = build_detector(config).eval()
+    for layer in detector.modules():
+        if isinstance(layer, nn.BatchNorm2d):  # statistics that no batch of ours would have
+            nn.init.uniform_(layer.running_mean, -0.1, 0.1)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+    with torch.no_grad():
+        logits, deltas = detector.raw(torch.randn(4, 3, *config.image_size))
+        classes, boxes = detector.head.classification_head, detector.head.regression_head
+        classes.cls_logits.weight *= 2.0 / logits.std()
+        nn.init.constant_(classes.cls_logits.bias, -2.5)
+        boxes.bbox_reg.weight *= 0.3 / deltas.std()
+        nn.init.uniform_(boxes.bbox_reg.bias, -0.1, 0.1)
+    return detector
+
+
+def counted_statistics(classes: tuple[str, ...], seed: int = 0) -> ClassStatistics:
+    """Held-out scores of detectors that are better for each later class."""
+    generator = torch.Generator().manual_seed(seed)
+    positives = torch.randint(20, 200, (len(classes),), generator=generator)
+    statistics = ClassStatistics(classes, 5000, positives)
+    for label in range(len(classes)):
+        scores = torch.rand(400, generator=generator)
+        matched = scores**2 > torch.rand(400, generator=generator) * 0.6 / (label + 1)
+        labels = torch.full((400,), label)
+        statistics.observe_detections(scores, labels, matched, labels[: int(matched.sum()) + 20])
+    assert statistics.positive_scores.shape == (len(classes), SCORE_BINS)
+    return statistics
+
+
+def save_checkpoint(path: Path, config: DetectorConfig, seed: int = 0) -> Path:
+    training = {**TrainOptions(data="voc:/somewhere/private/cells", seed=seed).to_dict()}
+    training |= {"step": 1000, "versions": {"torch": "2.15.0"}}
+    statistics = counted_statistics(config.class_names)
+    model = spread_detector(config, seed).state_dict()
+    Checkpoint(config, model, statistics, training).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def config() -> DetectorConfig:
+    return DetectorConfig(
+        CLASSES,
+        (64, 96),
+        channels=16,
+        mean=(0.4, 0.5, 0.6),
+        iou_threshold=0.3,
+        candidates=400,
+        max_detections=150,
+    )
+
+
+@pytest.fixture(scope="session")
+def checkpoint_path(tmp_path_factory: pytest.TempPathFactory, config: DetectorConfig) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint.pt", config)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoint_path: Path) -> Checkpoint:
+    return Checkpoint.load(checkpoint_path)
+
+
+@pytest.fixture(scope="session")
+def detector_path(tmp_path_factory: pytest.TempPathFactory, checkpoint_path: Path) -> Path:
+    path = tmp_path_factory.mktemp("export") / "detector.onnx"
+    export_detector(checkpoint_path, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def samples() -> list[Sample]:
+    """Coloured clouds of many shapes; no ground truth, which no export needs."""
+    generator = np.random.default_rng(0)
+    made = []
+    for i in range(11):
+        clouds = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        size = (int(generator.integers(40, 200)), int(generator.integers(40, 200)))
+        image = Image.fromarray(clouds).resize(size, Image.Resampling.BICUBIC)
+        none = torch.zeros(0)
+        boxes, ignore = none.reshape(0, 4), none.bool()
+        made.append(Sample(image, boxes, none.long(), ignore, i, f"cloud_{i}.png"))
+    return made
+
+
+Change = Callable[[onnx.ModelProto], None]
+
+
+@pytest.fixture
+def tampered(detector_path: Path, tmp_path: Path) -> Callable[[Change], Path]:
+    """A copy of the exported file with something changed in it."""
+
+    def change(how: Change) -> Path:
+        model = onnx.load(detector_path)
+        how(model)
+        path = tmp_path / "tampered.onnx"
+        path.write_bytes(model.SerializeToString())
+        return path
+
+    return change

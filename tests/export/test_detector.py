@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import export.detector
+from export.contract import IOU_INPUT, THRESHOLDS_INPUT
+from export.detector import LOSS_OPTIONS, export_detector, make_card, without_folders
+from export.file import read_detector
+from ghm_triton.detection.checkpoint import Checkpoint, CheckpointError
+from ghm_triton.detection.recipe import TrainOptions
+from ghm_triton.statistics import ClassStatistics
+from ghm_triton.thresholds import ClassThresholds, ThresholdWarning
+
+SHA = "0" * 64
+
+
+def test_the_card_says_what_the_checkpoint_holds(
+    detector_path: Path, checkpoint_path: Path, checkpoint: Checkpoint
+) -> None:
+    card = read_detector(detector_path).card
+    config, options = checkpoint.config, TrainOptions()
+    assert (card.architecture, card.backbone, card.name) == ("retinanet", "tiny", "retinanet-tiny")
+    assert tuple(card.class_names) == config.class_names
+    assert (card.candidates, card.max_detections) == (config.candidates, config.max_detections)
+    frame = card.preprocessing
+    assert (frame.height, frame.width) == config.image_size
+    assert (frame.mean, frame.std, frame.pad_value) == (config.mean, config.std, config.pad_value)
+    assert card.statistics.model_dump() | {"class_names": list(config.class_names)} == (
+        checkpoint.statistics.to_dict()
+    )
+    training = card.training
+    assert (training.data, training.seed, training.steps) == ("voc:cells", 0, 1000)
+    assert training.versions == checkpoint.training["versions"]
+    assert training.losses == {name: getattr(options, name) for name in LOSS_OPTIONS}
+    digest = hashlib.sha256(checkpoint_path.read_bytes()).hexdigest()
+    assert training.checkpoint_sha256 == digest
+
+
+def test_the_thresholds_are_the_policys_in_card_and_graph(
+    detector_path: Path, checkpoint: Checkpoint
+) -> None:
+    card = read_detector(detector_path).card
+    chosen = ClassThresholds.from_statistics(checkpoint.statistics, "f1")
+    assert card.threshold_policy == "f1"
+    assert [entry.model_dump() for entry in card.thresholds] == [vars(e) for e in chosen.entries]
+    assert len(set(card.class_thresholds)) == 3
+    graph = onnx.load(detector_path).graph
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    assert values[THRESHOLDS_INPUT].dtype == values[IOU_INPUT].dtype == np.float32
+    assert np.array_equal(values[THRESHOLDS_INPUT], chosen.as_tensor().numpy())
+    assert values[IOU_INPUT].tolist() == [np.float32(0.3)] == [card.iou_threshold]
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(
+    detector_path: Path, checkpoint_path: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "another_name.onnx"
+    code = "import sys; from export.detector import export_detector; export_detector(*sys.argv[1:])"
+    subprocess.run(
+        [sys.executable, "-c", code, checkpoint_path, again],
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "123"},
+    )
+    assert again.read_bytes() == detector_path.read_bytes()
+
+
+def test_the_file_tells_no_path_of_the_machine(detector_path: Path, checkpoint_path: Path) -> None:
+    content = detector_path.read_bytes()
+    places = [Path.cwd(), Path.home(), Path(sys.prefix), Path(torch.__file__).parent]
+    places += [checkpoint_path.parent, detector_path.parent, Path(export.detector.__file__).parent]
+    for place in places:
+        assert str(place).encode() not in content
+    assert b"private" not in content  # a folder of the data set
+    assert re.findall(rb"[\w/.-]+\.py\b", content) == []
+
+
+def test_an_export_that_fails_leaves_the_old_file(
+    checkpoint_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "detector.onnx"
+    path.write_bytes(b"the old file")
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(export.detector, "build_graph", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        export_detector(checkpoint_path, path)
+    assert path.read_bytes() == b"the old file"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_checkpoint_is_not_overwritten(checkpoint_path: Path) -> None:
+    before = checkpoint_path.read_bytes()
+    with pytest.raises(ValueError, match="it would be overwritten"):
+        export_detector(checkpoint_path, checkpoint_path)
+    assert checkpoint_path.read_bytes() == before
+
+
+def test_a_folder_is_not_a_file_to_write(checkpoint_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} is a folder"):
+        export_detector(checkpoint_path, tmp_path)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"missing\.pt: no such checkpoint"):
+        export_detector(tmp_path / "missing.pt", tmp_path / "detector.onnx")
+
+
+@pytest.mark.parametrize("iou", [-0.1, 1.1, float("nan")])
+def test_iou_lies_between_0_and_1(checkpoint: Checkpoint, iou: float) -> None:
+    with pytest.raises(ValueError, match=rf"iou_threshold must lie in \[0, 1\], got {iou}"):
+        make_card(checkpoint, SHA, iou_threshold=iou)
+
+
+def test_an_unknown_policy_is_named(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match="unknown policy 'best'"):
+        make_card(checkpoint, SHA, policy="best")
+
+
+def test_a_name_is_not_blank(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match="name must not be blank"):
+        make_card(checkpoint, SHA, name=" ")
+
+
+@pytest.mark.parametrize("key", ["data", "seed", "step", "versions", "strength"])
+def test_a_checkpoint_that_does_not_say_how_it_was_trained(
+    checkpoint: Checkpoint, key: str
+) -> None:
+    silent = replace(
+        checkpoint, training={k: v for k, v in checkpoint.training.items() if k != key}
+    )
+    with pytest.raises(CheckpointError, match=f"does not say its training's {key}"):
+        make_card(silent, SHA)
+
+
+def test_statistics_of_other_classes_are_refused(checkpoint: Checkpoint) -> None:
+    values = {**checkpoint.statistics.to_dict(), "class_names": ["red", "green", "pink"]}
+    other = replace(checkpoint, statistics=ClassStatistics.from_dict(values))
+    with pytest.raises(CheckpointError, match="of red, green, pink and the detector of red, green"):
+        make_card(other, SHA)
+
+
+def test_a_class_without_evidence_is_warned_of_and_told_in_the_card(checkpoint: Checkpoint) -> None:
+    poor = copy.deepcopy(checkpoint)
+    poor.statistics.positives[1] = 0
+    with pytest.warns(ThresholdWarning, match="'green' was never a positive"):
+        card = make_card(poor, SHA)
+    assert [entry.source for entry in card.thresholds] == ["policy", "fallback", "policy"]
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ("digits", "digits"),
+        ("digits:noise=0.1,size=96x128", "digits:noise=0.1,size=96x128"),
+        ("voc:/home/someone/bccd", "voc:bccd"),
+        ("voc:/home/some one/bccd/", "voc:bccd/"),
+        ("voc:../bccd", "voc:bccd"),
+        ("coco:C:\\Users\\someone\\cells", "coco:C:cells"),
+    ],
+)
+def test_a_data_set_is_told_without_its_folders(data: str, told: str) -> None:
+    assert without_folders(data) == told

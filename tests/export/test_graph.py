@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from export.compare import Detections, Proposals, Rules, Tolerance, compare
+from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
+from export.graph import IR_VERSION, MAX_BATCH, OPSET, build_graph
+from ghm_triton.detection.checkpoint import Checkpoint
+from ghm_triton.detection.config import DetectorConfig
+from ghm_triton.detection.model import build_detector
+from ghm_triton.detection.postprocess import DeployedDetector
+
+# Two float32 runtimes: scores agree to 1e-6 and boxes to 1e-4 px in practice, ten times that here.
+CLOSE = Tolerance(box=1e-3, score=1e-5)
+
+
+def session(content: str | bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def clouds(batch: int, config: DetectorConfig, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, *config.image_size, generator=generator)
+
+
+def split(outputs: Any) -> list[Detections]:
+    boxes, scores, labels, counts = (np.asarray(output) for output in outputs)
+    return [Detections(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts)]
+
+
+def assert_equal(
+    file: onnxruntime.InferenceSession,
+    deployed: DeployedDetector,
+    images: torch.Tensor,
+    thresholds: np.ndarray,
+    iou: float,
+    feeds: dict[str, np.ndarray],
+) -> list[Detections]:
+    with torch.inference_mode():
+        expected = split(deployed(images, torch.tensor(thresholds), torch.tensor([iou])))
+    found = split(file.run(list(OUTPUTS), {INPUT: images.numpy(), **feeds}))
+    config = deployed.config
+    rules = Rules(config.class_names, thresholds, iou, config.max_detections)
+    none = Proposals(np.zeros((0, 4), np.float32), np.zeros((0, len(thresholds)), np.float32))
+    for ours, theirs in zip(expected, found, strict=True):
+        result = compare(ours, theirs, none, rules, CLOSE)
+        assert result.mismatches == []
+        assert result.borderline == 0
+        assert result.matched.sum() == len(theirs)
+    return found
+
+
+@pytest.fixture(scope="module")
+def file(detector_path: Path) -> onnxruntime.InferenceSession:
+    return session(str(detector_path))
+
+
+@pytest.fixture(scope="module")
+def defaults(detector_path: Path) -> tuple[np.ndarray, float]:
+    model = onnx.load(detector_path)
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    return values[THRESHOLDS_INPUT], float(values[IOU_INPUT][0])
+
+
+@pytest.fixture(scope="module")
+def deployed(checkpoint: Checkpoint) -> DeployedDetector:
+    return DeployedDetector(checkpoint.detector()).eval()
+
+
+def test_the_file_takes_images_and_overridable_thresholds(
+    file: onnxruntime.InferenceSession,
+) -> None:
+    (images,) = file.get_inputs()
+    assert (images.name, images.type, images.shape) == (
+        INPUT,
+        "tensor(float)",
+        ["batch", 3, 64, 96],
+    )
+    overridable = {x.name: (x.type, x.shape) for x in file.get_overridable_initializers()}
+    assert overridable == {
+        THRESHOLDS_INPUT: ("tensor(float)", [3]),
+        IOU_INPUT: ("tensor(float)", [1]),
+    }
+
+
+def test_the_outputs_are_named_and_typed_as_the_contract_says(
+    file: onnxruntime.InferenceSession,
+) -> None:
+    assert [(x.name, x.type, x.shape) for x in file.get_outputs()] == [
+        ("boxes", "tensor(float)", ["batch", 150, 4]),
+        ("scores", "tensor(float)", ["batch", 150]),
+        ("labels", "tensor(int64)", ["batch", 150]),
+        ("num_detections", "tensor(int64)", ["batch"]),
+    ]
+
+
+def test_versions_are_pinned_and_weights_are_inside(detector_path: Path) -> None:
+    model = onnx.load(detector_path, load_external_data=False)
+    assert model.ir_version == IR_VERSION == 10
+    assert [(x.domain, x.version) for x in model.opset_import] == [("", OPSET)] == [("", 18)]
+    assert not model.functions
+    assert not any(tensor.external_data for tensor in model.graph.initializer)
+    assert (model.producer_name, model.graph.name) == ("ghm-triton", "detector")
+
+
+def test_the_file_passes_the_checker_and_strict_shape_inference(detector_path: Path) -> None:
+    model = onnx.load(detector_path)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+
+
+def test_nothing_of_the_exporter_is_left_in_the_graph(detector_path: Path) -> None:
+    model = onnx.load(detector_path)
+    assert [entry.key for entry in model.metadata_props] == ["ghm.card"]
+    graph = model.graph
+    parts = [graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info]
+    assert not [part for part in parts if part.doc_string or part.metadata_props]
+
+
+def test_one_file_takes_any_batch(
+    file: onnxruntime.InferenceSession,
+    deployed: DeployedDetector,
+    defaults: tuple[np.ndarray, float],
+    config: DetectorConfig,
+) -> None:
+    for batch in (1, 3, 8, MAX_BATCH):
+        found = assert_equal(file, deployed, clouds(batch, config, batch), *defaults, {})
+        assert {int(x) for one in found for x in one.labels} == {0, 1, 2}
+
+
+THRESHOLDS = {
+    "each class its own": [0.2, 0.9, 0.6],
+    "all 0": [0.0, 0.0, 0.0],
+    "all 1": [1.0, 1.0, 1.0],
+    "one class switched off": [0.3, 2.0, 0.3],
+}
+
+
+@pytest.mark.parametrize("thresholds", THRESHOLDS.values(), ids=THRESHOLDS)
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_thresholds_are_overridden_by_a_call(
+    file: onnxruntime.InferenceSession,
+    deployed: DeployedDetector,
+    defaults: tuple[np.ndarray, float],
+    config: DetectorConfig,
+    thresholds: list[float],
+    batch: int,
+) -> None:
+    given = np.array(thresholds, dtype=np.float32)
+    feeds = {THRESHOLDS_INPUT: given}
+    found = assert_equal(file, deployed, clouds(batch, config), given, defaults[1], feeds)
+    for one in found:
+        assert (one.scores >= given[one.labels]).all()
+    shown = {int(label) for one in found for label in one.labels}
+    assert shown == {label for label in range(3) if thresholds[label] < 1}
+
+
+def test_a_threshold_of_0_without_nms_fills_the_answer(
+    file: onnxruntime.InferenceSession, config: DetectorConfig
+) -> None:
+    zeros, one = np.zeros(3, dtype=np.float32), np.ones(1, dtype=np.float32)
+    feeds = {THRESHOLDS_INPUT: zeros, IOU_INPUT: one}
+    *_, counts = file.run(list(OUTPUTS), {INPUT: clouds(3, config).numpy(), **feeds})
+    assert counts.tolist() == [config.max_detections] * 3
+
+
+@pytest.mark.parametrize("iou", [0.0, 0.2, 0.75, 1.0])
+def test_iou_is_overridden_by_a_call(
+    file: onnxruntime.InferenceSession,
+    deployed: DeployedDetector,
+    defaults: tuple[np.ndarray, float],
+    config: DetectorConfig,
+    iou: float,
+) -> None:
+    iou = float(np.float32(iou))
+    feeds = {IOU_INPUT: np.array([iou], dtype=np.float32)}
+    images = clouds(3, config)
+    found = assert_equal(file, deployed, images, defaults[0], iou, feeds)
+    usual = split(file.run(list(OUTPUTS), {INPUT: images.numpy()}))
+    assert [len(one) for one in found] != [len(one) for one in usual]
+
+
+def test_an_image_without_detections_is_all_padding(
+    file: onnxruntime.InferenceSession, config: DetectorConfig
+) -> None:
+    feeds = {THRESHOLDS_INPUT: np.full(3, 1.0, dtype=np.float32)}
+    boxes, scores, labels, counts = file.run(
+        list(OUTPUTS), {INPUT: clouds(3, config).numpy(), **feeds}
+    )
+    assert counts.tolist() == [0, 0, 0]
+    assert (labels == -1).all()
+    for padding in (boxes, scores):
+        assert not padding.any()
+        assert not np.signbit(padding).any()
+
+
+def test_empty_and_full_images_share_a_batch(
+    file: onnxruntime.InferenceSession,
+    deployed: DeployedDetector,
+    defaults: tuple[np.ndarray, float],
+    config: DetectorConfig,
+) -> None:
+    images = clouds(3, config)
+    with torch.inference_mode():
+        best = deployed.detector.raw(images)[0].sigmoid().flatten(1).amax(dim=1).sort()
+    between = float(best.values[:2].mean())  # the quietest image shows nothing, the others do
+    given = np.full(3, between, dtype=np.float32)
+    feeds = {THRESHOLDS_INPUT: given}
+    found = assert_equal(file, deployed, images, given, defaults[1], feeds)
+    assert [len(one) > 0 for one in found] == [i != int(best.indices[0]) for i in range(3)]
+
+
+def test_a_resnet_exports_even_if_it_was_left_training() -> None:
+    config = DetectorConfig(("cat", "dog"), (64, 64), backbone="resnet18", head_convs=1, prior=0.2)
+    torch.manual_seed(0)
+    detector = build_detector(config).train()
+    thresholds = [0.25, 0.5]
+    model = build_graph(detector, thresholds, 0.4)
+    given = np.array(thresholds, dtype=np.float32)
+    iou = float(np.float32(0.4))
+    images = clouds(3, config)
+    deployed = DeployedDetector(detector)
+    found = assert_equal(session(model.SerializeToString()), deployed, images, given, iou, {})
+    assert all(len(one) > 10 for one in found)
+
+
+def test_a_threshold_a_class(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match="2 thresholds for 3 classes"):
+        build_graph(checkpoint.detector(), [0.5, 0.5], 0.5)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export.compare import Rules, Tolerance
+from export.file import read_detector
+from export.side_by_side import Outputs, SideBySide, broken_rules
+from ghm_triton.detection.checkpoint import Checkpoint
+from ghm_triton.detection.data import Sample
+
+RULES = Rules(("cat", "dog"), np.array([0.5, 0.3], dtype=np.float32), 0.5, 4)
+
+
+def answer() -> Outputs:
+    boxes = np.zeros((4, 4), dtype=np.float32)
+    boxes[:2] = [[0, 0, 5, 5], [1, 1, 9, 9]]
+    scores = np.array([0.9, 0.4, 0, 0], dtype=np.float32)
+    return boxes, scores, np.array([0, 1, -1, -1]), 2
+
+
+def test_an_answer_that_keeps_the_contract() -> None:
+    assert broken_rules(answer(), RULES) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "value", "said"),
+    [
+        (2, 1, 2, "a label is none of 0..1"),
+        (2, 1, -1, "a label is none of 0..1"),
+        (2, 3, 0, "the padding is not 0, 0 and -1"),
+        (1, 3, 0.1, "the padding is not 0, 0 and -1"),
+        (0, 2, 1.0, "the padding is not 0, 0 and -1"),
+        (1, 1, 0.95, "the scores do not fall"),
+        (1, 1, 0.29, "a score lies below its class's threshold"),
+        (1, 1, np.nan, "a score lies below its class's threshold"),
+        (2, 1, 0, "a score lies below its class's threshold"),
+    ],
+)
+def test_each_promise_of_the_contract(part: int, place: int, value: float, said: str) -> None:
+    outputs = answer()
+    outputs[part][place] = value  # type: ignore[index]
+    assert said in broken_rules(outputs, RULES)
+
+
+@pytest.mark.parametrize("count", [-1, 5])
+def test_a_number_of_detections_that_cannot_be(count: int) -> None:
+    assert broken_rules((*answer()[:3], count), RULES) == [f"num_detections is {count} of 4"]
+
+
+@pytest.fixture
+def pair(detector_path: Path, checkpoint: Checkpoint) -> SideBySide:
+    return SideBySide(read_detector(detector_path), checkpoint, Tolerance())
+
+
+def test_every_setting_and_batch_size_is_run(pair: SideBySide, samples: list[Sample]) -> None:
+    runs = pair.compare(samples, [1, 3, 8])
+    assert set(runs) == {
+        (name, size)
+        for name in ("the file's own thresholds", "every class shown", "every class, IoU 0.6")
+        for size in (1, 3, 8)
+    }
+    for run in runs.values():
+        assert run.mismatches == []
+        assert (run.matched > 0).all()
+    assert len({int(runs[name, 1].matched.sum()) for name, size in runs if size == 1}) == 3
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_the_file_is_given_whole_batches(
+    pair: SideBySide, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    seen: list[int] = []
+    session = pair.session
+
+    class Counting:
+        def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+            seen.append(len(feeds["images"]))
+            return session.run(names, feeds)
+
+    monkeypatch.setattr(pair, "session", Counting())
+    pair.compare(samples, [size])
+    assert set(seen) == {size}
+    assert len(seen) == 3 * -(-len(samples) // size)
+
+
+def test_a_class_that_scores_low_is_seen(pair: SideBySide) -> None:
+    probability = torch.rand(4, 500, 3, generator=torch.Generator().manual_seed(0))
+    probability[..., 2] *= 1e-3
+    thresholds = torch.from_numpy(pair._thresholds_that_show(probability))
+    passing = (probability >= thresholds).flatten(0, 1).sum(dim=0)
+    assert passing.tolist() == [100, 100, 100]  # 150 places in 4 images, half for 3 classes
+
+
+def test_an_answer_that_breaks_the_contract_is_a_mismatch(
+    tampered: Callable[[Callable[[onnx.ModelProto], None]], Path],
+    checkpoint: Checkpoint,
+    samples: list[Sample],
+) -> None:
+    def pad_with_zero(model: onnx.ModelProto) -> None:
+        (node,) = (node for node in model.graph.node if "labels" in node.output)
+        zero = onnx.numpy_helper.from_array(np.array(0), "zero")
+        model.graph.initializer.append(zero)
+        node.input[2] = "zero"
+
+    pair = SideBySide(read_detector(tampered(pad_with_zero)), checkpoint, Tolerance())
+    run = pair.compare(samples, [3])["the file's own thresholds", 3]
+    assert run.mismatches[0] == "cloud_0.png: the padding is not 0, 0 and -1"
