@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -59,21 +61,25 @@ def classification_inputs(
         raise ValueError("logits must have at least one dimension, got a scalar")
     _require_same_device(logits, target=target, label_weight=label_weight)
     look = logits.device.type == "cpu" if validate is None else validate
-    rows = _rows(logits)
-    weight = _weight(label_weight, logits, look)
+    weight = _broadcast_weight(label_weight, logits, look)
     if target.shape == logits.shape and (target.is_floating_point() or target.dtype == torch.bool):
-        dense = _rows(target)
         if look:
-            _require_range("target", dense, 0.0, 1.0)
-        return ClassificationInputs(rows, None, dense, weight, logits.shape)
+            _require_range("target", _where_kept(target.detach(), weight), 0.0, 1.0)
+        classes = _columns(logits)
+        dense = _rows(target.detach(), classes)
+        return ClassificationInputs(
+            _rows(logits, classes), None, dense, _rows(weight, classes), logits.shape
+        )
     if target.shape == logits.shape[:-1] and not _is_real_valued(target):
         index = target.reshape(-1).long()
-        if look and index.numel() and int(index.max()) > rows.shape[1]:
-            raise ValueError(
-                f"target holds class index {int(index.max())}, but logits have {rows.shape[1]}"
-                f" classes (0..{rows.shape[1] - 1}, background {rows.shape[1]}, negative ignored)"
-            )
-        return ClassificationInputs(rows, index, None, weight, logits.shape)
+        if look:
+            _require_classes(index, logits.shape[-1])
+        # Without classes there is nothing to look at, whatever the rows: no rows then.
+        classes = max(1, logits.shape[-1])
+        index = index[: logits.numel() // classes]
+        return ClassificationInputs(
+            _rows(logits, classes), index, None, _rows(weight, classes), logits.shape
+        )
     raise ValueError(
         f"target must be floating or bool {list(logits.shape)} (dense) or integer"
         f" {list(logits.shape[:-1])} (class indices); got {target.dtype} {list(target.shape)}"
@@ -99,8 +105,10 @@ def regression_inputs(
         )
     _require_same_device(pred, target=target, label_weight=label_weight)
     look = pred.device.type == "cpu" if validate is None else validate
+    weight = _broadcast_weight(label_weight, pred, look)
+    columns = _columns(pred)
     return RegressionInputs(
-        _rows(pred), _rows(target), _weight(label_weight, pred, look), pred.shape
+        _rows(pred, columns), _rows(target.detach(), columns), _rows(weight, columns), pred.shape
     )
 
 
@@ -118,23 +126,47 @@ def require_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def _columns(tensor: Tensor) -> int:
     # A vector is a column: one class, many samples.
-    return tensor.reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
+    return max(1, tensor.shape[-1]) if tensor.dim() > 1 else 1
 
 
-def _weight(label_weight: Tensor | None, like: Tensor, look: bool) -> Tensor | None:
+@overload
+def _rows(tensor: Tensor, columns: int) -> Tensor: ...
+@overload
+def _rows(tensor: Tensor | None, columns: int) -> Tensor | None: ...
+def _rows(tensor: Tensor | None, columns: int) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(tensor.numel() // columns, columns)
+
+
+def _broadcast_weight(label_weight: Tensor | None, like: Tensor, look: bool) -> Tensor | None:
     if label_weight is None:
         return None
+    if label_weight.is_complex():
+        raise TypeError(f"label_weight must be real, got {label_weight.dtype}")
     try:
-        weight = _rows(label_weight.expand(like.shape))
+        weight = label_weight.detach().expand(like.shape)
     except RuntimeError as error:
         raise ValueError(
             f"label_weight {list(label_weight.shape)} does not broadcast to {list(like.shape)}"
         ) from error
     if look:
-        _require_range("label_weight", label_weight, 0.0, float("inf"))
+        _require_range("label_weight", label_weight.detach(), 0.0, math.inf)
     return weight
+
+
+def _where_kept(target: Tensor, weight: Tensor | None) -> Tensor:
+    # What lies under an ignored entry is nobody's business.
+    return target if weight is None else torch.where(weight > 0, target, torch.zeros_like(target))
+
+
+def _require_classes(index: Tensor, classes: int) -> None:
+    largest = int(index.max()) if index.numel() else 0
+    if largest > classes:
+        raise ValueError(
+            f"target holds class index {largest}, but logits have {classes} classes"
+            f" (0..{classes - 1}, background {classes}, negative ignored)"
+        )
 
 
 def _is_real_valued(tensor: Tensor) -> bool:

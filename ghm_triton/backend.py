@@ -7,6 +7,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from ghm_triton import reference
 from ghm_triton._inputs import require_choice
 
 BACKENDS = ("auto", "triton", "torch")
@@ -30,28 +31,34 @@ def select_backend(backend: str, tensor: Tensor) -> ModuleType:
         ModuleNotFoundError: `triton` was asked for and is not installed.
     """
     require_choice("backend", backend, BACKENDS)
-    runs_here = tensor.is_cuda or interpreting()
-    fits = runs_here and tensor.dtype.itemsize <= 4
-    if backend == "torch" or (backend == "auto" and not fits):
-        from ghm_triton import reference
-
+    if backend == "torch":
         return reference
-    if not fits:
-        what = f"a {tensor.dtype} tensor on {tensor.device}"
+    try:
+        return _kernels(tensor)
+    except (ValueError, ModuleNotFoundError) as obstacle:
+        foreign = isinstance(obstacle, ModuleNotFoundError) and obstacle.name != "triton"
+        if backend == "triton" or foreign:
+            raise
+        return reference
+
+
+def _kernels(tensor: Tensor) -> ModuleType:
+    if tensor.dtype.itemsize > 4 or not (tensor.is_cuda or interpreting()):
         raise ValueError(
-            f"backend='triton' cannot run on {what}: it takes float32, float16 and bfloat16 on a"
-            " CUDA device (or anywhere with TRITON_INTERPRET=1); use backend='torch'"
+            f"backend='triton' cannot run on a {tensor.dtype} tensor on {tensor.device}: it takes"
+            " float32, float16 and bfloat16 on a CUDA device (or anywhere with TRITON_INTERPRET=1);"
+            " use backend='torch'"
         )
     try:
         from ghm_triton import ops
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        if backend == "auto":
-            from ghm_triton import reference
-
-            return reference
         raise ModuleNotFoundError(
             "backend='triton' needs the package triton, which is not installed", name="triton"
         ) from error
+    if not (tensor.is_cuda or ops.INTERPRETED):
+        raise ValueError(
+            "TRITON_INTERPRET=1 was set after Triton was imported: set it before Python starts"
+        )
     return ops

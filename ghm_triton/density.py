@@ -35,6 +35,7 @@ class GradientDensity(nn.Module):
             the released code does, neither.
         max_weight: Upper bound of a weight, or None.
         process_group: Ranks whose counts are summed; None for this process alone.
+        device: Where the state is made; None: torch's default.
 
     The average changes in training mode only. An evaluation-mode call weighs as a training call
     would, and stores nothing. A batch with a non-finite entry, or with no valid entry, leaves the
@@ -59,6 +60,7 @@ class GradientDensity(nn.Module):
         ema: str = "debiased",
         max_weight: float | None = None,
         process_group: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= momentum < 1.0:
@@ -73,10 +75,12 @@ class GradientDensity(nn.Module):
         self.process_group = process_group
         self.schedule = strength if isinstance(strength, StrengthSchedule) else None
         constant = 0.0 if isinstance(strength, StrengthSchedule) else require_strength(strength)
-        self.register_buffer("smoothed", torch.zeros(bins, dtype=torch.float32))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("smoothed", torch.zeros(bins, dtype=torch.float32, device=device))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
         # A configuration, not a state: it must not come back from an old checkpoint.
-        self.register_buffer("strength", torch.tensor(constant), persistent=False)
+        # Filled where it lives: a copy from the host would wait for the device.
+        strength_here = torch.full((), constant, dtype=torch.float32, device=device)
+        self.register_buffer("strength", strength_here, persistent=False)
 
     def gather(self, counts: RegionCounts) -> RegionCounts:
         """The counts of every rank of the process group; of this process without one."""
@@ -126,15 +130,17 @@ class GradientDensity(nn.Module):
         self.updates.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What `to`, `half` and `bfloat16` go through: move with the module, but keep float32.
+        before = {name: getattr(self, name) for name in ("smoothed", "strength")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in ("smoothed", "strength"):
-            buffer: Tensor = getattr(self, name)
-            if buffer.dtype != torch.float32:
-                raise_to = buffer.float()
-                setattr(self, name, raise_to)
+        for name, buffer in before.items():
+            after: Tensor = getattr(self, name)
+            if after.dtype != torch.float32:
+                setattr(self, name, buffer.to(after.device))
         return self
 
     def extra_repr(self) -> str:
+        """The configuration, for `repr`."""
         strength = self.schedule or float(self.strength)
         return (
             f"bins={self.bins}, momentum={self.momentum}, strength={strength}, "

@@ -15,7 +15,7 @@ from ghm_triton._inputs import (
 )
 from ghm_triton.backend import select_backend
 from ghm_triton.density import GradientDensity
-from ghm_triton.reference.binning import RegionCounts, unit_region
+from ghm_triton.reference.binning import RegionCounts, compute_dtype, unit_region
 from ghm_triton.reference.focal import focal_entries
 from ghm_triton.schedule import StrengthSchedule
 
@@ -88,10 +88,10 @@ def ghm_c_loss(
         >>> loss = ghm_c_loss(logits, labels, average="positives")
         >>> loss.backward()
     """
-    _require_reduction(reduction, average)
+    require_reduction(reduction, average)
     inputs = classification_inputs(logits, target, label_weight, validate)
     kernels = select_backend(backend, logits)
-    density = state or _fresh(bins, strength, normalizer, max_weight, logits)
+    density = _density(state, bins, strength, normalizer, max_weight, logits)
     with torch.no_grad():
         counts = density.gather(kernels.count_bce(inputs, density.bins))
         table = density.weigh(counts, kernels)
@@ -147,12 +147,12 @@ def ghm_r_loss(
         TypeError: A dtype does not fit.
         ValueError: A shape, device, option or (validating) value does not fit.
     """
-    _require_reduction(reduction, "valid")
+    require_reduction(reduction, "valid")
     if not mu > 0:
         raise ValueError(f"mu must be positive, got {mu}")
     inputs = regression_inputs(pred, target, label_weight, validate)
     kernels = select_backend(backend, pred)
-    density = state or _fresh(bins, strength, normalizer, max_weight, pred)
+    density = _density(state, bins, strength, normalizer, max_weight, pred)
     with torch.no_grad():
         counts = density.gather(kernels.count_asl1(inputs, density.bins, mu))
         table = density.weigh(counts, kernels)
@@ -188,7 +188,8 @@ def gradient_density(gradient_norm: Tensor, bins: int = 30) -> Tensor:
         low, high = (float(bound) for bound in torch.aminmax(gradient_norm))
         if not (low >= 0 and high <= 1):
             raise ValueError(f"gradient_norm must lie in [0, 1]; got {low:g} to {high:g}")
-    region = unit_region(gradient_norm.detach(), bins).flatten()
+    norm = gradient_norm.detach().to(compute_dtype(gradient_norm))
+    region = unit_region(norm, bins).flatten()
     counts = torch.zeros(bins, dtype=torch.int64, device=region.device)
     counts.scatter_add_(0, region, torch.ones_like(region))
     return (counts[region] * bins).float().view(gradient_norm.shape)
@@ -229,7 +230,7 @@ def focal_loss(
         TypeError: A dtype does not fit.
         ValueError: A shape, option or value does not fit.
     """
-    _require_reduction(reduction, average)
+    require_reduction(reduction, average)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     if not gamma >= 0.0:
@@ -243,15 +244,28 @@ def focal_loss(
     return loss.sum() / (valid if average == "valid" else positives).clamp(min=1)
 
 
-def _fresh(
+def _density(
+    state: GradientDensity | None,
     bins: int,
     strength: float | StrengthSchedule,
     normalizer: str,
     max_weight: float | None,
     like: Tensor,
 ) -> GradientDensity:
-    density = GradientDensity(bins, strength=strength, normalizer=normalizer, max_weight=max_weight)
-    return density.to(like.device)
+    if state is None:
+        return GradientDensity(
+            bins,
+            strength=strength,
+            normalizer=normalizer,
+            max_weight=max_weight,
+            device=like.device,
+        )
+    if state.smoothed.device != like.device:
+        raise ValueError(
+            f"the loss keeps its state on {state.smoothed.device}, the predictions are on"
+            f" {like.device}: move the loss with .to({str(like.device)!r})"
+        )
+    return state
 
 
 def _scale(counts: RegionCounts, reduction: str, average: str, world_size: int) -> Tensor:
@@ -267,6 +281,7 @@ def _scale(counts: RegionCounts, reduction: str, average: str, world_size: int) 
     return torch.where(counts.invalid == 0, scale.float(), float("nan"))
 
 
-def _require_reduction(reduction: str, average: str) -> None:
+def require_reduction(reduction: str, average: str) -> None:
+    """Raise ValueError unless both are known."""
     require_choice("reduction", reduction, REDUCTIONS)
     require_choice("average", average, AVERAGES)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ghm_triton._inputs import require_choice
+from ghm_triton.backend import BACKENDS
 from ghm_triton.density import GradientDensity
 from ghm_triton.functional import (
     DEFAULT_STRENGTH,
@@ -14,6 +16,7 @@ from ghm_triton.functional import (
     focal_loss,
     ghm_c_loss,
     ghm_r_loss,
+    require_reduction,
 )
 from ghm_triton.schedule import StrengthSchedule
 
@@ -67,6 +70,8 @@ class GHMCLoss(nn.Module):
         self.density = GradientDensity(
             bins, momentum, strength, normalizer, ema, max_weight, process_group
         )
+        require_reduction(reduction, average)
+        require_choice("backend", backend, BACKENDS)
         self.loss_weight = loss_weight
         self.average: Average = average
         self.weighted = weighted
@@ -128,6 +133,10 @@ class GHMRLoss(nn.Module):
         self.density = GradientDensity(
             bins, momentum, strength, normalizer, ema, max_weight, process_group
         )
+        if not mu > 0:
+            raise ValueError(f"mu must be positive, got {mu}")
+        require_reduction(reduction, "valid")
+        require_choice("backend", backend, BACKENDS)
         self.mu = mu
         self.loss_weight = loss_weight
         self.weighted = weighted
@@ -170,6 +179,7 @@ class FocalLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
+        require_reduction(reduction, average)
         self.alpha = alpha
         self.gamma = gamma
         self.loss_weight = loss_weight

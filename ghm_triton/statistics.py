@@ -26,7 +26,7 @@ class ClassStatistics:
         anchors: Anchors counted.
         positives: int64 `[C]`: anchors assigned to each class.
         ground_truths: int64 `[C]`: held-out boxes of each class.
-        positive_scores: int64 `[C, SCORE_BINS]`, equal bins over [0, 1].
+        positive_scores: int64 `[C, SCORE_BINS]`, equal bins over [0, 1] (see `score_bin`).
         negative_scores: int64 `[C, SCORE_BINS]`.
     """
 
@@ -53,7 +53,14 @@ class ClassStatistics:
                 raise ValueError(f"{name} must be {shape}, got {tuple(counts.shape)}")
 
     def add_labels(self, counts: Tensor) -> None:
-        """Add anchor counts, int64 `[C + 1]`: of every class, then of background."""
+        """Add anchor counts, int64 `[C + 1]`: of every class, then of background.
+
+        Raises:
+            ValueError: The counts have another shape.
+        """
+        if tuple(counts.shape) != (len(self.class_names) + 1,):
+            expected = len(self.class_names) + 1
+            raise ValueError(f"counts must be [{expected}], got {list(counts.shape)}")
         self.anchors += int(counts.sum())
         self.positives += counts[:-1].cpu()
 
@@ -67,14 +74,18 @@ class ClassStatistics:
             labels: int64 `[D]`.
             matched: bool `[D]`: whether the detection found a ground truth of its class.
             ground_truth_labels: int64 `[G]`.
+
+        Raises:
+            ValueError: A label is not one of the classes, or a score is not in [0, 1].
         """
         classes = len(self.class_names)
-        self.ground_truths += torch.bincount(ground_truth_labels.cpu(), minlength=classes)
-        cell = labels.cpu() * SCORE_BINS + score_bin(scores.cpu())
-        for histogram, chosen in (
-            (self.positive_scores, matched.cpu()),
-            (self.negative_scores, ~matched.cpu()),
-        ):
+        labels, ground_truth_labels = labels.cpu(), ground_truth_labels.cpu()
+        _require_labels("labels", labels, classes)
+        _require_labels("ground_truth_labels", ground_truth_labels, classes)
+        cell = labels * SCORE_BINS + score_bin(scores.cpu())
+        hit = matched.cpu().bool()
+        self.ground_truths += torch.bincount(ground_truth_labels, minlength=classes)
+        for histogram, chosen in ((self.positive_scores, hit), (self.negative_scores, ~hit)):
             counts = torch.bincount(cell[chosen], minlength=classes * SCORE_BINS)
             histogram += counts.view(classes, SCORE_BINS)
 
@@ -116,19 +127,47 @@ class ClassStatistics:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: A field is missing or has another shape.
+            ValueError: A field is missing, not a number, or has another shape.
         """
         try:
             names: Sequence[str] = values["class_names"]
-            counts = {
-                key: torch.tensor(values[key], dtype=torch.int64)
-                for key in ("positives", "ground_truths", "positive_scores", "negative_scores")
-            }
-            return cls(tuple(names), int(values["anchors"]), **counts)
+            counts = {key: torch.tensor(values[key], dtype=torch.int64) for key in _COUNTS}
+            anchors = int(values["anchors"])
         except KeyError as error:
             raise ValueError(f"the statistics lack {error}") from error
+        except TypeError as error:
+            raise ValueError(f"the statistics hold something else than counts: {error}") from error
+        for key, count in counts.items():
+            if len(names) and count.numel() == 0:
+                raise ValueError(f"{key} is empty, but there are {len(names)} classes")
+        return cls(tuple(names), anchors, **counts)
+
+
+_COUNTS = ("positives", "ground_truths", "positive_scores", "negative_scores")
+
+
+def score_edges() -> Tensor:
+    """The lower edges of the score bins, float32 `[SCORE_BINS]`: `k / SCORE_BINS`, rounded."""
+    return (torch.arange(SCORE_BINS, dtype=torch.float64) / SCORE_BINS).float()
 
 
 def score_bin(scores: Tensor) -> Tensor:
-    """The histogram bin of each score, int64: bin `k` holds `[k, k + 1) / SCORE_BINS`."""
-    return (scores.double() * SCORE_BINS).long().clamp(0, SCORE_BINS - 1)
+    """The histogram bin of each score, int64; the last bin is closed.
+
+    Bin `k` holds the scores from `score_edges()[k]` up to the next edge. The edges are float32, as
+    scores and thresholds are: so a score stands at the threshold `k / SCORE_BINS` exactly when its
+    bin is `k` or above.
+
+    Raises:
+        ValueError: A score is NaN or not in [0, 1].
+    """
+    outside = ~((scores >= 0) & (scores <= 1))  # written so that NaN is outside
+    if bool(outside.any()):
+        raise ValueError(f"scores must lie in [0, 1]; got {float(scores[outside][0]):g}")
+    return torch.bucketize(scores.float(), score_edges().to(scores.device)[1:], right=True)
+
+
+def _require_labels(name: str, labels: Tensor, classes: int) -> None:
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if wrong.numel():
+        raise ValueError(f"{name} must lie in 0..{classes - 1}; got {int(wrong[0])}")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from ghm_triton.statistics import SCORE_BINS, ClassStatistics
+from ghm_triton.statistics import SCORE_BINS, ClassStatistics, score_edges
+from ghm_triton.tables import threshold_table
 
 Source = Literal["policy", "prior", "fallback"]
-POLICIES = "prior, f1, precision=P, recall=R, fixed=T (P, R, T in [0, 1])"
+POLICIES = ("prior", "f1", "precision=P", "recall=R", "fixed=T")
 NEVER_SEEN = 0.5
 
 
@@ -29,7 +31,8 @@ class ClassThreshold:
         name: The class.
         threshold: Score in [0, 1], a float32.
         source: `policy`; `prior`, when the policy's answer was below the class's prior
-            probability and was lifted to it; or `fallback`, when there was no evidence.
+            probability and was lifted to it, or when there was none; or `fallback`, when there
+            was no evidence.
         support: Positive anchors in training.
         ground_truths: Held-out boxes.
         precision: Held-out precision at the threshold; None when nothing reaches it.
@@ -59,7 +62,7 @@ class ClassThresholds:
     policy: str
     entries: tuple[ClassThreshold, ...]
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[ClassThreshold]:
         return iter(self.entries)
 
     def as_tensor(self) -> Tensor:
@@ -74,43 +77,39 @@ class ClassThresholds:
             `prior`: `theta_j = (N_f / N) * (N_j / sum_k N_k)`, the class's probability at an
                 anchor, so that a standing detection is 'more likely than chance'
                 (arXiv 1909.04868).
-            `f1`: the score that maximises F1 of the class on held-out images.
+            `f1`: the lowest score that maximises F1 of the class on held-out images.
             `precision=P`: the lowest score from which held-out precision is at least `P`; the most
                 precise score where none is.
             `recall=R`: the highest score that keeps held-out recall of at least `R`; the prior
                 where none does.
             `fixed=T`: `T` for every class.
 
-        `f1` and `precision` are never below the prior. A class without evidence (never a
-        positive in training; or, for the held-out policies, no held-out detection matched) gets
-        a fallback and a `ThresholdWarning`: the median of the classes that have evidence, and at
-        least `NEVER_SEEN` when training never saw it.
+        The scores that `f1`, `precision` and `recall` choose from are the edges of the score
+        histograms, `k / SCORE_BINS`. `f1` and `precision` are never below the prior. A class
+        without evidence (never a positive in training; or, for the held-out policies, no held-out
+        detection matched) gets a fallback and a `ThresholdWarning`: the median of the classes that
+        have evidence, never below its prior, and at least `NEVER_SEEN` when training never saw it.
 
         Raises:
-            ValueError: The policy is not one of these, or its number lies outside [0, 1].
+            ValueError: The policy is not one of these, its number lies outside [0, 1], or it needs
+                anchors and training counted none.
         """
         choose, target = _parse(policy)
-        prior = class_prior(statistics)
+        needs_prior = choose is not _fixed
+        prior = class_prior(statistics) if needs_prior else torch.zeros(len(statistics.positives))
         chosen = [choose(statistics, j, target, prior) for j in range(len(prior))]
         known = [value for value, source in chosen if source != "fallback"]
-        median = float(torch.tensor(known).median()) if known else NEVER_SEEN
+        usual = median(known) if known else NEVER_SEEN
         entries = []
         for j, (value, source) in enumerate(chosen):
             if source == "fallback":
-                value = _fallback(statistics, j, median, policy)
+                value = _fallback(statistics, j, max(usual, float(prior[j])), policy)
             entries.append(_with_evidence(statistics, j, value, source))
         return cls(policy, tuple(entries))
 
     def table(self) -> str:
         """The thresholds as a table for a terminal."""
-        width = max(5, *(len(entry.name) for entry in self.entries))
-        head = f"{'class':<{width}}  threshold  source    support  held-out  precision  recall"
-        rows = [
-            f"{e.name:<{width}}  {e.threshold:9.4f}  {e.source:<8}  {e.support:7d}  "
-            f"{e.ground_truths:8d}  {_percent(e.precision):>9}  {_percent(e.recall):>6}"
-            for e in self.entries
-        ]
-        return "\n".join([f"policy {self.policy}", head, "-" * len(head), *rows])
+        return threshold_table(self.policy, self.entries)
 
 
 Chooser = Callable[[ClassStatistics, int, float, Tensor], tuple[float, Source]]
@@ -136,9 +135,14 @@ def precision_recall(statistics: ClassStatistics, label: int) -> tuple[Tensor, T
         Two float64 `[SCORE_BINS]`; precision is NaN where nothing scores that high, recall is NaN
         without held-out boxes.
     """
-    hits = statistics.positive_scores[label].flip(0).cumsum(0).flip(0).double()
-    misses = statistics.negative_scores[label].flip(0).cumsum(0).flip(0).double()
+    hits, misses = _at_least(statistics, label)
     return hits / (hits + misses), hits / statistics.ground_truths[label].double()
+
+
+def _at_least(s: ClassStatistics, j: int) -> tuple[Tensor, Tensor]:
+    # Matched and unmatched detections in bin k or above.
+    hits, misses = s.positive_scores[j], s.negative_scores[j]
+    return hits.flip(0).cumsum(0).flip(0).double(), misses.flip(0).cumsum(0).flip(0).double()
 
 
 def _parse(policy: str) -> tuple[Chooser, float]:
@@ -155,7 +159,9 @@ def _parse(policy: str) -> tuple[Chooser, float]:
         if not 0.0 <= target <= 1.0:
             raise ValueError(f"policy {policy!r}: {text!r} is not a number in [0, 1]")
         return valued[name], target
-    raise ValueError(f"unknown policy {policy!r}; choose from {POLICIES}")
+    raise ValueError(
+        f"unknown policy {policy!r}; choose from {', '.join(POLICIES)} (P, R, T in [0, 1])"
+    )
 
 
 def _prior(s: ClassStatistics, j: int, target: float, prior: Tensor) -> tuple[float, Source]:
@@ -172,8 +178,8 @@ def _f1(s: ClassStatistics, j: int, target: float, prior: Tensor) -> tuple[float
     del target
     if not _has_evidence(s, j):
         return 0.0, "fallback"
-    precision, recall = precision_recall(s, j)
-    f1 = (2 * precision * recall / (precision + recall)).nan_to_num(0.0)
+    hits, misses = _at_least(s, j)
+    f1 = 2 * hits / (hits + misses + s.ground_truths[j])
     return _lift(_score(int(f1.argmax())), prior[j])
 
 
@@ -211,43 +217,35 @@ def _lift(value: float, prior: Tensor) -> tuple[float, Source]:
     return (value, "policy") if value >= float(prior) else (float(prior), "prior")
 
 
-def _fallback(s: ClassStatistics, j: int, median: float, policy: str) -> float:
+def _fallback(s: ClassStatistics, j: int, usual: float, policy: str) -> float:
     unseen = int(s.positives[j]) == 0
-    value = max(median, NEVER_SEEN) if unseen else median
+    value = max(usual, NEVER_SEEN) if unseen else usual
     why = "was never a positive in training" if unseen else "has no matched held-out detection"
     warnings.warn(
         f"class {s.class_names[j]!r} {why}: policy {policy!r} falls back to {value:.4f}",
         ThresholdWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
     return value
 
 
 def _with_evidence(s: ClassStatistics, j: int, value: float, source: Source) -> ClassThreshold:
     threshold = float(torch.tensor(value, dtype=torch.float32))
-    precision, recall = precision_recall(s, j)
-    # A threshold between two bin edges is credited with the scores of the bins wholly above it.
-    index = min(int(-(-round(value * SCORE_BINS, 9) // 1)), SCORE_BINS - 1)
+    # A threshold between two bin edges is credited with the bins wholly above it; past the last
+    # edge there is none.
+    hits, misses = (torch.cat([counts, counts.new_zeros(1)]) for counts in _at_least(s, j))
+    index = int((score_edges() < threshold).sum())
     return ClassThreshold(
         name=s.class_names[j],
         threshold=threshold,
         source=source,
         support=int(s.positives[j]),
         ground_truths=int(s.ground_truths[j]),
-        precision=_known(precision[index]),
-        recall=_known(recall[index]),
+        precision=_known(hits[index] / (hits[index] + misses[index])),
+        recall=_known(hits[index] / s.ground_truths[j]),
     )
 
 
 def _known(value: Tensor) -> float | None:
     number = float(value)
     return None if number != number else number
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def policy_names() -> Sequence[str]:
-    """The policies, for messages and help."""
-    return POLICIES.split(", ")

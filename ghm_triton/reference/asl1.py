@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ghm_triton._inputs import RegressionInputs
-from ghm_triton.reference.binning import difference, unit_region
+from ghm_triton.reference.binning import difference, hypotenuse, unit_region
 
 
 def weighted_asl1(
@@ -24,10 +24,11 @@ def weighted_asl1(
     """
     d = difference(inputs)
     with torch.no_grad():
-        factor = table[unit_region(d.abs() / torch.sqrt(d * d + mu * mu), len(table))]
+        factor = table[unit_region(d.abs() / hypotenuse(d, mu), len(table))]
     if inputs.weight is not None:
         valid = inputs.weight > 0
-        factor = torch.where(valid, factor * inputs.weight if weighted else factor, 0.0)
+        kept = factor * inputs.weight.to(factor.dtype) if weighted else factor
+        factor = torch.where(valid, kept, 0.0)
         d = torch.where(valid, d, 0.0)
     loss = factor * _asl1(d, mu)
     return (loss.sum() if reduce else loss) * scale
@@ -35,4 +36,4 @@ def weighted_asl1(
 
 def _asl1(d: Tensor, mu: float) -> Tensor:
     # sqrt(d^2 + mu^2) - mu loses every digit when d << mu; this form keeps them.
-    return d * d / (torch.sqrt(d * d + mu * mu) + mu)
+    return d * (d / (hypotenuse(d, mu) + mu))

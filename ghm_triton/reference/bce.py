@@ -37,7 +37,7 @@ def weighted_bce(
     with torch.no_grad():
         factor = table[unit_region(gradient_norm(inputs), len(table))]
         if weighted and inputs.weight is not None:
-            factor = factor * inputs.weight
+            factor = factor * inputs.weight.to(factor.dtype)
         factor = torch.where(valid, factor, 0.0)
     # Mask before the logarithm: a NaN under an ignored entry must not reach its gradient.
     loss = factor * _bce(inputs, valid)

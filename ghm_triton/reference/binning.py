@@ -14,7 +14,8 @@ class RegionCounts(NamedTuple):
     """What one batch holds.
 
     Attributes:
-        regions: int64 `[M]`: `R_j`, the valid entries in each unit region.
+        regions: int64 `[M]`: `R_j`, the valid entries in each unit region; without those that
+            `invalid` counts.
         positives: float64 scalar: the sum of the targets over valid entries; for hard targets,
             the number of positives.
         invalid: int64 scalar: valid entries whose logit is not finite or whose target is out of
@@ -39,8 +40,9 @@ def count_bce(inputs: ClassificationInputs, bins: int) -> RegionCounts:
         target = _dense(inputs)
         bad_target = ~((target >= 0) & (target <= 1))
         positives = torch.where(valid, target, 0.0).sum(dtype=torch.float64)
-    invalid = (valid & (~torch.isfinite(inputs.logits) | bad_target)).sum()
-    return RegionCounts(_count(gradient_norm(inputs), valid, bins), positives, invalid)
+    sound = valid & torch.isfinite(inputs.logits) & ~bad_target
+    regions = _count(gradient_norm(inputs), sound, bins)
+    return RegionCounts(regions, positives, valid.sum() - sound.sum())
 
 
 def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
@@ -51,9 +53,10 @@ def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
         else inputs.weight > 0
     )
     d = difference(inputs).detach()
-    norm = d.abs() / torch.sqrt(d * d + mu * mu)
-    invalid = (valid & ~torch.isfinite(d)).sum()
-    return RegionCounts(_count(norm, valid, bins), valid.sum().double(), invalid)
+    sound = valid & torch.isfinite(d)
+    regions = _count(d.abs() / hypotenuse(d, mu), sound, bins)
+    entries = valid.sum()
+    return RegionCounts(regions, entries.double(), entries - sound.sum())
 
 
 def unit_region(norm: Tensor, bins: int) -> Tensor:
@@ -100,6 +103,11 @@ def difference(inputs: RegressionInputs) -> Tensor:
     return inputs.pred.to(dtype) - inputs.target.detach().to(dtype)
 
 
+def hypotenuse(d: Tensor, mu: float) -> Tensor:
+    """`sqrt(d^2 + mu^2)`, without the overflow of the squares."""
+    return torch.hypot(d, d.new_full((), mu))
+
+
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """float32, or float64 for float64 tensors."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -111,9 +119,9 @@ def _dense(inputs: ClassificationInputs) -> Tensor:
     return inputs.target.to(compute_dtype(inputs.logits))
 
 
-def _count(norm: Tensor, valid: Tensor, bins: int) -> Tensor:
-    # Ignored entries fall into one region more, which is cut off: no data-dependent shapes.
-    region = torch.where(valid, unit_region(norm.detach(), bins), bins).flatten()
+def _count(norm: Tensor, sound: Tensor, bins: int) -> Tensor:
+    # Other entries fall into one region more, which is cut off: no data-dependent shapes.
+    region = torch.where(sound, unit_region(norm.detach(), bins), bins).flatten()
     if region.is_cuda:  # bincount would wait for the device
         counts = torch.zeros(bins + 1, dtype=torch.int64, device=region.device)
         return counts.scatter_add_(0, region, torch.ones_like(region))[:bins]

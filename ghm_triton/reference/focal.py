@@ -15,6 +15,8 @@ def focal_entries(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Focal loss of every entry.
 
+    A target out of range makes its entries NaN.
+
     Returns:
         The losses `[R, C]` (0 where ignored), the number of valid entries and the sum of their
         targets.
@@ -23,22 +25,27 @@ def focal_entries(
     target = _targets(inputs)
     logits = inputs.logits.to(compute_dtype(inputs.logits))
     logits = torch.where(valid, logits, 0.0)
-    softplus = torch.nn.functional.softplus
-    positive = torch.sigmoid(-logits) ** gamma * softplus(-logits, threshold=EXACT_UNTIL)
-    negative = torch.sigmoid(logits) ** gamma * softplus(logits, threshold=EXACT_UNTIL)
+    # -log(1 - p) and -log(p). (1 - p)^gamma as an exponential: a power has no slope at 0.
+    absent = torch.nn.functional.softplus(logits, threshold=EXACT_UNTIL)
+    present = torch.nn.functional.softplus(-logits, threshold=EXACT_UNTIL)
+    positive = torch.exp(-gamma * absent) * present
+    negative = torch.exp(-gamma * present) * absent
     loss = alpha * target * positive + (1 - alpha) * (1 - target) * negative
     if weighted and inputs.weight is not None:
-        loss = loss * inputs.weight
+        loss = loss * inputs.weight.to(loss.dtype)
     loss = torch.where(valid, loss, 0.0)
     return loss, valid.sum(), torch.where(valid, target, 0.0).sum()
 
 
 def _targets(inputs: ClassificationInputs) -> Tensor:
+    nan = float("nan")
     if inputs.index is None:
         target: Tensor = inputs.target  # type: ignore[assignment]
-        return target.to(compute_dtype(inputs.logits))
+        target = target.to(compute_dtype(inputs.logits))
+        return torch.where((target >= 0) & (target <= 1), target, nan)
     classes = inputs.logits.shape[1]
     one_hot = torch.zeros_like(inputs.logits, dtype=compute_dtype(inputs.logits))
     column = inputs.index.clamp(0, classes - 1).unsqueeze(1)
     foreground = ((inputs.index >= 0) & (inputs.index < classes)).unsqueeze(1)
-    return one_hot.scatter(1, column, foreground.to(one_hot.dtype))
+    one_hot = one_hot.scatter(1, column, foreground.to(one_hot.dtype))
+    return torch.where((inputs.index > classes).unsqueeze(1), nan, one_hot)
