@@ -1,17 +1,18 @@
-"""`ghm serve`."""
+"""`ghm serve`, and the list of this package's commands."""
 
 from __future__ import annotations
 
 import argparse
 import socket
 import sys
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ghm_triton.command import Command
+from ghm_triton.tables import threshold_table
+from service.predict import PREDICT
+
 if TYPE_CHECKING:
-    from export.contract import DetectorCard
     from service.settings import Settings
 
 _DESCRIPTION = """Serve a detector over HTTP.
@@ -32,30 +33,10 @@ http://127.0.0.1:8000/docs describes every request and answer. Ctrl+C stops the 
 _BAD_USAGE = 2
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command of `ghm`.
-
-    Attributes:
-        name: What is typed after `ghm`.
-        help: One line for the list of commands.
-        configure: Adds the command's arguments to its parser.
-        run: Runs it; returns the exit status.
-        extra: The extra of this distribution that it needs.
-    """
-
-    name: str
-    help: str
-    configure: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-    extra: str
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ghm serve`."""
     parser.description = _DESCRIPTION
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", nargs="?", help="the detector, a .onnx file that ghm export wrote")
     parser.add_argument("--host", help="address to listen at (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port; 0 takes a free one (default: 8000)")
@@ -148,7 +129,7 @@ def _serve(settings: Settings) -> None:
         timeout_graceful_shutdown=30,
     )
     with _listen(settings.host, settings.port) as listener:
-        print(_thresholds_table(model.card))
+        print(threshold_table(model.card.threshold_policy, model.card.thresholds))
         print(f"{model.card.name} runs on {model.providers[0]}, threads: {settings.threads}")
         print(f"serving at {_url(listener)}", flush=True)
         with suppress(KeyboardInterrupt):  # Ctrl+C has stopped the server in good order by now
@@ -172,31 +153,6 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _thresholds_table(card: DetectorCard) -> str:
-    """The thresholds that the service will answer with, and the evidence behind them."""
-    head = ("class", "threshold", "from", "positives", "precision", "recall")
-    rows = [
-        (
-            entry.name,
-            f"{entry.threshold:.4f}",
-            entry.source,
-            str(entry.support),
-            "-" if entry.precision is None else f"{entry.precision:.3f}",
-            "-" if entry.recall is None else f"{entry.recall:.3f}",
-        )
-        for entry in card.thresholds
-    ]
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column in (0, 2) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [head, *rows]
-    ]
-    return "\n".join([f"thresholds by policy {card.threshold_policy!r}:", *lines])
-
-
 def _logging(level: str) -> dict[str, Any]:
     """Uvicorn's own logging with our logger beside it, all on stderr: stdout is for the address."""
     from copy import deepcopy
@@ -213,12 +169,6 @@ def _logging(level: str) -> dict[str, Any]:
     return config
 
 
-COMMANDS = [
-    Command(
-        name="serve",
-        help="serve a detector over HTTP",
-        configure=configure,
-        run=run,
-        extra="serve",
-    )
-]
+SERVE = Command("serve", "serve a detector over HTTP", configure, run, "serve")
+
+COMMANDS = (SERVE, PREDICT)

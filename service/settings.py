@@ -12,6 +12,9 @@ from service.cpus import available_cpus
 
 PREFIX = "GHM_"
 
+# The largest batch that the contract lets a file be run with.
+LARGEST_BATCH = 64
+
 # Pillow refuses an image of more pixels by itself, whatever we would allow.
 MOST_PIXELS = 178_956_970
 
@@ -47,7 +50,7 @@ class Settings(BaseSettings):
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     max_upload_bytes: int = Field(default=20 * 2**20, ge=1)
     max_pixels: int = Field(default=40_000_000, ge=1, le=MOST_PIXELS)
-    max_images: int = Field(default=16, ge=1)
+    max_images: int = Field(default=16, ge=1, le=LARGEST_BATCH)
     log_level: Literal["critical", "error", "warning", "info", "debug"] = "info"
 
 

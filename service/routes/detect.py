@@ -12,7 +12,8 @@ import orjson
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
-from export.contract import DetectorCard, Preprocessing
+from export.contract import Preprocessing
+from service.answers import image_answer
 from service.body import Upload, read_upload
 from service.images import (
     DamagedImageError,
@@ -100,7 +101,7 @@ async def detect(request: Request) -> Response:
     batch, geometries = await _prepare(service, model, upload, timer)
     found = await _infer(service, model, batch, wanted, timer)
     answers = [
-        _answer(geometry, detections, wanted, model.card)
+        image_answer(geometry, detections, wanted, model.card)
         for geometry, detections in zip(geometries, found, strict=True)
     ]
     body: dict[str, Any] = {"model": model.card.name}
@@ -157,26 +158,3 @@ async def _infer(
 
     found, timer.parts["inference_ms"] = await to_thread.run_sync(run, limiter=service.inferences)
     return found
-
-
-def _answer(
-    geometry: Geometry, found: Detections, wanted: Wanted, card: DetectorCard
-) -> dict[str, Any]:
-    """One image's part of the answer."""
-    number = wanted.max_detections
-    boxes = geometry.to_image(found.boxes[:number]).round(3).tolist()
-    thresholds = wanted.class_thresholds.tolist()
-    rows = zip(boxes, found.scores[:number].tolist(), found.labels[:number].tolist(), strict=True)
-    return {
-        "image": {"width": geometry.width, "height": geometry.height},
-        "detections": [
-            {
-                "box": box,
-                "score": score,
-                "label": label,
-                "class": card.class_names[label],
-                "threshold": thresholds[label],
-            }
-            for box, score, label in rows
-        ],
-    }

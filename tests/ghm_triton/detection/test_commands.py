@@ -39,7 +39,7 @@ def test_thresholds_print_and_plot(trained, tmp_path, capsys):
     picture = tmp_path / "t.png"
     flags = ["--policy", "fixed=0.25", "--plot", str(picture)]
     assert cli.main(["thresholds", str(trained), *flags]) == 0
-    assert "policy fixed=0.25" in capsys.readouterr().out
+    assert "policy 'fixed=0.25'" in capsys.readouterr().out
     assert picture.stat().st_size > 1000
     assert cli.main(["thresholds", str(trained), "--policy", "prior", "--json"]) == 0
     printed = capsys.readouterr()
