@@ -64,22 +64,22 @@ def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--cls-loss", choices=["ghm", "focal", "ce"], help="default: ghm (GHM-C)")
     add("--reg-loss", choices=["ghm", "sl1"], help="default: ghm (GHM-R)")
-    add("--strength", type=float, help="of GHM-C at the first step: 1 is the paper, 0 is CE")
-    add("--strength-end", type=float, help="of GHM-C at the last step, reached in a line")
-    add("--reg-strength", type=float, help="of GHM-R at the first step")
-    add("--reg-strength-end", type=float, help="of GHM-R at the last step")
+    add("--strength", type=float, help="of GHM-C, 0 (CE) to 1 (paper); default: 0.25")
+    add("--strength-end", type=float, help="of GHM-C at the last step, reached in a line (default: constant)")
+    add("--reg-strength", type=float, help="of GHM-R (default: 0.25)")
+    add("--reg-strength-end", type=float, help="of GHM-R at the last step (default: constant)")
     add("--bins", type=int, help="unit regions of GHM-C (default: 30)")
-    add("--average", choices=["positives", "valid"], help="what GHM-C and CE divide by")
-    add("--cls-weight", type=float, help="multiplies the classification loss")
-    add("--reg-weight", type=float, help="multiplies the regression loss")
+    add("--average", choices=["positives", "valid"], help="what GHM-C and CE divide by (default: positives)")
+    add("--cls-weight", type=float, help="multiplies the classification loss (default: 1)")
+    add("--reg-weight", type=float, help="multiplies the regression loss (default: ghm 10, sl1 1)")
 
 
 def _add_optimiser_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--steps", type=int, help="optimiser steps")
+    add("--steps", type=int, help="optimiser steps (default: 1000)")
     add("--batch-size", type=int, help="images a step, over all processes (default: 16)")
     add("--optimizer", choices=["adamw", "sgd"], help="default: adamw")
-    add("--lr", type=float, help="peak learning rate; warm-up, then a cosine to zero")
+    add("--lr", type=float, help="peak rate; warm-up, then a cosine to zero (default: 3e-3)")
     add("--warmup", type=int, help="steps of warm-up (default: 50)")
     add("--weight-decay", type=float, help="default: 1e-4")
     add("--clip", type=float, help="largest gradient norm (default: 35)")

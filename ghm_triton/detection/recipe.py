@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ghm_triton.detection.heads import HeadLosses
+from ghm_triton.functional import DEFAULT_STRENGTH
 from ghm_triton.losses import FocalLoss, GHMCLoss, GHMRLoss
 from ghm_triton.schedule import StrengthSchedule, require_strength
 
@@ -19,6 +20,7 @@ REG_LOSSES = ("ghm", "sl1")
 OPTIMIZERS = ("adamw", "sgd")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMOOTH_L1_DELTA = 1 / 9
+GHM_R_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class TrainOptions:
         cls_loss: `ghm`, `focal` or `ce`.
         reg_loss: `ghm` or `sl1` (smooth L1, delta 1/9).
         cls_weight: Multiplies the classification loss.
-        reg_weight: Multiplies the regression loss.
+        reg_weight: Multiplies the regression loss; None: 10 for `ghm` (as the released
+            configuration), 1 for `sl1`.
         bins: Unit regions of GHM-C.
         average: What GHM-C and CE divide by: `positives` or `valid`.
         strength: Strength of GHM-C at the first step, in [0, 1].
@@ -62,19 +65,19 @@ class TrainOptions:
     steps: int = 1000
     batch_size: int = 16
     optimizer: str = "adamw"
-    lr: float = 2e-3
+    lr: float = 3e-3
     warmup: int = 50
     weight_decay: float = 1e-4
     clip: float = 35.0
     cls_loss: str = "ghm"
     reg_loss: str = "ghm"
     cls_weight: float = 1.0
-    reg_weight: float = 1.0
+    reg_weight: float | None = None
     bins: int = 30
     average: str = "positives"
-    strength: float = 0.25
-    strength_end: float | None = 0.0
-    reg_strength: float = 1.0
+    strength: float = DEFAULT_STRENGTH
+    strength_end: float | None = None
+    reg_strength: float = DEFAULT_STRENGTH
     reg_strength_end: float | None = None
     hflip: float = 0.0
     vflip: float = 0.0
@@ -152,7 +155,7 @@ def build_losses(options: TrainOptions, group: ProcessGroup | None = None) -> He
     """
     return HeadLosses(
         Weighted(_classification(options, group), options.cls_weight),
-        Weighted(_regression(options, group), options.reg_weight),
+        Weighted(_regression(options, group), _regression_weight(options)),
     )
 
 
@@ -173,6 +176,12 @@ def _regression(options: TrainOptions, group: ProcessGroup | None) -> nn.Module:
         return SmoothL1()
     strength = _strength(options.reg_strength, options.reg_strength_end, options.steps)
     return GHMRLoss(strength=strength, process_group=group)
+
+
+def _regression_weight(options: TrainOptions) -> float:
+    if options.reg_weight is not None:
+        return options.reg_weight
+    return GHM_R_WEIGHT if options.reg_loss == "ghm" else 1.0
 
 
 def _strength(start: float, end: float | None, steps: int) -> float | StrengthSchedule:

@@ -46,6 +46,11 @@ def test_weights_multiply():
     assert float(three) == pytest.approx(3 * float(one), rel=1e-6)
 
 
+def test_the_weight_of_the_regression_follows_its_loss():
+    ghm, sl1 = (build_losses(TrainOptions(reg_loss=x)).regression for x in ("ghm", "sl1"))
+    assert (ghm.weight, sl1.weight) == (10.0, 1.0)
+
+
 def test_smooth_l1_is_the_papers():
     d = torch.tensor([[0.05, -0.05, 0.5, -2.0]], dtype=torch.float64)
     delta = 1 / 9
