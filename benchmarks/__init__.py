@@ -1,0 +1,1 @@
+"""One script a question; results with their provenance beside them."""
