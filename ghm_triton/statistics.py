@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 SCORE_BINS = 200
+SCORE_FLOOR = 1 / SCORE_BINS  # held-out detections below it are not recorded
 
 
 @dataclass

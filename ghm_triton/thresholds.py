@@ -85,7 +85,7 @@ class ClassThresholds:
             `fixed=T`: `T` for every class.
 
         The scores that `f1`, `precision` and `recall` choose from are the edges of the score
-        histograms, `k / SCORE_BINS`. `f1` and `precision` are never below the prior. A class
+        histograms, `k / SCORE_BINS` from `k = 1`. `f1` and `precision` are never below the prior. A class
         without evidence (never a positive in training; or, for the held-out policies, no held-out
         detection matched) gets a fallback and a `ThresholdWarning`: the median of the classes that
         have evidence, never below its prior, and at least `NEVER_SEEN` when training never saw it.
@@ -210,7 +210,8 @@ def _has_evidence(s: ClassStatistics, j: int) -> bool:
 
 
 def _score(index: int) -> float:
-    return index / SCORE_BINS
+    # Held-out detections below the first edge are not recorded: no evidence reaches down there.
+    return max(index, 1) / SCORE_BINS
 
 
 def _lift(value: float, prior: Tensor) -> tuple[float, Source]:

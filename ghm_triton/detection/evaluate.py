@@ -17,10 +17,9 @@ from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset, Sample
 from ghm_triton.detection.postprocess import DeployedDetector
 from ghm_triton.detection.transforms import Letterbox
-from ghm_triton.statistics import ClassStatistics
+from ghm_triton.statistics import SCORE_FLOOR, ClassStatistics
 
 MATCH_IOU = 0.5
-SCORE_FLOOR = 0.005  # below this a detection changes neither AP nor a threshold; keeps NMS quick
 
 
 @dataclass(frozen=True, eq=False)
