@@ -142,15 +142,15 @@ def compare(
     missing = expected.without([i for i, _ in pairs])
     extra = found.without([j for _, j in pairs])
     # Rounding moves a choice between proposals; it never makes a detection out of nothing.
-    genuine = np.array([proposals.hold(extra, j, tolerance) for j in range(len(extra))], dtype=bool)
-    swapped_in = extra.without(np.flatnonzero(~genuine).tolist())
+    genuine = [proposals.hold(extra, j, tolerance) for j in range(len(extra))]
+    chosen_instead = extra.without([j for j, held in enumerate(genuine) if not held])
     for i in range(len(missing)):
-        if _rounding_decides(missing, i, expected, found, swapped_in, rules, tolerance):
+        if _rounding_decides(missing, i, expected, found, chosen_instead, rules, tolerance):
             result.borderline += 1
         else:
             result.mismatches.append(_describe("checkpoint", missing, i, found, rules.class_names))
-    for j in range(len(extra)):
-        if genuine[j] and _rounding_decides(extra, j, found, expected, missing, rules, tolerance):
+    for j, held in enumerate(genuine):
+        if held and _rounding_decides(extra, j, found, expected, missing, rules, tolerance):
             result.borderline += 1
         else:
             result.mismatches.append(_describe("file", extra, j, expected, rules.class_names))

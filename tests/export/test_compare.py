@@ -168,6 +168,12 @@ def test_another_class_never_suppresses() -> None:
     assert (result.borderline, len(result.mismatches)) == (0, 1)
 
 
+def test_equals_are_of_one_class() -> None:
+    a, b = (0.7, 0, [30, 30, 40, 40]), (0.7, 1, [31, 30, 41, 40])
+    result = check(found(CAT, a), found(CAT, b))
+    assert (result.borderline, len(result.mismatches)) == (0, 2)
+
+
 def test_comparisons_add_up() -> None:
     total = check(found(CAT), found(CAT))
     total.add(check(found(DOG), found((0.80005, 1, [50, 50, 70, 70.05]))))

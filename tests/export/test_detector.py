@@ -86,17 +86,20 @@ def test_the_file_tells_no_path_of_the_machine(detector_path: Path, checkpoint_p
     assert re.findall(rb"[\w/.-]+\.py\b", content) == []
 
 
-def test_an_export_that_fails_leaves_the_old_file(
-    checkpoint_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_export_that_fails_half_way_leaves_the_old_file(
+    checkpoint_path: Path, detector_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "detector.onnx"
     path.write_bytes(b"the old file")
 
-    def fail(*arguments: object) -> None:
-        raise RuntimeError("no memory left")
+    def fail(descriptor: int) -> None:
+        raise OSError("no space left")
 
-    monkeypatch.setattr(export.detector, "build_graph", fail)
-    with pytest.raises(RuntimeError, match="no memory"):
+    graph = onnx.load(detector_path)  # a graph made before, to save the time
+    del graph.metadata_props[:]
+    monkeypatch.setattr(export.detector, "build_graph", lambda *_: graph)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space left"):
         export_detector(checkpoint_path, path)
     assert path.read_bytes() == b"the old file"
     assert list(tmp_path.iterdir()) == [path]
