@@ -85,10 +85,11 @@ class ClassThresholds:
             `fixed=T`: `T` for every class.
 
         The scores that `f1`, `precision` and `recall` choose from are the edges of the score
-        histograms, `k / SCORE_BINS` from `k = 1`. `f1` and `precision` are never below the prior. A class
-        without evidence (never a positive in training; or, for the held-out policies, no held-out
-        detection matched) gets a fallback and a `ThresholdWarning`: the median of the classes that
-        have evidence, never below its prior, and at least `NEVER_SEEN` when training never saw it.
+        histograms, `k / SCORE_BINS` from `k = 1`. `f1` and `precision` are never below the prior.
+        A class without evidence (never a positive in training; or, for the held-out policies, no
+        held-out detection matched) gets a fallback and a `ThresholdWarning`: the median of the
+        classes that have evidence, never below its prior, and at least `NEVER_SEEN` when training
+        never saw it.
 
         Raises:
             ValueError: The policy is not one of these, its number lies outside [0, 1], or it needs

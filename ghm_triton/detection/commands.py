@@ -65,11 +65,11 @@ def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     add("--cls-loss", choices=["ghm", "focal", "ce"], help="default: ghm (GHM-C)")
     add("--reg-loss", choices=["ghm", "sl1"], help="default: ghm (GHM-R)")
     add("--strength", type=float, help="of GHM-C, 0 (CE) to 1 (paper); default: 0.25")
-    add("--strength-end", type=float, help="of GHM-C at the last step, reached in a line (default: constant)")
+    add("--strength-end", type=float, help="of GHM-C at the last step (default: constant)")
     add("--reg-strength", type=float, help="of GHM-R (default: 0.25)")
     add("--reg-strength-end", type=float, help="of GHM-R at the last step (default: constant)")
     add("--bins", type=int, help="unit regions of GHM-C (default: 30)")
-    add("--average", choices=["positives", "valid"], help="what GHM-C and CE divide by (default: positives)")
+    add("--average", choices=["positives", "valid"], help="divisor of GHM-C and CE (positives)")
     add("--cls-weight", type=float, help="multiplies the classification loss (default: 1)")
     add("--reg-weight", type=float, help="multiplies the regression loss (default: ghm 10, sl1 1)")
 
