@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ghm_triton.command import Command
-
-if TYPE_CHECKING:
-    from export.contract import DetectorCard
+from ghm_triton.tables import threshold_table
 
 MISMATCH = 1
 
@@ -56,21 +53,14 @@ def run_export(arguments: argparse.Namespace) -> int:
             iou_threshold=arguments.iou,
             name=arguments.name,
         )
-    for warning in caught:
+    for warning in caught:  # the exporter's own talk stays behind
         if issubclass(warning.category, ThresholdWarning):
-            print(f"warning: {warning.message}")
-    print(_threshold_table(card))
+            warnings.warn(warning.message, stacklevel=1)
+    print(threshold_table(card.threshold_policy, card.thresholds))
     size = arguments.out.stat().st_size / 1e6
     frame = card.preprocessing
     print(f"{arguments.out}: {card.name}, {frame.height}x{frame.width} px, {size:.1f} MB")
     return 0
-
-
-def _threshold_table(card: DetectorCard) -> str:
-    from ghm_triton.thresholds import ClassThreshold, ClassThresholds
-
-    entries = tuple(ClassThreshold(**entry.model_dump()) for entry in card.thresholds)
-    return ClassThresholds(card.threshold_policy, entries).table()
 
 
 def configure_verify(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +91,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
     saved = Checkpoint.load(arguments.checkpoint)
     data = arguments.data or saved.training["data"]
-    samples = open_dataset(data, arguments.split, seed=saved.training["seed"])
+    samples = open_dataset(data, arguments.split)  # only the images are looked at
     report = verify(arguments.file, arguments.checkpoint, samples, images=arguments.images)
     print(report.table())
     return 0 if report.ok else MISMATCH

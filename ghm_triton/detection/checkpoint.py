@@ -33,8 +33,8 @@ class Checkpoint:
         config: The detector's description.
         model: The detector's `state_dict` (losses' moving averages included).
         statistics: What training counted.
-        training: How it was trained: `data`, `losses`, `seed`, `step`, `versions` and every option
-            of the run; plain values only.
+        training: How it was trained: every option of the run (`TrainOptions`), `step` and
+            `versions`; plain values only.
         resume: Optimiser, schedule, random generators: what a resumed run needs.
     """
 
