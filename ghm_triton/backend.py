@@ -57,7 +57,7 @@ def _kernels(tensor: Tensor) -> ModuleType:
         raise ModuleNotFoundError(
             "backend='triton' needs the package triton, which is not installed", name="triton"
         ) from error
-    if not (tensor.is_cuda or ops.INTERPRETED):
+    if not (ops.INTERPRETED or (tensor.is_cuda and ops.COMPILED)):
         raise ValueError(
             "TRITON_INTERPRET=1 was set after Triton was imported: set it before Python starts"
         )

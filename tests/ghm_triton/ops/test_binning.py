@@ -1,0 +1,99 @@
+"""What only the counting kernels can get wrong; the arithmetic is tested beside `reference`."""
+
+import pytest
+import torch
+
+from ghm_triton import reference
+from ghm_triton._inputs import classification_inputs, regression_inputs
+
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("kernels_run")]
+
+
+def draw(paper, kind, shape, bins=30):
+    generator = torch.Generator().manual_seed(5)
+    target = torch.rand(shape, generator=generator)
+    if kind == "index":
+        target = torch.randint(-1, shape[1] + 1, shape[:1], generator=generator)
+    return paper.draw_logits(shape, target, torch.float32, bins, generator), target
+
+
+@pytest.mark.parametrize("kind", ["index", "soft"])
+@pytest.mark.parametrize("shape", [(9000, 1), (300, 37)])
+def test_programs_that_walk_over_several_tiles(paper, device, poisoned, two_programs, kind, shape):
+    from ghm_triton import ops
+    from ghm_triton.ops.tiles import tiling
+
+    logits, target = draw(paper, kind, shape)
+    assert tiling(logits).tiles > 2 * 2
+    inputs = classification_inputs(logits, target, None, None)
+    there = classification_inputs(logits.to(device), target.to(device), None, None)
+    ours, expected = ops.count_bce(there, 30), reference.count_bce(inputs, 30)
+    assert ours.regions.tolist() == expected.regions.tolist()
+    assert float(ours.positives) == pytest.approx(float(expected.positives), rel=1e-6)
+
+
+def test_regression_programs_that_walk(paper, device, poisoned, two_programs):
+    from ghm_triton import ops
+
+    generator = torch.Generator().manual_seed(6)
+    target = torch.zeros(3000, 4)
+    pred = paper.draw_pred(target, torch.float32, 10, 0.02, generator)
+    expected = reference.count_asl1(regression_inputs(pred, target, None, None), 10, 0.02)
+    there = regression_inputs(pred.to(device), target.to(device), None, None)
+    assert ops.count_asl1(there, 10, 0.02).regions.tolist() == expected.regions.tolist()
+
+
+@pytest.mark.parametrize("kind", ["index", "soft"])
+def test_an_entry_is_weighed_by_the_region_it_was_counted_in(device, kind):
+    """Also on the edges, where rounding decides: both kernels must round alike."""
+    from ghm_triton import ops
+
+    bins = 10
+    edges = torch.logit(torch.arange(1, bins, dtype=torch.float64) / bins).float()
+    near = torch.stack([edges, edges.nextafter(edges + 1), edges.nextafter(edges - 1)])
+    logits = near.flatten()[:, None].expand(-1, 40).contiguous().to(device)
+    target = torch.zeros_like(logits) if kind == "soft" else torch.ones(27, device=device).long()
+    inputs = classification_inputs(logits, target, None, None)
+    regions = ops.count_bce(inputs, bins).regions
+    one = torch.ones((), device=device)
+
+    def weigh(table):
+        return ops.weighted_bce(inputs, table.to(device), one, weighted=False, reduce=False)
+
+    weighed = weigh(torch.arange(1.0, bins + 1)) / weigh(torch.ones(bins))
+    found = torch.bincount(weighed.round().long().flatten() - 1, minlength=bins)
+    assert found.tolist() == regions.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="5 GiB of logits need a GPU")
+def test_more_than_two_to_the_31_entries():
+    from ghm_triton import ghm_c_loss, ops
+
+    rows, classes = 2**26 + 3, 40  # 2.7e9 bfloat16 logits
+    logits = torch.zeros(rows, classes, dtype=torch.bfloat16, device="cuda")
+    logits[-1] = 100.0
+    index = torch.full((rows,), classes, device="cuda")
+    regions = ops.count_bce(classification_inputs(logits, index, None, None), 4).regions
+    assert regions.tolist() == [0, 0, (rows - 1) * classes, classes]
+    logits.requires_grad_()
+    ghm_c_loss(logits, index, reduction="sum", strength=0.0).backward()
+    assert logits.grad[-1].tolist() == [1.0] * classes
+    assert logits.grad[-2].tolist() == [0.5] * classes
+
+
+def test_offsets_beyond_two_to_the_31(device, tmp_path):
+    """Two entries 2^31 apart, in a file that is mostly a hole: 32-bit offsets would fail."""
+    if device.type == "cuda":
+        pytest.skip("the file is in the host's memory; another test does this on a GPU")
+    from ghm_triton import ops
+
+    apart = 2**31 + 8
+    store = torch.from_file(str(tmp_path / "hole"), True, apart + 1, dtype=torch.float16)
+    logits = store.as_strided((2, 1), (apart, 1))
+    logits[1] = 3.0
+    inputs = classification_inputs(logits, torch.ones(2, dtype=torch.int64), None, None)
+    assert ops.count_bce(inputs, 4).regions.tolist() == [0, 0, 1, 1]
+    table = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    loss = ops.weighted_bce(inputs, table, table[3], weighted=False, reduce=True)
+    assert float(loss) == pytest.approx(3.0485873, rel=1e-6)  # softplus(3)

@@ -1,0 +1,291 @@
+"""The losses straight from the papers, in float64 numpy, one loop a unit region.
+
+Written from the formulas alone; shares no code with the package.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+EPS32 = float(torch.finfo(torch.float32).eps)
+# Float32 arithmetic, in units of EPS32 relative to the truth. On a GPU exp(-|x|) is 2^(-|x| log2 e)
+# and loses |x| / 2 of them, 8 at the logits drawn here; beta ** s = exp(s log beta) as many again;
+# two divisions 2 each; the rest are products.
+FLOAT32_ULPS = 32
+
+
+@dataclass
+class Average:
+    """`S` and how often it moved."""
+
+    smoothed: np.ndarray
+    updates: int = 0
+
+
+@dataclass
+class Truth:
+    """A loss and its gradient, of every entry before the division."""
+
+    entries: np.ndarray
+    slopes: np.ndarray
+    valid: np.ndarray
+    positives: float
+    counts: list[int]
+    weights: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def scale(self, reduction: str, average: str) -> float:
+        """What multiplies the sum of the entries."""
+        if reduction != "mean":
+            return 1.0
+        divisor = self.valid.sum() if average == "valid" else self.positives
+        return 1.0 / max(float(divisor), 1.0)
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().double().numpy()
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.where(
+        x >= 0, 1 / (1 + np.exp(-np.abs(x))), np.exp(-np.abs(x)) / (1 + np.exp(-abs(x)))
+    )
+
+
+def one_hot(index: np.ndarray, classes: int) -> np.ndarray:
+    target = np.zeros((*index.shape, classes))
+    for j in range(classes):
+        target[..., j] = index == j
+    return target
+
+
+def bce_parts(x: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cross entropy and its slope `p - p*`, without cancellation."""
+    loss = target * np.logaddexp(0, -x) + (1 - target) * np.logaddexp(0, x)
+    return loss, (1 - target) * sigmoid(x) - target * sigmoid(-x)
+
+
+def asl1_parts(d: np.ndarray, mu: float) -> tuple[np.ndarray, np.ndarray]:
+    """`sqrt(d^2 + mu^2) - mu`, without cancellation, and its slope."""
+    length = np.hypot(d, mu)
+    return d * d / (length + mu), d / length
+
+
+def region(g: float, bins: int) -> int:
+    """Region `j` is `[j / M, (j + 1) / M)`; `g = 1` belongs to the last."""
+    for j in range(bins):
+        if j / bins <= g < (j + 1) / bins:
+            return j
+    return bins - 1
+
+
+def harmonize(
+    slopes: np.ndarray,
+    valid: np.ndarray,
+    bins: int,
+    *,
+    strength: float = 1.0,
+    normalizer: str = "valid_bins",
+    max_weight: float | None = None,
+    momentum: float = 0.0,
+    ema: str = "debiased",
+    state: Average | None = None,
+) -> tuple[np.ndarray, list[int]]:
+    """`beta ** strength` of every entry; moves `state` on when there is one."""
+    state = state or Average(np.zeros(bins))
+    regions = np.vectorize(lambda g: region(g, bins), otypes=[int])(np.abs(slopes))
+    counts = [int(((regions == j) & valid).sum()) for j in range(bins)]
+    total, n = sum(counts), sum(count > 0 for count in counts)
+    weights = np.zeros(slopes.shape)
+    if total == 0:
+        return weights, counts
+    state.updates += 1
+    for j, count in enumerate(counts):
+        if ema == "debiased" or count > 0:
+            state.smoothed[j] = momentum * state.smoothed[j] + (1 - momentum) * count
+        if count == 0:
+            continue
+        density = state.smoothed[j]
+        if ema == "debiased":
+            density /= 1 - momentum**state.updates
+        beta = total / density / (n if normalizer == "valid_bins" else bins)
+        weight = beta**strength if max_weight is None else min(beta**strength, max_weight)
+        weights[(regions == j) & valid] = weight
+    return weights, counts
+
+
+def ghm_c(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    label_weight: torch.Tensor | None = None,
+    *,
+    bins: int = 30,
+    weighted: bool = False,
+    **options,
+) -> Truth:
+    """GHM-C of every entry, from tensors of any dtype."""
+    x = as_numpy(logits)
+    multiplier = _multiplier(label_weight, x.shape)
+    valid = multiplier > 0
+    if target.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        index = as_numpy(target)
+        valid &= (index >= 0)[..., None]
+        dense = one_hot(index, x.shape[-1])
+    else:
+        dense = as_numpy(target)
+    # What lies under an ignored entry is never looked at.
+    x, dense = np.where(valid, x, 0), np.where(valid, dense, 0)
+    loss, slopes = bce_parts(x, dense)
+    return _assemble(loss, slopes, valid, dense.sum(), multiplier, bins, weighted, options)
+
+
+def ghm_r(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    label_weight: torch.Tensor | None = None,
+    *,
+    mu: float = 0.02,
+    bins: int = 10,
+    weighted: bool = False,
+    **options,
+) -> Truth:
+    """GHM-R of every entry."""
+    multiplier = _multiplier(label_weight, pred.shape)
+    valid = multiplier > 0
+    d = np.where(valid, as_numpy(pred) - as_numpy(target), 0)
+    loss, slopes = asl1_parts(d, mu)
+    return _assemble(loss, slopes, valid, valid.sum(), multiplier, bins, weighted, options)
+
+
+def _multiplier(label_weight: torch.Tensor | None, shape: tuple[int, ...]) -> np.ndarray:
+    return np.broadcast_to(1.0 if label_weight is None else as_numpy(label_weight), shape)
+
+
+def _assemble(loss, slopes, valid, positives, multiplier, bins, weighted, options) -> Truth:
+    weights, counts = harmonize(slopes, valid, bins, **options)
+    factors = weights * np.where(valid, multiplier if weighted else 1.0, 0.0)
+    return Truth(factors * loss, factors * slopes, valid, positives, counts, factors)
+
+
+@dataclass
+class ReleasedGHM:
+    """GHMC and GHMR as the authors released them, loop by loop: METHODS of the released code.
+
+    Weights are `tot / count / n`, `n` the occupied bins; the average starts at 0, is not corrected,
+    and moves only in bins that are occupied; `label_weight` only gates.
+    """
+
+    bins: int
+    momentum: float
+    acc: list[float] = field(default_factory=list)
+
+    def weigh(self, g: np.ndarray, valid: np.ndarray, last_edge: float, tot: float) -> np.ndarray:
+        edges = [j / self.bins for j in range(self.bins)] + [last_edge]
+        if not self.acc:
+            self.acc = [0.0] * self.bins
+        weights = np.zeros(g.shape)
+        occupied = 0
+        for j in range(self.bins):
+            inside = (g >= edges[j]) & (g < edges[j + 1]) & valid
+            count = int(inside.sum())
+            if count == 0:
+                continue
+            if self.momentum > 0:
+                self.acc[j] = self.momentum * self.acc[j] + (1 - self.momentum) * count
+                weights[inside] = tot / self.acc[j]
+            else:
+                weights[inside] = tot / count
+            occupied += 1
+        return weights / occupied if occupied else weights
+
+    def ghm_c(self, x: np.ndarray, target: np.ndarray, label_weight: np.ndarray):
+        """Loss and gradient of the logits."""
+        valid = label_weight > 0
+        tot = max(float(valid.sum()), 1.0)
+        loss, slope = bce_parts(x, target)
+        weights = self.weigh(np.abs(sigmoid(x) - target), valid, 1 + 1e-6, tot)
+        return float((weights * loss).sum() / tot), weights * slope / tot
+
+    def ghm_r(self, d: np.ndarray, label_weight: np.ndarray, mu: float):
+        """Loss and gradient of the predictions. `tot` is the sum of the weights, not a count."""
+        valid = label_weight > 0
+        tot = max(float(label_weight.sum()), 1.0)
+        loss, slope = asl1_parts(d, mu)
+        weights = self.weigh(np.abs(slope), valid, 1e3, tot)
+        return float((weights * loss).sum() / tot), weights * slope / tot
+
+
+def away_from_edges(g: np.ndarray, bins: int) -> np.ndarray:
+    """Which gradient norms float32 surely puts into the region that float64 does.
+
+    An error of a few ulps near an edge moves an entry to the next region, which changes weights by
+    whole counts: no tolerance of rounding covers that, so the tests draw such entries anew.
+    """
+    cells = np.asarray(g) * bins
+    edge = np.rint(cells)
+    return (np.abs(cells - edge) > 1e-4) | (edge == 0) | (edge == bins)  # the ends part nothing
+
+
+def draw_logits(shape, target, dtype, bins, generator, spread=4.0) -> torch.Tensor:
+    """Normal logits of `dtype`, each away from the edges of the regions."""
+    dense = one_hot(as_numpy(target), shape[-1]) if not is_dense(target) else as_numpy(target)
+    logits = (torch.randn(shape, generator=generator) * spread).to(dtype)
+    for _ in range(100):
+        unsafe = ~away_from_edges(np.abs(sigmoid(as_numpy(logits)) - dense), bins)
+        if not unsafe.any():
+            return logits
+        anew = (torch.randn(shape, generator=generator) * spread).to(dtype)
+        logits = torch.where(torch.from_numpy(unsafe), anew, logits)
+    raise RuntimeError("no logits away from the edges were found")
+
+
+def draw_pred(target, dtype, bins, mu, generator, spread=0.1) -> torch.Tensor:
+    """Predictions of `dtype` around a target, each away from the edges of the regions."""
+
+    def draw() -> torch.Tensor:
+        return (target + torch.randn(target.shape, generator=generator) * spread).to(dtype)
+
+    pred = draw()
+    for _ in range(100):
+        slopes = asl1_parts(as_numpy(pred) - as_numpy(target), mu)[1]
+        unsafe = ~away_from_edges(np.abs(slopes), bins)
+        if not unsafe.any():
+            return pred
+        pred = torch.where(torch.from_numpy(unsafe), draw(), pred)
+    raise RuntimeError("no predictions away from the edges were found")
+
+
+def is_dense(target: torch.Tensor) -> bool:
+    return target.is_floating_point() or target.dtype == torch.bool
+
+
+def assert_close(ours: torch.Tensor, truth, absolute=0.0, ulps: float = FLOAT32_ULPS) -> None:
+    """`|ours - truth| <= k |torch at that dtype - truth| + tiny` with `k = 0`, entry by entry.
+
+    Args:
+        ours: In the dtype that rounds it.
+        truth: Float64.
+        absolute: Error that does not shrink with the truth, as where two numbers cancel.
+        ulps: Of float32, for the arithmetic before the rounding.
+
+    `tiny` is that arithmetic, one step of a 16-bit dtype (rounding to nearest costs half a step;
+    the interpreter cuts bfloat16 off, for a whole one), and the dtype's smallest number.
+    """
+    truth = np.asarray(truth, dtype=np.float64)
+    info = torch.finfo(ours.dtype)
+    step = info.eps if info.eps > EPS32 else 0.0
+    smallest = float(info.smallest_normal) * info.eps
+    allowed = (ulps * EPS32 + step) * np.abs(truth) + smallest + np.asarray(absolute)
+    error = np.abs(as_numpy(ours) - truth)
+    assert error.shape == truth.shape
+    worst = int(np.argmax(error - allowed)) if error.size else 0
+    assert (error <= allowed).all(), (
+        f"entry {worst}: {as_numpy(ours).flat[worst]} is not {truth.flat[worst]}"
+        f" to within {np.broadcast_to(allowed, error.shape).flat[worst]}"
+    )
+
+
+def cancellation(logits: torch.Tensor, target: torch.Tensor) -> np.ndarray:
+    """What dense targets cost: `p - p*` and `x - x p*` cancel, to an ulp of what went in."""
+    size = 2 + np.abs(as_numpy(logits))
+    return EPS32 * np.where(np.isfinite(size), size, 0) if is_dense(target) else np.zeros(1)

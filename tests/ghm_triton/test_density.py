@@ -1,0 +1,139 @@
+"""The state behind a harmonized loss."""
+
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ghm_triton import GradientDensity, StrengthSchedule, reference
+
+
+def counts_of(regions, invalid=0):
+    regions = torch.as_tensor(regions)
+    return reference.RegionCounts(
+        regions, torch.zeros((), dtype=torch.float64), torch.tensor(invalid)
+    )
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
+def test_a_cast_keeps_the_state_in_float32(cast):
+    density = GradientDensity(3, momentum=0.5, strength=0.3)
+    density.weigh(counts_of([100_001, 1, 0]), reference)  # above what float16 can hold
+    before = density.smoothed.clone()
+    getattr(torch.nn.Sequential(density), cast)()
+    assert torch.equal(density.smoothed, before)
+    assert density.smoothed.dtype == torch.float32
+    assert density.strength.dtype == torch.float32
+    assert float(density.strength) == pytest.approx(0.3)
+    assert dict(density.named_buffers())["smoothed"] is density.smoothed
+
+
+def test_to_moves_the_state():
+    density = GradientDensity(3).to("meta", torch.float16)
+    assert (density.smoothed.device.type, density.updates.device.type) == ("meta", "meta")
+    assert density.smoothed.dtype == torch.float32
+    assert GradientDensity(3, device=torch.device("meta")).strength.device.type == "meta"
+
+
+def test_evaluation_weighs_and_stores_nothing():
+    density = GradientDensity(3, momentum=0.5)
+    density.weigh(counts_of([5, 1, 0]), reference)
+    state = copy.deepcopy(density.state_dict())
+    density.eval()
+    evaluated = density.weigh(counts_of([1, 1, 7]), reference)
+    assert all(torch.equal(state[key], value) for key, value in density.state_dict().items())
+    density.train()
+    assert torch.equal(density.weigh(counts_of([1, 1, 7]), reference), evaluated)
+    assert int(density.updates) == 2
+
+
+def test_the_state_survives_a_checkpoint_and_the_configuration_is_not_in_it():
+    density = GradientDensity(3, momentum=0.5, strength=0.3)
+    density.weigh(counts_of([5, 1, 0]), reference)
+    file = io.BytesIO()
+    torch.save(density.state_dict(), file)
+    file.seek(0)
+    restored = GradientDensity(3, momentum=0.5, strength=0.9)
+    restored.load_state_dict(torch.load(file))
+    assert set(restored.state_dict()) == {"smoothed", "updates"}
+    assert float(restored.strength) == pytest.approx(0.9)
+    assert torch.equal(restored.smoothed, density.smoothed)
+    assert int(restored.updates) == 1
+    restored.reset()
+    assert int(restored.updates) == 0
+    assert not restored.smoothed.any()
+
+
+def test_a_schedule_follows_the_updates():
+    density = GradientDensity(2, strength=StrengthSchedule(1.0, 0.0, steps=2))
+    seen = []
+    for _ in range(4):
+        seen.append(float(density.current_strength()))
+        density.weigh(counts_of([3, 1]), reference)
+    assert seen == [1.0, 0.5, 0.0, 0.0]
+    density.weigh(counts_of([3, 1], invalid=1), reference)
+    density.weigh(counts_of([0, 0]), reference)
+    assert int(density.updates) == 4  # a batch that teaches nothing is no update
+
+
+@given(
+    regions=st.lists(st.integers(0, 10**6), min_size=1, max_size=40).filter(any),
+    normalizer=st.sampled_from(["valid_bins", "bins"]),
+)
+@settings(max_examples=50, deadline=None)
+def test_regions_weigh_alike_in_sum(regions, normalizer):
+    """Harmony: without an average every occupied region gets N / n, all of them N (or less)."""
+    density = GradientDensity(len(regions), normalizer=normalizer)
+    counts = torch.tensor(regions)
+    share = (density.weigh(counts_of(counts), reference).double() * counts)[counts > 0]
+    occupied, total = len(share), int(counts.sum())
+    n = occupied if normalizer == "valid_bins" else len(regions)
+    # Two divisions in float32, and the rounding of N and R.
+    torch.testing.assert_close(share, torch.full_like(share, total / n), rtol=4e-7, atol=0)
+
+
+@given(
+    momentum=st.floats(0.0, 0.99),
+    batches=st.lists(
+        st.lists(st.integers(0, 1000), min_size=4, max_size=4).filter(any), min_size=1, max_size=6
+    ),
+)
+@settings(max_examples=50, deadline=None)
+def test_the_debiased_average_of_equal_batches_is_the_batch(momentum, batches):
+    """No warm-up: the released average overweighs by 1 / (1 - a^t), 4x at the first update."""
+    fresh = GradientDensity(4)
+    density = GradientDensity(4, momentum=momentum)
+    for _ in range(len(batches)):
+        weights = density.weigh(counts_of(batches[0]), reference)
+    expected = fresh.weigh(counts_of(batches[0]), reference)
+    # 1 - a^t and a S + (1 - a) R round anew at every update; at a = 0.99 and t = 1, to 1e-5.
+    torch.testing.assert_close(weights, expected, rtol=5e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("bins must be an integer from 1 to 1024, got 0", {"bins": 0}),
+        ("bins must be an integer .* got True", {"bins": True}),
+        (r"momentum must lie in \[0, 1\), got 1.0", {"momentum": 1.0}),
+        (r"momentum must lie in \[0, 1\), got nan", {"momentum": float("nan")}),
+        ("max_weight must be positive, got -1", {"max_weight": -1}),
+        ("ema must be one of debiased, mmdet; got 'x'", {"ema": "x"}),
+        ("normalizer must be one of", {"normalizer": "x"}),
+        ("strength must lie in", {"strength": -0.5}),
+    ],
+)
+def test_bad_input(match, options):
+    with pytest.raises(ValueError, match=match):
+        GradientDensity(**{"bins": 4, **options})
+
+
+def test_its_repr_tells_the_configuration():
+    text = repr(GradientDensity(7, momentum=0.5, strength=0.25, ema="mmdet"))
+    assert "bins=7, momentum=0.5, strength=0.25" in text
+    assert "ema='mmdet'" in text
+    schedule = repr(GradientDensity(7, strength=StrengthSchedule(0.5, 0.0, 9)))
+    assert "StrengthSchedule(start=0.5, end=0.0, steps=9" in schedule

@@ -1,0 +1,316 @@
+"""The losses as modules: what they remember, what they forget, and what ranks share."""
+
+import copy
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from ghm_triton import FocalLoss, GHMCLoss, GHMRLoss, StrengthSchedule, ghm_c_loss
+
+OUTER = 3.7
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(11)
+
+
+def step(criterion, predictions, *given):
+    """Loss and gradient of one call."""
+    x = predictions.detach().requires_grad_()
+    loss = criterion(x, *given)
+    (slope,) = torch.autograd.grad(loss * OUTER, x)
+    return loss.detach(), slope
+
+
+@pytest.mark.parametrize("ema", ["debiased", "mmdet"])
+@pytest.mark.parametrize("strength", [1.0, 0.25, StrengthSchedule(1.0, 0.0, 3)])
+@pytest.mark.parametrize("normalizer", ["valid_bins", "bins"])
+def test_ghm_c_over_several_steps(paper, device, generator, backend, ema, strength, normalizer):
+    criterion = GHMCLoss(
+        bins=10,
+        momentum=0.75,
+        strength=strength,
+        ema=ema,
+        normalizer=normalizer,
+        average="positives",
+        loss_weight=2.0,
+        backend=backend,
+    ).to(device)
+    state = paper.Average(np.zeros(10))
+    for n in range(4):
+        # Each batch is of another size and spread, so that regions fall empty and fill again.
+        target = torch.randint(-1, 4, (20 + 17 * n,), generator=generator)
+        logits = paper.draw_logits(
+            (len(target), 3), target, torch.float32, 10, generator, spread=[4, 0.5, 8, 2][n]
+        )
+        at = max(1.0 - n / 3, 0.0) if isinstance(strength, StrengthSchedule) else strength
+        options = {"strength": at, "ema": ema, "normalizer": normalizer, "momentum": 0.75}
+        truth = paper.ghm_c(logits, target, bins=10, state=state, **options)
+        loss, slope = step(criterion, logits.to(device), target.to(device))
+        scale = 2.0 * truth.scale("mean", "positives")
+        paper.assert_close(loss, truth.entries.sum() * scale)
+        paper.assert_close(slope, truth.slopes * scale * OUTER)
+        paper.assert_close(criterion.density.smoothed, state.smoothed)
+
+
+@pytest.mark.parametrize("ema", ["debiased", "mmdet"])
+def test_ghm_r_over_several_steps(paper, device, generator, backend, ema):
+    criterion = GHMRLoss(ema=ema, strength=0.5, loss_weight=10.0, backend=backend).to(device)
+    state = paper.Average(np.zeros(10))
+    for spread in (0.1, 0.005, 1.0):
+        target = torch.zeros(40, 4)
+        pred = paper.draw_pred(target, torch.float32, 10, 0.02, generator, spread=spread)
+        options = {"strength": 0.5, "ema": ema, "momentum": 0.7}
+        truth = paper.ghm_r(pred, target, state=state, **options)
+        loss, slope = step(criterion, pred.to(device), target.to(device))
+        paper.assert_close(loss, truth.entries.sum() / 160 * 10)
+        paper.assert_close(slope, truth.slopes / 160 * 10 * OUTER)
+
+
+class TestAsReleased:
+    """`ema="mmdet", normalizer="valid_bins", strength=1` is the authors' own algorithm."""
+
+    @pytest.mark.parametrize("momentum", [0.0, 0.75])
+    def test_ghm_c(self, paper, device, generator, backend, momentum):
+        released = paper.ReleasedGHM(bins=30, momentum=momentum)
+        criterion = GHMCLoss(
+            momentum=momentum, ema="mmdet", normalizer="valid_bins", strength=1.0, backend=backend
+        ).to(device)
+        for n in range(5):
+            target = (torch.rand(60 + n, 5, generator=generator) < 0.1).float()
+            weight = torch.randint(0, 3, (60 + n, 5), generator=generator).float()
+            logits = paper.draw_logits(
+                tuple(target.shape), target, torch.float32, 30, generator, spread=1.0 + n
+            )
+            expected, expected_slope = released.ghm_c(
+                paper.as_numpy(logits), paper.as_numpy(target), paper.as_numpy(weight)
+            )
+            loss, slope = step(criterion, *(t.to(device) for t in (logits, target, weight)))
+            lost = np.abs(expected_slope).max() * 10 * paper.EPS32  # dense targets: p - p* cancels
+            paper.assert_close(loss, expected)
+            paper.assert_close(slope, expected_slope * OUTER, absolute=lost * OUTER)
+        if momentum:
+            paper.assert_close(criterion.density.smoothed, np.array(released.acc))
+
+    @pytest.mark.parametrize("momentum", [0.0, 0.7])
+    def test_ghm_r(self, paper, device, generator, backend, momentum):
+        released = paper.ReleasedGHM(bins=10, momentum=momentum)
+        criterion = GHMRLoss(
+            momentum=momentum, ema="mmdet", normalizer="valid_bins", strength=1.0, backend=backend
+        ).to(device)
+        for n in range(5):
+            target = torch.randn(40, 4, generator=generator)
+            # Weights other than 0 and 1: the released `tot` is their sum, and cancels.
+            weight = torch.randint(0, 3, (40, 1), generator=generator).float().expand(40, 4) / 2
+            pred = paper.draw_pred(
+                target, torch.float32, 10, 0.02, generator, spread=0.01 * (1 + 3 * n)
+            )
+            d = paper.as_numpy(pred) - paper.as_numpy(target)
+            expected, expected_slope = released.ghm_r(d, paper.as_numpy(weight), 0.02)
+            loss, slope = step(criterion, *(t.to(device) for t in (pred, target, weight)))
+            paper.assert_close(loss, expected)
+            paper.assert_close(slope, expected_slope * OUTER)
+
+    def test_a_region_hit_for_the_first_time_shouts(self, paper, generator):
+        """What users of the released code report; the default does not do it."""
+        busy = torch.full((1000, 1), -4.0)
+        rare = torch.cat([busy, torch.full((1, 1), 2.0)])
+        weights = {}
+        for ema in ("mmdet", "debiased"):
+            criterion = GHMCLoss(ema=ema, momentum=0.9, strength=1.0, reduction="none")
+            for _ in range(40):
+                criterion(busy, torch.zeros_like(busy))
+            loss = criterion(rare, torch.zeros_like(rare))
+            fresh = ghm_c_loss(rare, torch.zeros_like(rare), strength=1.0, reduction="none")
+            weights[ema] = float(loss[-1] / fresh[-1])
+        # Against a fresh count, 1 / (1 - a) either way at once ...
+        assert weights["mmdet"] == pytest.approx(10, rel=1e-3)
+        # ... but only the released one starts every region so: the first step is 10x too heavy.
+        first = {}
+        for ema in ("mmdet", "debiased"):
+            criterion = GHMCLoss(ema=ema, momentum=0.9, strength=1.0)
+            first[ema] = float(criterion(rare, torch.zeros_like(rare)))
+        plain = float(ghm_c_loss(rare, torch.zeros_like(rare), strength=1.0))
+        assert first["mmdet"] == pytest.approx(10 * plain, rel=1e-5)
+        assert first["debiased"] == pytest.approx(plain, rel=1e-5)
+
+
+class TestState:
+    def test_a_checkpoint_resumes_to_the_same_losses(self, device, generator, backend):
+        criterion = GHMCLoss(strength=StrengthSchedule(1.0, 0.0, 8), backend=backend).to(device)
+        batches = [
+            (
+                (torch.randn(30, 3, generator=generator) * k).to(device),
+                torch.zeros(30, 3).to(device),
+            )
+            for k in (1, 2, 3, 4)
+        ]
+        for batch in batches[:2]:
+            criterion(*batch)
+        saved = copy.deepcopy(criterion.state_dict())
+        assert set(saved) == {"density.smoothed", "density.updates"}
+        resumed = GHMCLoss(strength=StrengthSchedule(1.0, 0.0, 8), backend=backend).to(device)
+        resumed.load_state_dict(saved)
+        for batch in batches[2:]:
+            assert torch.equal(resumed(*batch), criterion(*batch))
+
+    @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+    def test_bad_batches_leave_no_trace(self, device, generator, backend, poison):
+        criterion = GHMCLoss(backend=backend).to(device)
+        good = torch.randn(30, 3, generator=generator).to(device)
+        target = torch.zeros(30, 3, device=device)
+        criterion(good, target)
+        before = copy.deepcopy(criterion.state_dict())
+        bad = good.clone()
+        bad[3, 1] = poison
+        assert criterion(bad, target).isnan()
+        assert criterion(good, target, torch.zeros(1, device=device)) == 0.0
+        criterion.eval()
+        criterion(good * 2, target)
+        assert all(torch.equal(before[k], v) for k, v in criterion.state_dict().items())
+        criterion.train()
+        criterion(good, target)
+        assert int(criterion.density.updates) == 2
+
+    def test_evaluation_mode_weighs_as_training_would(self, device, generator, backend):
+        criterion = GHMCLoss(backend=backend).to(device)
+        target = torch.zeros(30, 3, device=device)
+        criterion(torch.randn(30, 3, generator=generator).to(device), target)
+        batch = (torch.randn(30, 3, generator=generator) * 3).to(device)
+        criterion.eval()
+        evaluated = criterion(batch, target)
+        criterion.train()
+        assert torch.equal(criterion(batch, target), evaluated)
+
+    @pytest.mark.parametrize("cast", ["half", "bfloat16"])
+    def test_a_module_in_half_precision_counts_in_full(self, device, backend, cast):
+        criterion = getattr(GHMCLoss(strength=1.0, backend=backend).to(device), cast)()
+        dtype = getattr(torch, {"half": "float16"}.get(cast, cast))
+        logits = torch.zeros(70_000, 1, dtype=dtype, device=device)
+        loss = criterion(logits, torch.zeros(70_000, dtype=torch.int64, device=device))
+        # g is sigmoid(0) = 1/2 at the single entry of each row: one region, so plain BCE log 2.
+        assert float(loss) == pytest.approx(np.log(2), rel=1e-5)
+        assert criterion.density.smoothed.dtype == torch.float32
+        assert float(criterion.density.smoothed[15]) == pytest.approx(0.25 * 70_000)
+
+    def test_the_order_of_entries_does_not_matter(self, device, generator, backend):
+        logits = (torch.randn(500, 3, generator=generator) * 4).to(device)
+        target = torch.randint(0, 4, (500,), generator=generator).to(device)
+        shuffled = torch.randperm(500, generator=generator).to(device)
+        one, another = (GHMCLoss(strength=1.0, backend=backend).to(device) for _ in range(2))
+        loss, slope = step(one, logits, target)
+        loss_too, slope_too = step(another, logits[shuffled], target[shuffled])
+        # The weights are the same to the bit, made from integers; a vector unit and the scalar
+        # code for the last few entries round apart, and the loss is added in another order.
+        torch.testing.assert_close(slope[shuffled], slope_too, rtol=1e-6, atol=0)
+        torch.testing.assert_close(loss, loss_too, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("match", "make"),
+    [
+        ("reduction must be one of", lambda: GHMCLoss(reduction="x")),
+        ("average must be one of", lambda: GHMCLoss(average="x")),
+        ("backend must be one of", lambda: GHMCLoss(backend="x")),
+        ("ema must be one of", lambda: GHMCLoss(ema="x")),
+        (r"momentum must lie in \[0, 1\), got 1", lambda: GHMCLoss(momentum=1)),
+        ("mu must be positive, got 0", lambda: GHMRLoss(mu=0)),
+        ("reduction must be one of", lambda: GHMRLoss(reduction="x")),
+        ("backend must be one of", lambda: GHMRLoss(backend="x")),
+        ("average must be one of", lambda: FocalLoss(average="x")),
+    ],
+)
+def test_bad_options_are_refused_at_once(match, make):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_focal_passes_its_options_on(generator):
+    from ghm_triton import focal_loss
+
+    logits, target = torch.randn(20, 3, generator=generator), torch.zeros(20, dtype=int)
+    criterion = FocalLoss(alpha=0.4, gamma=1.0, loss_weight=3.0, average="valid")
+    expected = 3.0 * focal_loss(logits, target, alpha=0.4, gamma=1.0, average="valid")
+    assert torch.equal(criterion(logits, target), expected)
+
+
+def test_ghm_modules_pass_their_options_on(generator):
+    logits, target = torch.randn(20, 3, generator=generator), torch.rand(20, 3, generator=generator)
+    weight = torch.rand(20, 1, generator=generator)
+    options = {"average": "positives", "weighted": True, "reduction": "sum"}
+    shared = {"bins": 5, "strength": 0.7, "normalizer": "bins", "max_weight": 1.1}
+    loss = GHMCLoss(momentum=0.0, loss_weight=2.0, **options, **shared)(logits, target, weight)
+    assert torch.equal(loss, 2.0 * ghm_c_loss(logits, target, weight, **options, **shared))
+
+
+class TestProcessGroup:
+    """Two ranks with half of the batch each are one rank with all of it."""
+
+    def test_gloo(self, tmp_path, generator):
+        batches = []
+        for spread in (4.0, 1.0, 2.0):
+            logits = torch.randn(60, 3, generator=generator) * spread
+            index = torch.randint(-1, 4, (60,), generator=generator)
+            index[:30] = index[:30].clamp(max=0)  # ranks see different things
+            batches.append((logits, index))
+        torch.save(batches, tmp_path / "batches.pt")
+        # This file as a script: forking a process that has started threads can hang.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, __file__, str(tmp_path)]
+        running = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
+        assert [process.wait(timeout=100) for process in running] == [0, 0]
+        ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+        for average in ("valid", "positives"):
+            whole = GHMCLoss(strength=0.5, average=average)
+            for n, (logits, index) in enumerate(batches):
+                loss, slope = step(whole, logits, index)
+                losses, slopes, smoothed = zip(*(r[average][n] for r in ranks), strict=True)
+                # As DDP averages: the mean of the losses, and the gradients of the mean.
+                torch.testing.assert_close(sum(losses) / 2, loss, rtol=1e-6, atol=0)
+                torch.testing.assert_close(torch.cat(slopes) / 2, slope, rtol=1e-6, atol=0)
+                assert torch.equal(smoothed[0], smoothed[1])
+                assert torch.equal(smoothed[0], whole.density.smoothed)
+        # A NaN on one rank is a NaN on all, and no rank's state moves.
+        for rank in ranks:
+            loss, updates = rank["poisoned"]
+            assert loss.isnan()
+            assert int(updates) == 0
+
+
+def rank_main(where: Path, rank: int) -> None:
+    """What one of two ranks does."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{where}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    seen = {}
+    batches = torch.load(where / "batches.pt")
+    half = slice(30 * rank, 30 * rank + 30)
+    for average in ("valid", "positives"):
+        criterion = GHMCLoss(strength=0.5, average=average, process_group=dist.group.WORLD)
+        seen[average] = []
+        for logits, index in batches:
+            loss, slope = step(criterion, logits[half], index[half])
+            seen[average].append((loss, slope, criterion.density.smoothed.clone()))
+    criterion = GHMCLoss(process_group=dist.group.WORLD)
+    logits = torch.full((5, 2), torch.nan if rank == 1 else 0.0)
+    loss = criterion(logits, torch.zeros(5, dtype=torch.int64))
+    seen["poisoned"] = (loss, criterion.density.updates.clone())
+    torch.save(seen, where / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    rank_main(Path(sys.argv[1]), int(sys.argv[2]))
