@@ -28,6 +28,7 @@ example:
   ghm demo --out runs/demo"""
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder for results (runs/demo)")
+    add("--data", default="digits", help="what to learn (default: digits, which is built in)")
     add("--steps", type=int, help="optimiser steps (default: those of ghm train)")
     add("--policy", default="f1", help="threshold policy (default: f1)")
     add("--image", type=int, default=0, help="which held-out image to post (default: 0)")
@@ -38,14 +39,14 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     out: Path = arguments.out
     checkpoint, onnx = out / "checkpoint.pt", out / "detector.onnx"
-    steps = ["--steps", str(arguments.steps)] if arguments.steps else []
-    _ghm("train", "--out", out, "--data", "digits", *steps)
+    steps = [] if arguments.steps is None else ["--steps", str(arguments.steps)]
+    _ghm("train", "--out", out, "--data", arguments.data, *steps)
     _ghm("eval", checkpoint, "--split", "test")
     _ghm("thresholds", checkpoint, "--policy", arguments.policy, "--plot", out / "thresholds.png")
     _ghm("export", checkpoint, "--out", onnx, "--policy", arguments.policy)
-    _ghm("verify", onnx, "--checkpoint", checkpoint, "--data", "digits", "--split", "test")
+    _ghm("verify", onnx, "--checkpoint", checkpoint, "--split", "test")
     _plot_gradients(checkpoint, out / "gradient_norms.png")
-    _serve_one(onnx, out, arguments.image)
+    _serve_one(onnx, out, arguments.data, arguments.image)
     print(f"\nDone in {time.perf_counter() - started:.0f} s. Look into {out}:")
     for name, what in (
         ("detector.onnx", "the detector, its thresholds and its card"),
@@ -77,11 +78,11 @@ def _plot_gradients(checkpoint: Path, path: Path) -> None:
     plot_gradient_norms(norms, saved.training["strength"], path)
 
 
-def _serve_one(onnx: Path, out: Path, index: int) -> None:
+def _serve_one(onnx: Path, out: Path, data: str, index: int) -> None:
     """Start `ghm serve`, post one held-out image to it, and draw the answer."""
     from ghm_triton.detection.data import open_dataset
 
-    sample = open_dataset("digits", "test")[index]
+    sample = open_dataset(data, "test")[index]
     posted = out / "held_out.png"
     sample.image.save(posted)
     words = ["serve", str(onnx), "--port", "0"]

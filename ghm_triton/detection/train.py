@@ -80,7 +80,7 @@ def train(
     """
     with world(device) as here:
         run = _Run(options, config, out, here, resume)
-        run.fit(min(options.steps, stop_after or options.steps), progress)
+        run.fit(options.steps if stop_after is None else min(options.steps, stop_after), progress)
         if run.step < options.steps:
             return TrainResult(out / CHECKPOINT, None)
         held_out = run.score_held_out()

@@ -1,0 +1,44 @@
+import subprocess
+import sys
+
+from PIL import Image
+
+from export.file import read_detector
+
+DATA = "digits:images=200,held_out_images=12"
+PICTURES = ("held_out.png", "detections.png", "gradient_norms.png", "thresholds.png")
+
+
+def test_the_demo_goes_from_nothing_to_an_answer(tmp_path):
+    """The command itself, small: every step is a process that really runs."""
+    words = ["demo", "--out", str(tmp_path), "--data", DATA, "--steps", "25", "--policy", "prior"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ghm_triton.cli", *words],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ ghm ")]
+    assert steps == ["train", "eval", "thresholds", "export", "verify", "serve"]
+    assert "the file does what the checkpoint does" in done.stdout
+    assert '"threshold": ' in done.stdout
+    for name in PICTURES:
+        with Image.open(tmp_path / name) as picture:
+            picture.load()
+    assert read_detector(tmp_path / "detector.onnx").card.training.steps == 25
+
+
+def test_a_step_that_fails_stops_the_demo_there(tmp_path):
+    words = ["demo", "--out", str(tmp_path), "--data", DATA, "--steps", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ghm_triton.cli", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "ghm export" not in done.stdout
+    assert "`ghm train` ended with exit code 2" in done.stderr
