@@ -108,8 +108,11 @@ def build(variant: Variant, target: GPUTarget) -> CompiledKernel:
     return triton.compile(source, target=target, options=dict(OPTIONS))
 
 
-def resources(compiled: CompiledKernel, target: GPUTarget) -> dict[str, int]:
-    """Bytes of code, registers, spilled bytes and shared memory, read from the binary."""
+def resources(compiled: CompiledKernel, target: GPUTarget, count: bool) -> dict[str, int]:
+    """Bytes of code, registers, spilled bytes and shared memory, read from the binary.
+
+    With `count`, on NVIDIA, also the instructions; disassembling takes longer than compiling.
+    """
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         found = {key: re.search(rf"\.{key}:\s+(\d+)", text) for key in _AMD}
@@ -120,15 +123,18 @@ def resources(compiled: CompiledKernel, target: GPUTarget) -> dict[str, int]:
         file.write(binary)
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "--print-code", file.name)
+        code = _run("nvdisasm", "--print-code", file.name) if count else ""
     counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return {
+    found = {
         "binary_bytes": len(binary),
         "registers": counts["REG"],
         "spilled_bytes": counts["STACK"] + counts["LOCAL"],
         "shared_bytes": int(compiled.metadata.shared),
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", code, re.MULTILINE)),
     }
+    if count:
+        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", code, re.MULTILINE)
+        found["instructions"] = len(lines)
+    return found
 
 
 _AMD = {
@@ -144,14 +150,15 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout
 
 
-def report(targets: list[str], dtypes: list[str]) -> Iterator[dict[str, Any]]:
+def report(targets: list[str], dtypes: list[str], count: bool) -> Iterator[dict[str, Any]]:
     """One row a kernel, variant and target."""
     for name in targets:
         chosen = [(dtype, v) for dtype in dtypes for v in variants(dtype)]
         chosen += [("", v) for v in state_variants()]
         for dtype, variant in chosen:
             row = {"kernel": variant.kernel.__name__, "variant": variant.name, "dtype": dtype}
-            yield row | {"target": name} | resources(build(variant, TARGETS[name]), TARGETS[name])
+            compiled = build(variant, TARGETS[name])
+            yield row | {"target": name} | resources(compiled, TARGETS[name], count)
 
 
 def main() -> None:
@@ -159,8 +166,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--instructions", action="store_true", help="disassemble and count them")
     options = parser.parse_args()
-    for row in report(options.targets, options.dtypes):
+    for row in report(options.targets, options.dtypes, options.instructions):
         print(json.dumps(row), flush=True)
 
 
