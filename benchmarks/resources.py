@@ -43,23 +43,26 @@ REGIONS = {"BINS": 30, "BLOCK_BINS": 32}
 DENSITY = {"MOMENTUM": 0.75, "LOG_MOMENTUM": -0.2877, "MAX_WEIGHT": None, "PERSIST": True}
 
 
+Types = dict[str, str | None]
+
+
 @dataclass(frozen=True)
 class Variant:
     """A kernel, the types of its pointers (None: not passed) and its constants."""
 
     kernel: Any
     name: str
-    types: dict[str, str | None]
+    types: Types
     constants: dict[str, Any] = field(default_factory=dict)
 
 
 def variants(dtype: str) -> Iterator[Variant]:
     """Every kernel at one dtype of logits, `fp32`, `fp16` or `bf16`, as training launches it."""
     for kind, target in (("index", "*i64"), ("dense", "*fp32")):
-        types = {"logits_ptr": f"*{dtype}", "target_ptr": target, "weight_ptr": None}
-        constants = {"INDEX": kind == "index", "BINS": 30, **CLASSES}
+        types: Types = {"logits_ptr": f"*{dtype}", "target_ptr": target, "weight_ptr": None}
+        constants: dict[str, Any] = {"INDEX": kind == "index", "BINS": 30, **CLASSES}
         loss = {**constants, "WEIGHTED": False, "REDUCE": True}
-        counts = {"counts_ptr": "*i64", "positives_ptr": "*fp64"}
+        counts: Types = {"counts_ptr": "*i64", "positives_ptr": "*fp64"}
         yield Variant(count_bce_kernel, kind, types | counts, constants | REGIONS)
         yield Variant(bce_forward_kernel, kind, types, loss)
         yield Variant(bce_backward_kernel, kind, types | {"gradient_ptr": f"*{dtype}"}, loss)
@@ -74,7 +77,7 @@ def variants(dtype: str) -> Iterator[Variant]:
 
 def state_variants() -> Iterator[Variant]:
     """The kernels that no logit passes through."""
-    types: dict[str, str | None] = {
+    types: Types = {
         "regions_ptr": "*i64",
         "invalid_ptr": "*i64",
         "updates_ptr": "*i64",
@@ -116,8 +119,8 @@ def resources(compiled: CompiledKernel, target: GPUTarget, count: bool) -> dict[
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         found = {key: re.search(rf"\.{key}:\s+(\d+)", text) for key in _AMD}
-        counts = {_AMD[key]: int(match[1]) for key, match in found.items() if match}
-        return {"binary_bytes": len(compiled.asm["hsaco"]), **counts}
+        amd = {_AMD[key]: int(match[1]) for key, match in found.items() if match}
+        return {"binary_bytes": len(compiled.asm["hsaco"]), **amd}
     binary = compiled.asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
@@ -125,7 +128,7 @@ def resources(compiled: CompiledKernel, target: GPUTarget, count: bool) -> dict[
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         code = _run("nvdisasm", "--print-code", file.name) if count else ""
     counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    found = {
+    usage_found = {
         "binary_bytes": len(binary),
         "registers": counts["REG"],
         "spilled_bytes": counts["STACK"] + counts["LOCAL"],
@@ -133,8 +136,8 @@ def resources(compiled: CompiledKernel, target: GPUTarget, count: bool) -> dict[
     }
     if count:
         lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", code, re.MULTILINE)
-        found["instructions"] = len(lines)
-    return found
+        usage_found["instructions"] = len(lines)
+    return usage_found
 
 
 _AMD = {

@@ -82,18 +82,19 @@ def density_kernel(
     occupied = counts > 0
     total = tl.sum(counts, axis=0)
 
+    # Divisions are rounded to nearest, as torch rounds them: what is a power of two stays one.
+    each = tl.zeros([BLOCK_BINS], tl.float32)
     moved = MOMENTUM * smoothed + (1.0 - MOMENTUM) * counts.to(tl.float32)
     if DEBIASED:
         # In float64, as 1 - a^t cancels when a is close to 1.
         share = 1.0 - tl.exp((updates + 1).to(tl.float64) * LOG_MOMENTUM)
-        density = moved / share.to(tl.float32)
+        density = tl.div_rn(moved, each + share.to(tl.float32))
     else:
         moved = tl.where(occupied, moved, smoothed)
         density = moved
-    regions = BINS
-    if VALID_BINS:
-        regions = tl.maximum(tl.sum(occupied.to(tl.int32), axis=0), 1)
-    beta = total.to(tl.float32) / tl.where(occupied, density, 1.0) / regions
+    regions = tl.sum((occupied if VALID_BINS else exists).to(tl.int32), axis=0)
+    beta = tl.div_rn(each + total.to(tl.float32), tl.where(occupied, density, 1.0))
+    beta = tl.div_rn(beta, each + tl.maximum(regions, 1).to(tl.float32))
 
     # beta ** strength; the ends are exact: 1 is the paper, 0 is plain cross entropy.
     weights = tl.exp(strength * tl.log(tl.where(occupied, beta, 1.0)))

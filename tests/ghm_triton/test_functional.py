@@ -156,22 +156,23 @@ class TestGHMC:
         if layout == "channels":  # a head's output [N, C, H, W] seen as [N, H, W, C]
             shape = (2, 4, 5, 6)
         target = draw_target(kind, shape, generator)
-        logits = paper.draw_logits(shape, target, torch.float32, 30, generator)
+        # Made where they are used: a copy to a device does not keep every layout.
+        logits = paper.draw_logits(shape, target, torch.float32, 30, generator).to(device)
         if layout == "transposed":
             viewed = logits.t().contiguous().t()
         elif layout == "strided":
-            viewed = torch.full((80, 18), torch.nan)
+            viewed = torch.full((80, 18), torch.nan, device=device)
             viewed[::2, ::3] = logits
             viewed = viewed[::2, ::3]
         elif layout == "offset":
-            viewed = torch.full((41, 7), torch.nan)
+            viewed = torch.full((41, 7), torch.nan, device=device)
             viewed[1:, 1:] = logits
             viewed = viewed[1:, 1:]
         elif layout == "expanded":
             target = torch.zeros(40, dtype=torch.int64) if kind == "index" else target[:1]
             target = target.expand(40, *target.shape[1:])
             row = paper.draw_logits((1, 6), target[:1], torch.float32, 30, generator)
-            viewed = row.expand(40, 6)
+            viewed = row.to(device).expand(40, 6)
         else:
             viewed = logits.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         assert layout == "expanded" or torch.equal(viewed, logits)
@@ -385,7 +386,7 @@ class TestGHMR:
     def test_any_shape_and_strides(self, paper, device, generator, backend, shape):
         target = torch.randn(shape, generator=generator)
         pred = paper.draw_pred(target, torch.float32, 10, 0.02, generator)
-        flipped = pred.transpose(0, -1).contiguous().transpose(0, -1)
+        flipped = pred.to(device).transpose(0, -1).contiguous().transpose(0, -1)
         check_ghm_r(paper, device, flipped, target, backend=backend)
 
     def test_no_difference_and_huge_ones(self, paper, device, backend):
