@@ -183,4 +183,5 @@ def test_the_card_tells_where_the_thresholds_come_from(road):
     assert card.threshold_policy == "fixed=0.05"
     assert card.statistics.anchors == saved.statistics.anchors > 0
     assert [t.support for t in card.thresholds] == saved.statistics.positives.tolist()
-    assert card.training.data == road.dataset.name  # no folder of this machine
+    assert card.training.data.startswith(road.dataset.name)
+    assert "/" not in card.training.data  # no folder of this machine

@@ -16,11 +16,6 @@ NO_KERNELS = (
 )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Name the marker of the tests that run Triton's kernels."""
-    config.addinivalue_line("markers", "kernels: runs Triton's kernels; on a GPU or interpreted")
-
-
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The GPU where there is one, unless the kernels are interpreted."""
