@@ -277,7 +277,7 @@ def _scale(counts: RegionCounts, reduction: str, average: str, world_size: int) 
     if reduction == "mean":
         divisor = counts.regions.sum() if average == "valid" else counts.positives
         scale = world_size / divisor.double().clamp(min=1)
-    # The mean of a batch whose only entry is invalid must not come out as 0 * weight.
+    # So that a rank without entries of its own is NaN too when another's are invalid.
     return torch.where(counts.invalid == 0, scale.float(), float("nan"))
 
 

@@ -202,7 +202,7 @@ def count_bce_kernel(
         gradient, _, _ = bce_terms(x, target, INDEX)
         region = tl.where(sound, unit_region(tl.abs(gradient), BINS), BINS)
         histogram += tl.histogram(tl.ravel(region), BLOCK_BINS, mask=tl.ravel(valid))
-        positives += tl.where(valid, target, 0.0)
+        positives += target
     add_counts(counts_ptr, histogram, BINS, BLOCK_BINS)
     total = tl.sum(tl.ravel(positives).to(tl.float64), axis=0)
     tl.store(positives_ptr + tl.program_id(0), total)

@@ -278,7 +278,7 @@ class TestProcessGroup:
                 torch.testing.assert_close(torch.cat(slopes) / 2, slope, rtol=1e-6, atol=0)
                 assert torch.equal(smoothed[0], smoothed[1])
                 assert torch.equal(smoothed[0], whole.density.smoothed)
-        # A NaN on one rank is a NaN on all, and no rank's state moves.
+        # A NaN on one rank is a NaN on all, one with nothing to see as well; no state moves.
         for rank in ranks:
             loss, updates = rank["poisoned"]
             assert loss.isnan()
@@ -306,7 +306,7 @@ def rank_main(where: Path, rank: int) -> None:
             seen[average].append((loss, slope, criterion.density.smoothed.clone()))
     criterion = GHMCLoss(process_group=dist.group.WORLD)
     logits = torch.full((5, 2), torch.nan if rank == 1 else 0.0)
-    loss = criterion(logits, torch.zeros(5, dtype=torch.int64))
+    loss = criterion(logits, torch.full((5,), 0 if rank == 1 else -1))
     seen["poisoned"] = (loss, criterion.density.updates.clone())
     torch.save(seen, where / f"rank{rank}.pt")
     dist.destroy_process_group()

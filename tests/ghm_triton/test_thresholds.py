@@ -162,6 +162,17 @@ def test_a_lucky_bin_below_a_bad_stretch_is_no_operating_point(quiet):
     assert entry.threshold == np.float32(0.615)  # the first edge above the false one
 
 
+@pytest.mark.parametrize("policy", ["f1", "precision=0.9", "recall=0.0"])
+def test_a_faultless_class_does_not_let_everything_through(quiet, policy):
+    """Nothing below the first edge was looked at, so no policy reaches down there."""
+    held = Held([1], [[0.8, 0.9]], [[True, True]], [2])
+    (entry,) = choose(held, policy)
+    assert entry.threshold == (EDGES[-1] if policy == "recall=0.0" else EDGES[0])
+    held = Held([1], [[0.001]], [[True]], [1])
+    (entry,) = choose(held, "recall=1.0")
+    assert entry.threshold == EDGES[0]
+
+
 class TestFallback:
     def test_a_class_without_hits_takes_the_median_of_those_with(self):
         held = Held(

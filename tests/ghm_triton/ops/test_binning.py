@@ -83,17 +83,18 @@ def test_more_than_two_to_the_31_entries():
 
 
 def test_offsets_beyond_two_to_the_31(device, tmp_path):
-    """Two entries 2^31 apart, in a file that is mostly a hole: 32-bit offsets would fail."""
+    """Rows whose stride fits into 32 bits and whose offset does not, in a file with a hole."""
     if device.type == "cuda":
         pytest.skip("the file is in the host's memory; another test does this on a GPU")
     from ghm_triton import ops
 
-    apart = 2**31 + 8
-    store = torch.from_file(str(tmp_path / "hole"), True, apart + 1, dtype=torch.float16)
-    logits = store.as_strided((2, 1), (apart, 1))
-    logits[1] = 3.0
-    inputs = classification_inputs(logits, torch.ones(2, dtype=torch.int64), None, None)
-    assert ops.count_bce(inputs, 4).regions.tolist() == [0, 0, 1, 1]
+    apart = 2**30 + 8
+    store = torch.from_file(str(tmp_path / "hole"), True, 2 * apart + 1, dtype=torch.float16)
+    rows = store.as_strided((3, 1), (apart, 1))
+    rows[2] = 3.0
     table = torch.tensor([0.0, 0.0, 0.0, 1.0])
-    loss = ops.weighted_bce(inputs, table, table[3], weighted=False, reduce=True)
-    assert float(loss) == pytest.approx(3.0485873, rel=1e-6)  # softplus(3)
+    for logits, index in ((rows, torch.ones(3)), (rows.t(), torch.full((1,), 3))):
+        inputs = classification_inputs(logits, index.long(), None, None)
+        assert ops.count_bce(inputs, 4).regions.tolist() == [0, 0, 2, 1]
+        loss = ops.weighted_bce(inputs, table, table[3], weighted=False, reduce=True)
+        assert float(loss) == pytest.approx(3.0485873, rel=1e-6)  # softplus(3)

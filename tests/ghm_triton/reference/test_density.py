@@ -118,10 +118,10 @@ def test_without_persist_it_weighs_alike_and_stores_nothing(device, kernels):
 
 
 def test_strength_one_and_zero_are_exact(device, kernels):
-    # 18 entries, 6 regions, 3 each: beta is 1 everywhere; at 1:2 it is a power of two.
+    odd = np.float32(539) / np.array([3, 10, 61, 129, 17, 319], np.float32) / np.float32(6)
     for regions, strength, expected in (
         ([3] * 6, 1.0, [1.0] * 6),
-        ([4, 8, 0, 0, 0, 0], 1.0, [1.5, 0.75, 0, 0, 0, 0]),
+        ([3, 10, 61, 129, 17, 319], 1.0, odd.tolist()),
         ([4, 9, 0, 1, 0, 0], 0.0, [1.0, 1.0, 0, 1.0, 0, 0]),
     ):
         smoothed, updates = new_state(device)
