@@ -18,14 +18,14 @@ from onnxscript import opset18 as op
 
 from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
 from ghm_triton.detection.model import Detector
-from ghm_triton.detection.postprocess import DeployedDetector
+from ghm_triton.detection.postprocess import OUT, DeployedDetector
 
 # onnx writes newer versions by default than runtimes in use accept.
 OPSET = 18
 IR_VERSION = 10
 MAX_BATCH = 64
-# Entries below 0 take no part and a score of 0 may stand: any cut between -1 and 0 says so.
-SCORE_CUT = -0.5
+# Entries at OUT take no part: any cut between it and the lowest logit says so.
+RANK_CUT = OUT / 10
 
 
 def build_graph(
@@ -89,10 +89,10 @@ def _export(deployed: DeployedDetector) -> ModelProto:
 def _non_max_suppression(candidates: int) -> Callable[..., Any]:
     """`ghm::nms` in ONNX; it may keep every one of the `candidates` of a class."""
 
-    def translate(boxes: Any, scores: Any, iou_threshold: Any) -> Any:
+    def translate(boxes: Any, ranks: Any, iou_threshold: Any) -> Any:
         most: Any = op.Constant(value_ints=[candidates])
-        cut: Any = op.Constant(value_floats=[SCORE_CUT])
-        return op.NonMaxSuppression(boxes, scores, most, iou_threshold, cut)
+        cut: Any = op.Constant(value_floats=[RANK_CUT])
+        return op.NonMaxSuppression(boxes, ranks, most, iou_threshold, cut)
 
     return translate
 

@@ -12,16 +12,17 @@ from ghm_triton.detection.model import Detector
 
 # torchvision's BoxCoder clips the log of a box's growth here, so that exp() stays finite.
 MAX_LOG_GROWTH = math.log(1000.0 / 16)
-BELOW_ANY_THRESHOLD = -1.0
+# The rank of an entry that takes no part; far below any logit, and finite, as ONNX wants it.
+OUT = -1e30
 
 
 @torch.library.custom_op("ghm::nms", mutates_args=())
-def class_nms(boxes: Tensor, scores: Tensor, iou_threshold: Tensor) -> Tensor:
+def class_nms(boxes: Tensor, ranks: Tensor, iou_threshold: Tensor) -> Tensor:
     """Non-maximum suppression a class and image, as ONNX's `NonMaxSuppression` defines it.
 
     Args:
         boxes: float32 `[B, K, 4]`, x1 y1 x2 y2.
-        scores: float32 `[B, C, K]`; entries below 0 take no part.
+        ranks: float32 `[B, C, K]`, the higher the better; entries at `OUT` take no part.
         iou_threshold: float32 `[1]`; a box that overlaps a better one by more is dropped.
 
     Returns:
@@ -29,18 +30,18 @@ def class_nms(boxes: Tensor, scores: Tensor, iou_threshold: Tensor) -> Tensor:
     """
     iou = float(iou_threshold)
     kept = [torch.zeros(0, 3, dtype=torch.int64, device=boxes.device)]
-    for image in range(scores.shape[0]):
-        for label in torch.nonzero((scores[image] >= 0).any(dim=1)).flatten().tolist():
-            entries = torch.nonzero(scores[image, label] >= 0).flatten()
-            survivors = entries[nms(boxes[image, entries], scores[image, label, entries], iou)]
+    for image in range(ranks.shape[0]):
+        for label in torch.nonzero((ranks[image] > OUT).any(dim=1)).flatten().tolist():
+            entries = torch.nonzero(ranks[image, label] > OUT).flatten()
+            survivors = entries[nms(boxes[image, entries], ranks[image, label, entries], iou)]
             owner = torch.tensor([image, label], device=boxes.device).expand(len(survivors), 2)
             kept.append(torch.cat([owner, survivors[:, None]], dim=1))
     return torch.cat(kept)
 
 
 @class_nms.register_fake
-def _(boxes: Tensor, scores: Tensor, iou_threshold: Tensor) -> Tensor:
-    del scores, iou_threshold
+def _(boxes: Tensor, ranks: Tensor, iou_threshold: Tensor) -> Tensor:
+    del ranks, iou_threshold
     survivors = torch.library.get_ctx().new_dynamic_size()
     return boxes.new_empty((survivors, 3), dtype=torch.int64)
 
@@ -101,30 +102,35 @@ class DeployedDetector(nn.Module):
     def select(
         self, logits: Tensor, deltas: Tensor, class_thresholds: Tensor, iou_threshold: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Threshold, suppress and sort: `[B, A, C]` and `[B, A, 4]` to padded detections."""
+        """Threshold, suppress and sort: `[B, A, C]` and `[B, A, 4]` to padded detections.
+
+        Scores decide what stands, logits decide what is better: near 1 the probabilities of a
+        confident detector are equal in float32, and each runtime would break the ties its own way.
+        """
         anchors: Tensor = self.detector.anchors
-        probability = torch.sigmoid(logits)
-        below = torch.full_like(probability, BELOW_ANY_THRESHOLD)
-        passing = torch.where(probability >= class_thresholds, probability, below)
+        scores = torch.sigmoid(logits)
+        ranks = torch.where(scores >= class_thresholds, logits, torch.full_like(logits, OUT))
         # The best anchors of any class stay; indexing, because gather exports badly.
         count = min(self.config.candidates, anchors.shape[0])
-        _, best = passing.amax(dim=2).topk(count, dim=1)
+        _, best = ranks.amax(dim=2).topk(count, dim=1)
         image = torch.arange(best.shape[0], device=best.device).unsqueeze(1)
         boxes = decode_boxes(deltas[image, best], anchors[best], self.config.image_size)
-        scores = passing[image, best].transpose(1, 2).contiguous()
-        return self._suppress(boxes, scores, iou_threshold)
+        scores, ranks = (x[image, best].transpose(1, 2).contiguous() for x in (scores, ranks))
+        return self._suppress(boxes, scores, ranks, iou_threshold)
 
     def _suppress(
-        self, boxes: Tensor, scores: Tensor, iou_threshold: Tensor
+        self, boxes: Tensor, scores: Tensor, ranks: Tensor, iou_threshold: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        kept = class_nms(boxes, scores, iou_threshold)
+        """NMS, then the best of all classes; `[B, K, 4]` and twice `[B, C, K]`."""
+        kept = class_nms(boxes, ranks, iou_threshold)
         where = (kept[:, 0], kept[:, 1], kept[:, 2])
-        survivors = torch.full_like(scores, BELOW_ANY_THRESHOLD).index_put(where, scores[where])
-        anchors = scores.shape[2]
-        flat = survivors.flatten(1)
-        top, position = flat.topk(min(self.config.max_detections, flat.shape[1]), dim=1)
-        stands = top >= 0
-        labels = torch.where(stands, position // anchors, -1)
+        survivors = torch.full_like(ranks, OUT).index_put(where, ranks[where]).flatten(1)
+        most = min(self.config.max_detections, survivors.shape[1])
+        top, position = survivors.topk(most, dim=1)
+        stands = top > OUT
+        anchors = ranks.shape[2]
         image = torch.arange(position.shape[0], device=position.device).unsqueeze(1)
+        labels = torch.where(stands, position // anchors, -1)
         found = torch.where(stands.unsqueeze(2), boxes[image, position % anchors], 0.0)
-        return found, torch.where(stands, top, 0.0), labels, stands.sum(dim=1)
+        own = torch.where(stands, scores.flatten(1)[image, position], 0.0)
+        return found, own, labels, stands.sum(dim=1)

@@ -10,7 +10,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.model import build_detector
-from ghm_triton.detection.postprocess import DeployedDetector, class_nms, decode_boxes
+from ghm_triton.detection.postprocess import OUT, DeployedDetector, class_nms, decode_boxes
 
 SIZE = (64, 96)
 
@@ -62,33 +62,34 @@ def test_nms_is_torchvisions_over_images_and_classes(
 ) -> None:
     images, classes, count = 3, 4, 60
     boxes = random_boxes(images, count, generator=generator)
-    scores = torch.rand(images, classes, count, generator=generator, dtype=torch.float64) - 0.3
-    kept = class_nms(boxes, scores, torch.tensor([iou]))
+    ranks = torch.randn(images, classes, count, generator=generator, dtype=torch.float64)
+    ranks[ranks < -0.5] = OUT
+    kept = class_nms(boxes, ranks, torch.tensor([iou]))
     for image in range(images):
-        entries = torch.nonzero(scores[image] >= 0)
+        entries = torch.nonzero(ranks[image] > OUT)
         chosen = batched_nms(
-            boxes[image, entries[:, 1]], scores[image][tuple(entries.T)], entries[:, 0], iou
+            boxes[image, entries[:, 1]], ranks[image][tuple(entries.T)], entries[:, 0], iou
         )
         ours = kept[kept[:, 0] == image][:, 1:]
         assert sorted(ours.tolist()) == sorted(entries[chosen].tolist())
 
 
-def test_entries_below_0_neither_stand_nor_suppress() -> None:
+def test_entries_that_are_out_neither_stand_nor_suppress() -> None:
     boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 10, 10]]])
-    scores = torch.tensor([[[-1.0, 0.0, -0.5]]])
-    assert class_nms(boxes, scores, torch.tensor([0.5])).tolist() == [[0, 0, 1]]
+    ranks = torch.tensor([[[OUT, -90.0, OUT]]])
+    assert class_nms(boxes, ranks, torch.tensor([0.5])).tolist() == [[0, 0, 1]]
 
 
 def test_nothing_passes() -> None:
-    kept = class_nms(torch.zeros(2, 5, 4), torch.full((2, 3, 5), -1.0), torch.tensor([0.5]))
+    kept = class_nms(torch.zeros(2, 5, 4), torch.full((2, 3, 5), OUT), torch.tensor([0.5]))
     assert kept.shape == (0, 3)
     assert kept.dtype == torch.int64
 
 
 def test_the_operator_keeps_torch_librarys_rules(generator: torch.Generator) -> None:
     boxes = random_boxes(2, 20, generator=generator).float()
-    scores = torch.rand(2, 3, 20, generator=generator) - 0.5
-    torch.library.opcheck(class_nms, (boxes, scores, torch.tensor([0.5])))
+    ranks = torch.randn(2, 3, 20, generator=generator)
+    torch.library.opcheck(class_nms, (boxes, ranks, torch.tensor([0.5])))
 
 
 def deployed(classes: int = 3, candidates: int = 50, max_detections: int = 30) -> DeployedDetector:
@@ -110,6 +111,10 @@ def iou_of(a: list[float], b: list[float]) -> float:
         return 0.0
     shared = width * height
     return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def iou_matrix(anchors: Tensor, anchor: Tensor) -> Tensor:
+    return torch.tensor([iou_of(a, anchor.tolist()) for a in anchors.tolist()])
 
 
 def decode(delta: list[float], anchor: list[float]) -> list[float]:
@@ -201,6 +206,22 @@ def test_a_score_at_its_threshold_stands() -> None:
     deltas = torch.zeros(1, len(anchors), 4, dtype=torch.float64)
     for threshold, count in ((at, 1), (torch.nextafter(at, torch.ones_like(at)), 0)):
         assert int(detector.select(logits, deltas, threshold, torch.tensor([0.5]))[3]) == count
+
+
+def test_of_two_scores_that_are_equal_in_float32_the_higher_logit_stays() -> None:
+    """Runtimes differ in the last bit of a sigmoid; which box is shown must not hang on it."""
+    detector = deployed(classes=1).float()
+    anchors = detector.detector.anchors
+    logits = torch.full((1, len(anchors), 1), -5.0)
+    overlap = iou_matrix(anchors, anchors[40])
+    overlap[40] = 0.0
+    twin = int(overlap.argmax())
+    logits[0, 40], logits[0, twin] = 18.0, 18.5
+    assert torch.equal(logits[0, 40].sigmoid(), logits[0, twin].sigmoid())
+    deltas = torch.zeros(1, len(anchors), 4)
+    boxes, _, _, count = detector.select(logits, deltas, torch.tensor([0.5]), torch.tensor([0.1]))
+    assert int(count) == 1
+    assert torch.equal(boxes[0, 0], decode_boxes(deltas[0, twin], anchors[twin], SIZE))
 
 
 def test_an_anchor_may_show_several_classes() -> None:
