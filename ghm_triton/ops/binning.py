@@ -31,7 +31,7 @@ def count_bce(inputs: ClassificationInputs, bins: int) -> RegionCounts:
             positives,
             INDEX=inputs.index is not None,
             BINS=bins,
-            BLOCK_BINS=triton.next_power_of_2(bins + 1),
+            BLOCK_BINS=triton.next_power_of_2(bins + 2),
             BLOCK_R=cut.block_r,
             BLOCK_C=cut.block_c,
             **OPTIONS,
@@ -49,7 +49,7 @@ def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
             counts,
             MU=mu,
             BINS=bins,
-            BLOCK_BINS=triton.next_power_of_2(bins + 1),
+            BLOCK_BINS=triton.next_power_of_2(bins + 2),
             BLOCK_R=cut.block_r,
             BLOCK_C=cut.block_c,
             **OPTIONS,
@@ -174,8 +174,17 @@ def unit_region(norm, BINS: tl.constexpr):
 
 
 @triton.jit
+def counted_region(region, valid, sound, BINS: tl.constexpr):
+    """The region to count in: BINS for unsound entries, BINS + 1 for what is not counted.
+
+    A bin for the rest instead of a mask: older Triton cannot mask a histogram.
+    """
+    return tl.where(sound, region, tl.where(valid, BINS, BINS + 1))
+
+
+@triton.jit
 def add_counts(counts_ptr, histogram, BINS: tl.constexpr, BLOCK_BINS: tl.constexpr):
-    """Add a program's histogram to the counts; entry BINS holds the unsound entries."""
+    """Add a program's histogram to the counts, less the bin of what is not counted."""
     region = tl.arange(0, BLOCK_BINS)
     present = (region <= BINS) & (histogram > 0)
     tl.atomic_add(counts_ptr + region, histogram.to(tl.int64), mask=present, sem="relaxed")
@@ -200,8 +209,8 @@ def count_bce_kernel(
             tile, INDEX, BLOCK_R, BLOCK_C,
         )
         gradient, _, _ = bce_terms(x, target, INDEX)
-        region = tl.where(sound, unit_region(tl.abs(gradient), BINS), BINS)
-        histogram += tl.histogram(tl.ravel(region), BLOCK_BINS, mask=tl.ravel(valid))
+        region = counted_region(unit_region(tl.abs(gradient), BINS), valid, sound, BINS)
+        histogram += tl.histogram(tl.ravel(region), BLOCK_BINS)
         positives += target
     add_counts(counts_ptr, histogram, BINS, BLOCK_BINS)
     total = tl.sum(tl.ravel(positives).to(tl.float64), axis=0)
@@ -228,7 +237,8 @@ def count_asl1_kernel(
             pred_row, pred_col, target_row, target_col, weight_row, weight_col, rows, cols,
             tile, BLOCK_R, BLOCK_C,
         )
-        region = tl.where(sound, unit_region(tl.abs(d) / hypotenuse(d, MU), BINS), BINS)
-        histogram += tl.histogram(tl.ravel(region), BLOCK_BINS, mask=tl.ravel(valid))
+        region = unit_region(tl.abs(d) / hypotenuse(d, MU), BINS)
+        region = counted_region(region, valid, sound, BINS)
+        histogram += tl.histogram(tl.ravel(region), BLOCK_BINS)
     add_counts(counts_ptr, histogram, BINS, BLOCK_BINS)
 # fmt: on

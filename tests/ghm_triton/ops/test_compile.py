@@ -19,15 +19,34 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_it_compiles_and_does_not_spill(tmp_path, target):
-    # In a process of its own: this one may interpret. With an empty cache: it must compile.
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """All targets at once, each in a process of its own: this one may interpret."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "benchmarks.resources", "--targets", target]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    running = {}
+    for target in TARGETS:
+        # An empty cache: it must compile.
+        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(target))
+        command = [sys.executable, "-m", "benchmarks.resources", "--targets", target]
+        running[target] = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment.copy(),
+            cwd=ROOT,
+        )
+    return {target: (*process.communicate(), process) for target, process in running.items()}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_it_compiles_and_does_not_spill(reports, target):
+    printed, complaint, process = reports[target]
+    assert process.returncode == 0, complaint
+    rows = [json.loads(line) for line in printed.splitlines()]
     compiled = {(row["kernel"], row["variant"], row["dtype"]) for row in rows}
     for dtype in ("fp32", "bf16"):
         kernels = {kernel for kernel, _, of in compiled if of == dtype}
