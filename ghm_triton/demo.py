@@ -73,8 +73,8 @@ def _plot_gradients(checkpoint: Path, path: Path) -> None:
     from ghm_triton.detection.plots import gradient_norms, plot_gradient_norms
 
     saved = Checkpoint.load(checkpoint)
-    dataset = open_dataset(saved.training["data"], saved.training["train_split"])
-    norms = gradient_norms(saved.detector(), dataset)
+    dataset = open_dataset(saved.training["data"], saved.training["val_split"])
+    norms = gradient_norms(saved.detector(), dataset, images=200)
     plot_gradient_norms(norms, saved.training["strength"], path)
 
 
@@ -97,7 +97,7 @@ def _serve_one(onnx: Path, out: Path, data: str, index: int) -> None:
     finally:
         server.terminate()
         server.wait(timeout=30)
-    print(json.dumps(answer, indent=2))
+    print(_one_line_each(answer))
     _draw(answer, posted, out / "detections.png")
 
 
@@ -119,6 +119,13 @@ def _post(url: str, image: bytes) -> dict[str, Any]:
             return answer
     except urllib.error.HTTPError as error:
         raise ValueError(f"the service answered {error.code}: {error.read().decode()}") from error
+
+
+def _one_line_each(answer: dict[str, Any]) -> str:
+    """The answer as JSON with a detection a line, which can be read."""
+    rows = ",\n".join(f"    {json.dumps(found)}" for found in answer["detections"])
+    rest = json.dumps({**answer, "detections": []}, indent=2)
+    return rest.replace('"detections": []', f'"detections": [\n{rows}\n  ]')
 
 
 def _draw(answer: dict[str, Any], image: Path, path: Path) -> None:

@@ -68,7 +68,8 @@ def plot_gradient_norms(norms: Tensor, strength: float, path: Path, bins: int = 
         ("harmonized, strength 1 (paper)", FULL, beta),
     ):
         share = torch.zeros(bins).index_add_(0, region, weight * norms)
-        right.plot(centres, (share / share.sum()).numpy(), color=colour, label=name, marker=".")
+        share = torch.where(share > 0, share / share.sum(), torch.nan)  # an empty region has no say
+        right.plot(centres, share.numpy(), color=colour, label=name, marker=".")
     right.set(yscale="log", ylabel="share of the total gradient", title="after: who is heard")
     right.legend(frameon=False)
     for axes in (left, right):
