@@ -5,8 +5,6 @@ reads `b + t` and writes 4 a program (4 an element without reduction); backward 
 writes `b`. `label_weight` adds its own bytes to each.
 """
 
-# mypy: allow-incomplete-defs
-
 from __future__ import annotations
 
 from typing import Any

@@ -7,8 +7,6 @@ weights is 4 bytes a unit region and stays in the first cache. With `count_bce` 
 a training step with class indices: 16 bytes an element in float32.
 """
 
-# mypy: allow-incomplete-defs
-
 from __future__ import annotations
 
 from typing import Any

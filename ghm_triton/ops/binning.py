@@ -6,8 +6,6 @@ Memory traffic, bytes an element, with `b` those of a logit (4 float32, 2 float1
 is written does not grow with the input: `8 (M + 1)` bytes of counts and 8 a program.
 """
 
-# mypy: allow-incomplete-defs
-
 from __future__ import annotations
 
 import torch

@@ -3,8 +3,6 @@
 Memory traffic: about 24 bytes a unit region, whatever the batch. One program, no wait for the host.
 """
 
-# mypy: allow-incomplete-defs
-
 from __future__ import annotations
 
 import math

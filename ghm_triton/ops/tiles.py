@@ -4,8 +4,6 @@ Memory traffic: `sum_partials_kernel` reads 4 bytes a program of the kernel befo
 most.
 """
 
-# mypy: allow-incomplete-defs
-
 from __future__ import annotations
 
 from typing import NamedTuple
