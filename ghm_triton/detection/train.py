@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,10 @@ class _Run:
     ) -> None:
         self.options, self.config, self.out, self.here = options, config, out, here
         self.dataset = open_split(options, options.train_split, config.class_names)
+        # Opened before training, so that a mistake in its name does not cost a run.
+        self.held_out = open_split(options, options.val_split, config.class_names)
+        if here.leads:
+            warn_of_shared_images(self.dataset, self.held_out)
         torch.manual_seed(options.seed)
         losses = build_losses(options, here.group)
         self.detector = build_detector(config, losses)
@@ -245,9 +250,8 @@ class _Run:
         """Run the finished detector over the held-out split and count what it scores."""
         if not self.here.leads:
             return None
-        dataset = open_split(self.options, self.options.val_split, self.config.class_names)
         predict = torch_predictor(DeployedDetector(self.detector))
-        results = list(detect(predict, self.config, dataset))
+        results = list(detect(predict, self.config, self.held_out))
         observe(self.statistics, results)
         return mean_average_precision(self.config.class_names, results)
 
@@ -262,6 +266,17 @@ def open_split(
         on_damage=options.on_damage,  # type: ignore[arg-type]
         class_names=class_names,
     )
+
+
+def warn_of_shared_images(train: DetectionDataset, held_out: DetectionDataset) -> None:
+    """Warn when images are both learnt from and held out: thresholds would flatter themselves."""
+    shared = train.sources() & held_out.sources()
+    if shared:
+        warnings.warn(
+            f"{len(shared)} of the {len(held_out)} images of split {held_out.split!r} are trained"
+            f" on too (split {train.split!r}): thresholds derived from them will be too hopeful",
+            stacklevel=4,
+        )
 
 
 def versions() -> dict[str, str]:

@@ -111,8 +111,15 @@ class DigitScenes(DetectionDataset):
             labels=torch.tensor(labels, dtype=torch.int64),
             ignore=torch.zeros(len(labels), dtype=torch.bool),
             image_id=index,
-            source=f"digits/{self.split}/{index:06d}",
+            source=self._source(index),
         )
+
+    def sources(self) -> set[str]:
+        """The `source` of every sample, without composing a scene."""
+        return {self._source(index) for index in range(len(self))}
+
+    def _source(self, index: int) -> str:
+        return f"digits/{self.split}/{index:06d}"
 
     def _rng(self, index: int, stream: int) -> np.random.Generator:
         key = (self._seed, SPLITS.index(_known_split(self.split)), index, stream)

@@ -78,6 +78,10 @@ class FileDataset(DetectionDataset):
     def __len__(self) -> int:
         return len(self._records)
 
+    def sources(self) -> set[str]:
+        """The `source` of every sample, without decoding an image."""
+        return {record.source for record in self._records}
+
     def __getitem__(self, index: int) -> Sample:
         record = self._records[index]
         try:

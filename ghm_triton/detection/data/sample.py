@@ -64,6 +64,10 @@ class DetectionDataset(Dataset[Sample]):
     @abstractmethod
     def __getitem__(self, index: int) -> Sample: ...
 
+    @abstractmethod
+    def sources(self) -> set[str]:
+        """The `source` of every sample, without decoding an image."""
+
 
 def box_tensor(boxes: list[tuple[float, float, float, float]]) -> Tensor:
     """float32 `[N, 4]`, also when there is no box at all."""

@@ -99,6 +99,18 @@ def test_resuming_with_other_options_is_refused_by_name(options, config, tmp_pat
         quietly(options, wider, tmp_path, resume=True)
 
 
+def test_holding_out_what_is_trained_on_is_warned_of(options, config, tmp_path):
+    leaking = dataclasses.replace(options, val_split="train", steps=1)
+    with pytest.warns(UserWarning, match="64 of the 64 images of split 'train' are trained on too"):
+        quietly(leaking, config, tmp_path)
+
+
+def test_a_mistaken_held_out_split_is_found_before_training(options, config, tmp_path):
+    with pytest.raises(ValueError, match="unknown split 'vall'"):
+        quietly(dataclasses.replace(options, val_split="vall"), config, tmp_path)
+    assert not (tmp_path / METRICS).exists()
+
+
 def test_asking_for_a_gpu_that_is_not_there_says_so(options, config, tmp_path):
     if torch.cuda.is_available():
         assert train(options, config, tmp_path, device="cuda", progress=False).held_out

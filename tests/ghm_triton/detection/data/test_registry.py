@@ -108,3 +108,8 @@ def test_importing_the_data_sets_does_not_import_scikit_learn():
     code = "import sys, ghm_triton.detection.data; print('sklearn' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_sources_are_those_of_the_samples():
+    scenes = open_dataset("digits:held_out_images=5", "val")
+    assert scenes.sources() == {scenes[i].source for i in range(5)}
