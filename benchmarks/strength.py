@@ -77,7 +77,13 @@ def _run_once(
 ) -> None:
     # The folder of a data set differs between machines; its name does not.
     data = ":".join(part.rsplit("/", 1)[-1] for part in arguments.data.split(":"))
-    key = {"setting": setting, "seed": seed, "steps": arguments.steps, "data": data}
+    key = {
+        "setting": setting,
+        "seed": seed,
+        "steps": arguments.steps,
+        "data": data,
+        "channels": arguments.channels,
+    }
     if any(key.items() <= line.items() for line in done):
         return
     options = TrainOptions(
@@ -117,20 +123,20 @@ def measure(options: TrainOptions, size: tuple[int, int], channels: int) -> dict
         "ap50_per_class": {name: round(ap50, 4) for name, (_, ap50) in result.per_class.items()},
         "batch_size": options.batch_size,
         "image_size": list(size),
-        "channels": channels,
         "seconds": round(seconds, 1),
     }
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Mean and range over seeds, as Markdown."""
-    rows = ["| data | steps | setting | seeds | AP | AP50 |", "|---|---|---|---|---|---|"]
-    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    head = ("data", "channels", "steps", "setting", "seeds", "AP", "AP50")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for line in lines:
-        groups.setdefault((line["data"], line["steps"], line["setting"]), []).append(line)
-    for (data, steps, setting), runs in groups.items():
+        groups.setdefault(tuple(line[name] for name in head[:4]), []).append(line)
+    for what, runs in groups.items():
         ap, ap50 = (_spread([run[name] for run in runs]) for name in ("ap", "ap50"))
-        rows.append(f"| {data} | {steps} | {setting} | {len(runs)} | {ap} | {ap50} |")
+        rows.append(f"| {' | '.join(map(str, what))} | {len(runs)} | {ap} | {ap50} |")
     return "\n".join(rows)
 
 
