@@ -36,8 +36,8 @@ workers=$("$PYTHON" -c 'import xdist; print("-n 8")' 2>/dev/null || true)
 # shellcheck disable=SC2086 # -n 8 are two words
 timeout 270 "$PYTHON" -m pytest -q -p no:cacheprovider $workers \
   --ignore=tests/ghm_triton/ops/test_compile.py \
-  tests/ghm_triton/ops tests/ghm_triton/reference \
-  tests/ghm_triton/test_{backend,density,functional,inputs,losses,schedule}.py \
+  tests/ghm_triton/functional tests/ghm_triton/ops tests/ghm_triton/reference \
+  tests/ghm_triton/test_{backend,density,inputs,losses,schedule}.py \
   2>&1 | tee "$OUT/tests.log"
 
 timeout 190 "$PYTHON" -m benchmarks.losses --device cuda --out "$OUT/losses.jsonl" \
