@@ -88,10 +88,14 @@ class GradientDensity(nn.Module):
             return counts
         # One message: counts are exact in float64 up to 2^53.
         packed = torch.cat(
-            [counts.regions.double(), counts.positives.view(1), counts.invalid.double().view(1)]
+            [
+                counts.regions.double(),
+                counts.positives.sum().view(1),
+                counts.invalid.double().view(1),
+            ]
         )
         dist.all_reduce(packed, group=self.process_group)
-        return RegionCounts(packed[:-2].long(), packed[-2], packed[-1].long())
+        return RegionCounts(packed[:-2].long(), packed[-2:-1], packed[-1].long())
 
     def world_size(self) -> int:
         """Ranks that share the counts."""
@@ -101,17 +105,27 @@ class GradientDensity(nn.Module):
         """The strength of the next call, float32 scalar on the state's device."""
         return self.strength if self.schedule is None else self.schedule.at(self.updates)
 
-    def weigh(self, counts: RegionCounts, kernels: ModuleType) -> Tensor:
+    def weigh(
+        self,
+        counts: RegionCounts,
+        kernels: ModuleType,
+        divisor: str | None = None,
+        factor: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
         """Weigh the unit regions by `counts`, and in training mode move the average on.
 
         Args:
             counts: As `gather` returns them.
             kernels: `ghm_triton.ops` or `ghm_triton.reference`.
+            divisor: What the loss is divided by: the number of `valid` entries, the sum of the
+                `positives`, or None.
+            factor: What the loss is multiplied by.
 
         Returns:
-            float32 `[M]`, NaN throughout when the batch holds an invalid entry.
+            The weights, float32 `[M]`, and `factor / divisor`, float32 scalar; NaN throughout when
+            the batch holds an invalid entry.
         """
-        weights: Tensor = kernels.update_density(
+        weighed: tuple[Tensor, Tensor] = kernels.update_density(
             counts,
             self.smoothed,
             self.updates,
@@ -121,8 +135,10 @@ class GradientDensity(nn.Module):
             normalizer=self.normalizer,
             max_weight=self.max_weight,
             persist=self.training,
+            divisor=divisor,
+            factor=factor,
         )
-        return weights
+        return weighed
 
     def reset(self) -> None:
         """Forget everything seen."""

@@ -15,7 +15,7 @@ from ghm_triton._inputs import (
 )
 from ghm_triton.backend import select_backend
 from ghm_triton.density import GradientDensity
-from ghm_triton.reference.binning import RegionCounts, compute_dtype, unit_region
+from ghm_triton.reference.binning import compute_dtype, unit_region
 from ghm_triton.reference.focal import focal_entries
 from ghm_triton.schedule import StrengthSchedule
 
@@ -38,6 +38,7 @@ def ghm_c_loss(
     normalizer: str = "valid_bins",
     average: Average = "valid",
     max_weight: float | None = None,
+    loss_weight: float = 1.0,
     weighted: bool = False,
     reduction: Reduction = "mean",
     state: GradientDensity | None = None,
@@ -65,6 +66,7 @@ def ghm_c_loss(
         average: `mean` divides by `valid` entries (the paper), or by `positives`: the sum of the
             targets, at least 1, as focal loss does.
         max_weight: Upper bound of a weight.
+        loss_weight: Multiplies the loss.
         weighted: Multiply by `label_weight` as well.
         reduction: `mean`, `sum` (not divided), or `none` (the shape of `logits`).
         state: A `GradientDensity` with its moving average; then `bins`, `strength`, `normalizer`
@@ -94,8 +96,9 @@ def ghm_c_loss(
     density = _density(state, bins, strength, normalizer, max_weight, logits)
     with torch.no_grad():
         counts = density.gather(kernels.count_bce(inputs, density.bins))
-        table = density.weigh(counts, kernels)
-        scale = _scale(counts, reduction, average, density.world_size())
+        table, scale = density.weigh(
+            counts, kernels, *_mean(reduction, average, loss_weight, density)
+        )
     loss: Tensor = kernels.weighted_bce(
         inputs, table, scale, weighted=weighted, reduce=reduction != "none"
     )
@@ -112,6 +115,7 @@ def ghm_r_loss(
     strength: float | StrengthSchedule = DEFAULT_STRENGTH,
     normalizer: str = "valid_bins",
     max_weight: float | None = None,
+    loss_weight: float = 1.0,
     weighted: bool = False,
     reduction: Reduction = "mean",
     state: GradientDensity | None = None,
@@ -134,6 +138,7 @@ def ghm_r_loss(
         strength: As in `ghm_c_loss`.
         normalizer: As in `ghm_c_loss`.
         max_weight: As in `ghm_c_loss`.
+        loss_weight: As in `ghm_c_loss`.
         weighted: As in `ghm_c_loss`.
         reduction: `mean` divides by the valid entries; `sum`; `none`.
         state: As in `ghm_c_loss`.
@@ -155,8 +160,9 @@ def ghm_r_loss(
     density = _density(state, bins, strength, normalizer, max_weight, pred)
     with torch.no_grad():
         counts = density.gather(kernels.count_asl1(inputs, density.bins, mu))
-        table = density.weigh(counts, kernels)
-        scale = _scale(counts, reduction, "valid", density.world_size())
+        table, scale = density.weigh(
+            counts, kernels, *_mean(reduction, "valid", loss_weight, density)
+        )
     loss: Tensor = kernels.weighted_asl1(
         inputs, table, scale, mu=mu, weighted=weighted, reduce=reduction != "none"
     )
@@ -268,17 +274,16 @@ def _density(
     return state
 
 
-def _scale(counts: RegionCounts, reduction: str, average: str, world_size: int) -> Tensor:
-    """What multiplies the sum, float32 scalar.
+def _mean(
+    reduction: str, average: str, loss_weight: float, density: GradientDensity
+) -> tuple[str | None, float]:
+    """What the sum is divided by and what it is multiplied by.
 
     Ranks average their gradients, so each rank's share of a mean is multiplied by their number.
     """
-    scale = torch.ones_like(counts.positives)
-    if reduction == "mean":
-        divisor = counts.regions.sum() if average == "valid" else counts.positives
-        scale = world_size / divisor.double().clamp(min=1)
-    # So that a rank without entries of its own is NaN too when another's are invalid.
-    return torch.where(counts.invalid == 0, scale.float(), float("nan"))
+    if reduction != "mean":
+        return None, loss_weight
+    return average, loss_weight * density.world_size()
 
 
 def require_reduction(reduction: str, average: str) -> None:

@@ -81,11 +81,12 @@ class GHMCLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
         """The loss; shapes, dtypes and errors as in `ghm_c_loss`."""
-        return self.loss_weight * ghm_c_loss(
+        return ghm_c_loss(
             logits,
             target,
             label_weight,
             average=self.average,
+            loss_weight=self.loss_weight,
             weighted=self.weighted,
             reduction=self.reduction,
             state=self.density,
@@ -146,11 +147,12 @@ class GHMRLoss(nn.Module):
 
     def forward(self, pred: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
         """The loss; shapes, dtypes and errors as in `ghm_r_loss`."""
-        return self.loss_weight * ghm_r_loss(
+        return ghm_r_loss(
             pred,
             target,
             label_weight,
             mu=self.mu,
+            loss_weight=self.loss_weight,
             weighted=self.weighted,
             reduction=self.reduction,
             state=self.density,

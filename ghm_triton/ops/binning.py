@@ -34,17 +34,18 @@ def count_bce(inputs: ClassificationInputs, bins: int) -> RegionCounts:
             BLOCK_C=cut.block_c,
             **OPTIONS,
         )
-    return RegionCounts(counts[:bins], positives.sum(), counts[bins])
+    return RegionCounts(counts[:bins], positives, counts[bins])
 
 
 def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
     """As `ghm_triton.reference.count_asl1`, in one pass over the inputs."""
     cut = tiling(inputs.pred)
-    counts, _ = _outputs(inputs.pred, bins, 0)
+    counts, positives = _outputs(inputs.pred, bins, cut.programs)
     with torch.cuda.device_of(inputs.pred):
         count_asl1_kernel[(cut.programs,)](
             *asl1_arguments(inputs),
             counts,
+            positives,
             MU=mu,
             BINS=bins,
             BLOCK_BINS=triton.next_power_of_2(bins + 2),
@@ -52,7 +53,7 @@ def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
             BLOCK_C=cut.block_c,
             **OPTIONS,
         )
-    return RegionCounts(counts[:bins], counts.sum().double(), counts[bins])
+    return RegionCounts(counts[:bins], positives, counts[bins])
 
 
 def bce_arguments(inputs: ClassificationInputs) -> tuple[Tensor | int | None, ...]:
@@ -220,13 +221,14 @@ def count_asl1_kernel(
     pred_ptr, target_ptr, weight_ptr,
     pred_row, pred_col, target_row, target_col, weight_row, weight_col, rows, cols,
     counts_ptr,
+    positives_ptr,
     MU: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK_BINS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Walk over tiles; one histogram a program."""
+    """Walk over tiles; one histogram and one number of entries a program."""
     histogram = tl.zeros([BLOCK_BINS], tl.int32)
     tiles = tl.cdiv(rows, BLOCK_R) * tl.cdiv(cols, BLOCK_C)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -239,4 +241,7 @@ def count_asl1_kernel(
         region = counted_region(region, valid, sound, BINS)
         histogram += tl.histogram(tl.ravel(region), BLOCK_BINS)
     add_counts(counts_ptr, histogram, BINS, BLOCK_BINS)
+    # Every valid entry is a positive sample's.
+    counted = tl.where(tl.arange(0, BLOCK_BINS) <= BINS, histogram, 0)
+    tl.store(positives_ptr + tl.program_id(0), tl.sum(counted, axis=0).to(tl.float64))
 # fmt: on

@@ -1,6 +1,7 @@
-"""Step 2: from counts to one harmonizing weight a unit region.
+"""Step 2: from counts to one harmonizing weight a unit region, and the scale of the sum.
 
-Memory traffic: about 24 bytes a unit region, whatever the batch. One program, no wait for the host.
+Memory traffic: about 24 bytes a unit region and 8 for each partial sum of positives (8 KiB at
+most), whatever the batch. One program, no wait for the host.
 """
 
 from __future__ import annotations
@@ -27,47 +28,62 @@ def update_density(
     normalizer: str,
     max_weight: float | None,
     persist: bool,
-) -> Tensor:
+    divisor: str | None,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
     """As `ghm_triton.reference.update_density`, in one kernel."""
-    bins = smoothed.numel()
+    bins, sums = smoothed.numel(), counts.positives.numel()
     weights = torch.empty(bins, dtype=torch.float32, device=smoothed.device)
+    scale = torch.empty((), dtype=torch.float32, device=smoothed.device)
     with torch.cuda.device_of(smoothed):
         density_kernel[(1,)](
             counts.regions.contiguous(),
+            counts.positives,
             counts.invalid,
             smoothed,
             updates,
             strength,
             weights,
+            scale,
+            sums,
+            factor,
             BINS=bins,
             BLOCK_BINS=triton.next_power_of_2(bins),
+            BLOCK_SUMS=triton.next_power_of_2(sums),
             MOMENTUM=momentum,
             LOG_MOMENTUM=math.log(momentum) if momentum > 0 else -math.inf,
             DEBIASED=ema == "debiased",
             VALID_BINS=normalizer == "valid_bins",
             MAX_WEIGHT=max_weight,
             PERSIST=persist,
+            DIVISOR=divisor,
             **OPTIONS,
         )
-    return weights
+    return weights, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sums", "factor"])
 def density_kernel(
     regions_ptr,
+    positives_ptr,
     invalid_ptr,
     smoothed_ptr,
     updates_ptr,
     strength_ptr,
     weights_ptr,
+    scale_ptr,
+    sums,
+    factor,
     BINS: tl.constexpr,
     BLOCK_BINS: tl.constexpr,
+    BLOCK_SUMS: tl.constexpr,
     MOMENTUM: tl.constexpr,
     LOG_MOMENTUM: tl.constexpr,
     DEBIASED: tl.constexpr,
     VALID_BINS: tl.constexpr,
     MAX_WEIGHT: tl.constexpr,
     PERSIST: tl.constexpr,
+    DIVISOR: tl.constexpr,
 ):
     """The whole of the reference's arithmetic, in its order."""
     region = tl.arange(0, BLOCK_BINS)
@@ -101,6 +117,16 @@ def density_kernel(
         weights = tl.minimum(weights, MAX_WEIGHT)
     weights = tl.where(occupied, weights, 0.0)
     tl.store(weights_ptr + region, tl.where(sane, weights, float("nan")), mask=exists)
+
+    scale = tl.full((), factor, tl.float64)
+    if DIVISOR == "valid":
+        scale = scale / tl.maximum(total, 1).to(tl.float64)
+    if DIVISOR == "positives":
+        part = tl.arange(0, BLOCK_SUMS)
+        positives = tl.sum(tl.load(positives_ptr + part, mask=part < sums, other=0.0), axis=0)
+        scale = scale / tl.maximum(positives, 1.0)
+    tl.store(scale_ptr, tl.where(sane, scale.to(tl.float32), float("nan")))
+
     if PERSIST:
         keep = sane & (total > 0)
         tl.store(smoothed_ptr + region, tl.where(keep, moved, smoothed), mask=exists)

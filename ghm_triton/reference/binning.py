@@ -16,8 +16,8 @@ class RegionCounts(NamedTuple):
     Attributes:
         regions: int64 `[M]`: `R_j`, the valid entries in each unit region; without those that
             `invalid` counts.
-        positives: float64 scalar: the sum of the targets over valid entries; for hard targets,
-            the number of positives.
+        positives: float64 `[P]`, partial sums of the targets over valid entries, to be added up;
+            for hard targets, the number of positives.
         invalid: int64 scalar: valid entries whose logit is not finite or whose target is out of
             range. More than zero makes the loss NaN.
     """
@@ -42,7 +42,7 @@ def count_bce(inputs: ClassificationInputs, bins: int) -> RegionCounts:
         positives = torch.where(valid, target, 0.0).sum(dtype=torch.float64)
     sound = valid & torch.isfinite(inputs.logits) & ~bad_target
     regions = _count(gradient_norm(inputs), sound, bins)
-    return RegionCounts(regions, positives, valid.sum() - sound.sum())
+    return RegionCounts(regions, positives.view(1), valid.sum() - sound.sum())
 
 
 def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
@@ -56,7 +56,7 @@ def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
     sound = valid & torch.isfinite(d)
     regions = _count(d.abs() / hypotenuse(d, mu), sound, bins)
     entries = valid.sum()
-    return RegionCounts(regions, entries.double(), entries - sound.sum())
+    return RegionCounts(regions, entries.double().view(1), entries - sound.sum())
 
 
 def unit_region(norm: Tensor, bins: int) -> Tensor:

@@ -19,8 +19,10 @@ def update_density(
     normalizer: str,
     max_weight: float | None,
     persist: bool,
-) -> Tensor:
-    """Weigh every unit region, and move the average on.
+    divisor: str | None,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    """Weigh every unit region, move the average on, and find what multiplies the sum.
 
     With `S` the moving average of the counts, `N` the valid entries of this batch and `n` the
     regions counted by `normalizer`: `beta_j = N / (S_j * n)`, weight `beta_j ** strength`.
@@ -37,9 +39,14 @@ def update_density(
         max_weight: Upper bound of a weight, or None.
         persist: Whether to store the new average. A batch without valid entries, or with an
             invalid one, is never stored.
+        divisor: What the sum is divided by, at least 1: the number of `valid` entries, the sum of
+            the `positives`, or None.
+        factor: What the sum is multiplied by.
 
     Returns:
-        float32 `[M]`: the weights; 0 in empty regions; all NaN when an entry was invalid.
+        The weights, float32 `[M]`, 0 in empty regions, and the scale of the sum, float32 scalar.
+        Both NaN when an entry was invalid: then a rank without entries of its own has a NaN loss
+        as well.
     """
     current = counts.regions.to(torch.float32)
     occupied = counts.regions > 0
@@ -61,4 +68,13 @@ def update_density(
         sound = (counts.invalid == 0) & (total > 0)
         smoothed.copy_(torch.where(sound, moved, smoothed))
         updates.add_(sound)
-    return torch.where(counts.invalid == 0, weights, float("nan"))
+    scale = _scale(counts.positives.sum(), total, divisor, factor)
+    clean = counts.invalid == 0
+    return torch.where(clean, weights, float("nan")), torch.where(clean, scale, float("nan"))
+
+
+def _scale(positives: Tensor, total: Tensor, divisor: str | None, factor: float) -> Tensor:
+    if divisor is None:
+        return torch.full_like(positives, factor, dtype=torch.float32)
+    by = total.double() if divisor == "valid" else positives
+    return (factor / by.clamp(min=1)).float()

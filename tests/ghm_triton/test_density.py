@@ -14,8 +14,12 @@ from ghm_triton import GradientDensity, StrengthSchedule, reference
 def counts_of(regions, invalid=0):
     regions = torch.as_tensor(regions)
     return reference.RegionCounts(
-        regions, torch.zeros((), dtype=torch.float64), torch.tensor(invalid)
+        regions, torch.zeros(1, dtype=torch.float64), torch.tensor(invalid)
     )
+
+
+def weights_of(density, counts):
+    return density.weigh(counts_of(counts), reference)[0]
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
@@ -43,10 +47,10 @@ def test_evaluation_weighs_and_stores_nothing():
     density.weigh(counts_of([5, 1, 0]), reference)
     state = copy.deepcopy(density.state_dict())
     density.eval()
-    evaluated = density.weigh(counts_of([1, 1, 7]), reference)
+    evaluated = weights_of(density, [1, 1, 7])
     assert all(torch.equal(state[key], value) for key, value in density.state_dict().items())
     density.train()
-    assert torch.equal(density.weigh(counts_of([1, 1, 7]), reference), evaluated)
+    assert torch.equal(weights_of(density, [1, 1, 7]), evaluated)
     assert int(density.updates) == 2
 
 
@@ -88,7 +92,7 @@ def test_regions_weigh_alike_in_sum(regions, normalizer):
     """Harmony: without an average every occupied region gets N / n, all of them N (or less)."""
     density = GradientDensity(len(regions), normalizer=normalizer)
     counts = torch.tensor(regions)
-    share = (density.weigh(counts_of(counts), reference).double() * counts)[counts > 0]
+    share = (weights_of(density, counts).double() * counts)[counts > 0]
     occupied, total = len(share), int(counts.sum())
     n = occupied if normalizer == "valid_bins" else len(regions)
     # Two divisions in float32, and the rounding of N and R.
@@ -107,8 +111,8 @@ def test_the_debiased_average_of_equal_batches_is_the_batch(momentum, batches):
     fresh = GradientDensity(4)
     density = GradientDensity(4, momentum=momentum)
     for _ in range(len(batches)):
-        weights = density.weigh(counts_of(batches[0]), reference)
-    expected = fresh.weigh(counts_of(batches[0]), reference)
+        weights = weights_of(density, batches[0])
+    expected = weights_of(fresh, batches[0])
     # 1 - a^t and a S + (1 - a) R round anew at every update; at a = 0.99 and t = 1, to 1e-5.
     torch.testing.assert_close(weights, expected, rtol=5e-5, atol=0)
 

@@ -14,7 +14,14 @@ def test_it_is_the_reference(device, poisoned, bins, ema):
     from ghm_triton import ops
 
     generator = torch.Generator().manual_seed(7)
-    options = {"momentum": 0.7, "ema": ema, "normalizer": "valid_bins", "max_weight": None}
+    options = {
+        "momentum": 0.7,
+        "ema": ema,
+        "normalizer": "valid_bins",
+        "max_weight": None,
+        "divisor": None,
+        "factor": 1.0,
+    }
     states = [[torch.zeros(bins), torch.zeros((), dtype=torch.int64)] for _ in range(2)]
     states[1] = [tensor.to(device) for tensor in states[1]]
     for _ in range(3):
@@ -24,12 +31,12 @@ def test_it_is_the_reference(device, poisoned, bins, ema):
             where = state[0].device
             counts = reference.RegionCounts(
                 regions.to(where),
-                torch.zeros((), dtype=torch.float64, device=where),
+                torch.zeros(1, dtype=torch.float64, device=where),
                 torch.zeros((), dtype=torch.int64, device=where),
             )
             strength = torch.tensor(0.6, device=where)
             weights.append(
-                kernels.update_density(counts, *state, strength, persist=True, **options)
+                kernels.update_density(counts, *state, strength, persist=True, **options)[0]
             )
         # exp(s log beta) against a power: an ulp or two of the exponent, about 5 here.
         torch.testing.assert_close(weights[1].cpu(), weights[0], rtol=2e-6, atol=0.0)
@@ -45,10 +52,10 @@ def test_nothing_is_written_past_the_last_region(device):
     smoothed.zero_()
     counts = reference.RegionCounts(
         torch.full((64,), 9, device=device)[:5],
-        torch.zeros((), dtype=torch.float64, device=device),
+        torch.zeros(1, dtype=torch.float64, device=device),
         torch.zeros((), dtype=torch.int64, device=device),
     )
-    weights = ops.update_density(
+    weights, _ = ops.update_density(
         counts,
         smoothed,
         torch.zeros((), dtype=torch.int64, device=device),
@@ -58,6 +65,8 @@ def test_nothing_is_written_past_the_last_region(device):
         normalizer="bins",
         max_weight=None,
         persist=True,
+        divisor=None,
+        factor=1.0,
     )
     assert weights.tolist() == [1.0] * 5
     assert smoothed.tolist() == [4.5] * 5

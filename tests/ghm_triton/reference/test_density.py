@@ -7,6 +7,7 @@ import torch
 from ghm_triton.reference import RegionCounts
 
 BINS = 6
+UNDIVIDED = {"divisor": None, "factor": 1.0}
 BATCHES = [
     [5, 0, 3, 1, 0, 90],
     [0, 0, 8, 1, 2, 40],
@@ -16,10 +17,10 @@ BATCHES = [
 ]
 
 
-def counts_on(device, regions, invalid=0):
+def counts_on(device, regions, invalid=0, positives=(0,)):
     return RegionCounts(
         torch.tensor(regions, device=device),
-        torch.zeros((), dtype=torch.float64, device=device),
+        torch.tensor(positives, dtype=torch.float64, device=device),
         torch.tensor(invalid, device=device),
     )
 
@@ -57,12 +58,13 @@ def check_several_batches(paper, device, kernels, strength, options):
     state = paper.Average(np.zeros(BINS))
     for regions in BATCHES:
         expected = truth_of(paper, regions, state, strength=strength, **options)
-        weights = kernels.update_density(
+        weights, _ = kernels.update_density(
             counts_on(device, regions),
             smoothed,
             updates,
             torch.tensor(strength, device=device),
             persist=True,
+            **UNDIVIDED,
             **options,
         )
         paper.assert_close(weights, expected)
@@ -77,7 +79,7 @@ def test_an_invalid_entry_poisons_the_weights_and_not_the_state(device, kernels,
     smoothed, updates = new_state(device)
     smoothed += 5
     updates += 3
-    weights = kernels.update_density(
+    weights, _ = kernels.update_density(
         counts_on(device, BATCHES[0], invalid),
         smoothed,
         updates,
@@ -87,6 +89,7 @@ def test_an_invalid_entry_poisons_the_weights_and_not_the_state(device, kernels,
         normalizer="bins",
         max_weight=None,
         persist=True,
+        **UNDIVIDED,
     )
     assert weights.isnan().all()
     assert smoothed.tolist() == [5.0] * BINS
@@ -99,7 +102,7 @@ def test_without_persist_it_weighs_alike_and_stores_nothing(device, kernels):
         smoothed, updates = new_state(device)
         smoothed += 5
         updates += 3
-        weights = kernels.update_density(
+        weights, _ = kernels.update_density(
             counts_on(device, BATCHES[0]),
             smoothed,
             updates,
@@ -109,6 +112,7 @@ def test_without_persist_it_weighs_alike_and_stores_nothing(device, kernels):
             normalizer="bins",
             max_weight=None,
             persist=persist,
+            **UNDIVIDED,
         )
         results.append((weights.tolist(), smoothed.tolist(), int(updates)))
     assert results[0][0] == results[1][0]
@@ -125,7 +129,7 @@ def test_strength_one_and_zero_are_exact(device, kernels):
         ([4, 9, 0, 1, 0, 0], 0.0, [1.0, 1.0, 0, 1.0, 0, 0]),
     ):
         smoothed, updates = new_state(device)
-        weights = kernels.update_density(
+        weights, _ = kernels.update_density(
             counts_on(device, regions),
             smoothed,
             updates,
@@ -135,5 +139,46 @@ def test_strength_one_and_zero_are_exact(device, kernels):
             normalizer="valid_bins",
             max_weight=None,
             persist=True,
+            **UNDIVIDED,
         )
         assert weights.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("divisor", "regions", "positives", "expected"),
+    [
+        (None, BATCHES[0], [7], 3.0),
+        ("valid", BATCHES[0], [7], 3.0 / 99),
+        ("valid", BATCHES[3], [0], 3.0),  # at least one, so that an empty batch is 0 and not NaN
+        ("positives", BATCHES[0], [0.25, 0, 2.25], 3.0 / 2.5),
+        ("positives", BATCHES[0], [0.25] * 2, 3.0),
+        ("positives", BATCHES[0], [1e-3] * 1000 + [1e9] * 24, 3.0 / (24e9 + 1)),
+    ],
+)
+def test_the_scale_of_the_sum(device, kernels, divisor, regions, positives, expected):
+    assert scale_of(device, kernels, divisor, regions, positives) == np.float32(expected)
+
+
+@pytest.mark.parametrize("divisor", [None, "valid", "positives"])
+def test_an_invalid_entry_poisons_the_scale(device, kernels, divisor):
+    assert np.isnan(scale_of(device, kernels, divisor, BATCHES[0], [1], invalid=1))
+
+
+def scale_of(device, kernels, divisor, regions, positives, invalid=0):
+    smoothed, updates = new_state(device)
+    _, scale = kernels.update_density(
+        counts_on(device, regions, invalid, positives),
+        smoothed,
+        updates,
+        torch.tensor(1.0, device=device),
+        momentum=0.5,
+        ema="debiased",
+        normalizer="bins",
+        max_weight=None,
+        persist=True,
+        divisor=divisor,
+        factor=3.0,
+    )
+    assert scale.dtype == torch.float32
+    assert scale.shape == ()
+    return float(scale)
