@@ -27,6 +27,7 @@ class Instruction:
     target: str | None = None  # the label it may jump to
     falls_through: bool = True
     calls: bool = False
+    place: str = ""  # the file and line that it was compiled from
 
 
 @dataclass
@@ -49,21 +50,28 @@ class Counts:
     stores: dict[int, int]
     outside: int
     opcodes: dict[str, int]
+    places: dict[str, int]
 
 
 Line = str | Instruction  # a label, or an instruction
 
 _LABEL = re.compile(r"^([.$\w]+):")
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_SASS_PLACE = re.compile(r'^\s+//## File "(?:[^"]*/)?([^"/]+)", line (\d+)')
 _AMD = re.compile(r"^\s+([a-z]\w+)\s*([^;]*)")
+_AMD_PLACE = re.compile(r"^\s+\.loc\s.*;\s(\S+?):(\d+):")
 
 
 def read_sass(text: str) -> Iterator[Line]:
-    """The lines of what `nvdisasm --print-code` prints."""
+    """The lines of what `nvdisasm --print-code --print-line-info-inline` prints."""
+    place, placed = "", False  # of several places in a row the first is the innermost
     for line in text.splitlines():
         if label := _LABEL.match(line):
             yield label[1]
+        elif found := _SASS_PLACE.match(line):
+            place, placed = place if placed else f"{found[1]}:{found[2]}", True
         elif match := _SASS.match(line):
+            placed = False
             guard, opcode, operands = match.groups()
             base = opcode.split(".")[0]
             before, _, after = operands.partition("`(")
@@ -75,23 +83,26 @@ def read_sass(text: str) -> Iterator[Line]:
                 after.partition(")")[0] if jumps else None,
                 not ends and not (jumps and always),
                 base == "CALL",
+                place,
             )
 
 
 def read_amdgcn(text: str) -> Iterator[Line]:
     """The lines of an AMDGCN listing, up to the end of its function."""
+    place = ""
     for line in text.splitlines():
         if line.startswith(".Lfunc_end"):
             return
-        if label := _LABEL.match(line):
+        if found := _AMD_PLACE.match(line):
+            place = f"{found[1]}:{found[2]}"
+        elif label := _LABEL.match(line):
             yield label[1]
         elif (match := _AMD.match(line)) and not line.lstrip().startswith("."):
             opcode, operands = match.groups()
             jumps = opcode.startswith(("s_branch", "s_cbranch"))
             ends = opcode in ("s_endpgm", "s_branch", "s_setpc_b64")
-            yield Instruction(
-                opcode, operands.strip() if jumps else None, not ends, opcode == "s_swappc_b64"
-            )
+            to = operands.strip() if jumps else None
+            yield Instruction(opcode, to, not ends, opcode == "s_swappc_b64", place)
 
 
 def blocks(lines: Iterable[Line]) -> list[Block]:
@@ -155,7 +166,8 @@ def count(lines: Iterable[Line], backend: str) -> Counts:
     graph = blocks(lines)
     path, loops = hot_path(graph)
     units = _SASS_UNITS if backend == "cuda" else _AMD_UNITS
-    opcodes = Counter(i.opcode for b in path for i in b.instructions if not units.idle(i.opcode))
+    hot = [i for block in path for i in block.instructions if not units.idle(i.opcode)]
+    opcodes = Counter(instruction.opcode for instruction in hot)
     everything = sum(
         not units.idle(instruction.opcode)
         for position in _reach(graph, [0], set())
@@ -178,6 +190,7 @@ def count(lines: Iterable[Line], backend: str) -> Counts:
         dict(stores),
         everything - total,
         dict(opcodes.most_common()),
+        dict(Counter(instruction.place for instruction in hot)),
     )
 
 

@@ -46,7 +46,7 @@ def _read_cuda(compiled: CompiledKernel) -> tuple[dict[str, Any], Counts]:
         file.write(compiled.asm["cubin"])
         file.flush()
         printed = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "--print-code", file.name)
+        code = _run("nvdisasm", "--print-code", "-ndf", "--print-line-info-inline", file.name)
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
     usage = {
         "registers": used["REG"],
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(BYTES), default=["fp32", "bf16"])
     parser.add_argument("--kernels", nargs="+", help="how their names start; default: all")
     parser.add_argument("--opcodes", action="store_true", help="also what the hot path is made of")
+    parser.add_argument("--lines", action="store_true", help="also which lines of source")
     options = parser.parse_args()
     print(
         f"{'kernel':34} {'target':7} {'instr/el':>8} {'special':>7} {'convert':>7} {'regs':>4} "
@@ -118,6 +119,9 @@ def main() -> None:
             if options.opcodes:
                 for opcode, times in found.opcodes.items():
                     print(f"    {times:4} {opcode}")
+            if options.lines:
+                for place, times in sorted(found.places.items()):
+                    print(f"    {times / row['each']:6.2f} {place}")
 
 
 if __name__ == "__main__":
