@@ -14,14 +14,17 @@ from ghm_triton._inputs import (
     require_choice,
 )
 from ghm_triton.backend import select_backend
-from ghm_triton.density import GradientDensity
+from ghm_triton.density import DENSITIES, GradientDensity, count_regions
 from ghm_triton.reference.binning import compute_dtype, unit_region
+from ghm_triton.reference.density import stream_density
+from ghm_triton.reference.exact import weigh_asl1, weigh_bce, window_density
 from ghm_triton.reference.focal import focal_entries
 from ghm_triton.schedule import StrengthSchedule
 
 Reduction = Literal["mean", "sum", "none"]
 Average = Literal["valid", "positives"]
 Backend = Literal["auto", "triton", "torch"]
+Density = Literal["unit_region", "exact", "streaming"]
 
 REDUCTIONS = ("mean", "sum", "none")
 AVERAGES = ("valid", "positives")
@@ -35,6 +38,7 @@ def ghm_c_loss(
     *,
     bins: int = 30,
     strength: float | StrengthSchedule = DEFAULT_STRENGTH,
+    density: Density = "unit_region",
     normalizer: str = "valid_bins",
     average: Average = "valid",
     max_weight: float | None = None,
@@ -61,16 +65,19 @@ def ghm_c_loss(
         label_weight: Broadcasts to `logits`; 0 ignores an entry, any positive value keeps it.
         bins: Unit regions `M`.
         strength: `s` in [0, 1]: 0 is plain binary cross entropy. Not of the paper.
+        density: `unit_region`; `exact`: `beta = N / GD(g)` with the paper's sliding window of width
+            `1 / M`, by sorting in `O(N log N)`; `streaming`: that window from the counts of fine
+            regions. `GradientDensity` tells more.
         normalizer: `n`: `valid_bins` counts the occupied regions (released code), `bins` is `M`
-            (the paper).
+            (the paper). Only `unit_region` has one.
         average: `mean` divides by `valid` entries (the paper), or by `positives`: the sum of the
             targets, at least 1, as focal loss does.
         max_weight: Upper bound of a weight.
         loss_weight: Multiplies the loss.
         weighted: Multiply by `label_weight` as well.
         reduction: `mean`, `sum` (not divided), or `none` (the shape of `logits`).
-        state: A `GradientDensity` with its moving average; then `bins`, `strength`, `normalizer`
-            and `max_weight` are the state's, and these arguments are not looked at.
+        state: A `GradientDensity` with its moving average; then `bins`, `strength`, `density`,
+            `normalizer` and `max_weight` are the state's, and these arguments are not looked at.
         backend: `auto`, `triton` or `torch`.
         validate: Look at the values of target and weight, which waits for a GPU. None: on the CPU
             only; elsewhere a class index above `C`, or a dense target outside [0, 1], makes the
@@ -93,12 +100,14 @@ def ghm_c_loss(
     require_reduction(reduction, average)
     inputs = classification_inputs(logits, target, label_weight, validate)
     kernels = select_backend(backend, logits)
-    density = _density(state, bins, strength, normalizer, max_weight, logits)
+    norms = _density(state, bins, strength, density, normalizer, max_weight, logits)
     with torch.no_grad():
-        counts = density.gather(kernels.count_bce(inputs, density.bins))
-        table, scale = density.weigh(
-            counts, kernels, *_mean(reduction, average, loss_weight, density)
-        )
+        counts = norms.gather(kernels.count_bce(inputs, norms.regions))
+        if norms.method == "exact":
+            given = (norms.bins, norms.current_strength(), norms.max_weight)
+            inputs = weigh_bce(inputs, *given, weighted=weighted)
+            weighted = True
+        table, scale = norms.weigh(counts, kernels, *_mean(reduction, average, loss_weight, norms))
     loss: Tensor = kernels.weighted_bce(
         inputs, table, scale, weighted=weighted, reduce=reduction != "none"
     )
@@ -113,6 +122,7 @@ def ghm_r_loss(
     mu: float = 0.02,
     bins: int = 10,
     strength: float | StrengthSchedule = DEFAULT_STRENGTH,
+    density: Density = "unit_region",
     normalizer: str = "valid_bins",
     max_weight: float | None = None,
     loss_weight: float = 1.0,
@@ -136,6 +146,7 @@ def ghm_r_loss(
         mu: Width of the quadratic part, positive.
         bins: Unit regions `M`.
         strength: As in `ghm_c_loss`.
+        density: As in `ghm_c_loss`.
         normalizer: As in `ghm_c_loss`.
         max_weight: As in `ghm_c_loss`.
         loss_weight: As in `ghm_c_loss`.
@@ -157,37 +168,49 @@ def ghm_r_loss(
         raise ValueError(f"mu must be positive, got {mu}")
     inputs = regression_inputs(pred, target, label_weight, validate)
     kernels = select_backend(backend, pred)
-    density = _density(state, bins, strength, normalizer, max_weight, pred)
+    norms = _density(state, bins, strength, density, normalizer, max_weight, pred)
     with torch.no_grad():
-        counts = density.gather(kernels.count_asl1(inputs, density.bins, mu))
-        table, scale = density.weigh(
-            counts, kernels, *_mean(reduction, "valid", loss_weight, density)
-        )
+        counts = norms.gather(kernels.count_asl1(inputs, norms.regions, mu))
+        if norms.method == "exact":
+            given = (norms.bins, norms.current_strength(), norms.max_weight)
+            inputs = weigh_asl1(inputs, *given, mu=mu, weighted=weighted)
+            weighted = True
+        table, scale = norms.weigh(counts, kernels, *_mean(reduction, "valid", loss_weight, norms))
     loss: Tensor = kernels.weighted_asl1(
         inputs, table, scale, mu=mu, weighted=weighted, reduce=reduction != "none"
     )
     return loss.view(inputs.shape) if reduction == "none" else loss
 
 
-def gradient_density(gradient_norm: Tensor, bins: int = 30) -> Tensor:
-    """The unit-region density of each entry among all: `GD(g) = R_ind(g) * M` (equation 8).
+def gradient_density(
+    gradient_norm: Tensor, bins: int = 30, density: Density = "unit_region"
+) -> Tensor:
+    """The density of each entry among all: how many share its neighbourhood, by its width.
 
     Args:
         gradient_norm: `g` in [0, 1], any shape, floating.
-        bins: Unit regions `M`.
+        bins: `M`, 1 to 1024; up to 341 for `streaming`.
+        density: `unit_region`: `R_ind(g) * M` (equation 8 of arXiv 1811.05181); `exact`: a window
+            of width `1 / M` about the entry, as the paper defines it, `O(N log N)`; `streaming`:
+            that window from fine regions, within the bound that `stream_density` states.
 
     Returns:
         float32 of the same shape: entries per unit of gradient norm.
 
     Raises:
         TypeError: The input is not floating.
-        ValueError: A value lies outside [0, 1] or is NaN (looked at on the CPU only).
+        ValueError: A value lies outside [0, 1] or is NaN (looked at on the CPU only); or an option
+            does not fit.
 
     Example:
         >>> gradient_density(torch.tensor([0.01, 0.02, 0.9]), bins=10)
         tensor([20., 20., 10.])
+        >>> gradient_density(torch.tensor([0.01, 0.06, 0.9]), bins=10, density="exact")
+        tensor([16.6667, 20.0000, 10.0000])
     """
     require_bins(bins)
+    require_choice("density", density, DENSITIES)
+    regions = count_regions(bins, density)
     if not gradient_norm.is_floating_point():
         raise TypeError(f"gradient_norm must be floating, got {gradient_norm.dtype}")
     if gradient_norm.device.type == "cpu" and gradient_norm.numel():
@@ -195,10 +218,13 @@ def gradient_density(gradient_norm: Tensor, bins: int = 30) -> Tensor:
         if not (low >= 0 and high <= 1):
             raise ValueError(f"gradient_norm must lie in [0, 1]; got {low:g} to {high:g}")
     norm = gradient_norm.detach().to(compute_dtype(gradient_norm))
-    region = unit_region(norm, bins).flatten()
-    counts = torch.zeros(bins, dtype=torch.int64, device=region.device)
+    if density == "exact":
+        return window_density(norm, bins).float()
+    region = unit_region(norm, regions).flatten()
+    counts = torch.zeros(regions, dtype=torch.int64, device=region.device)
     counts.scatter_add_(0, region, torch.ones_like(region))
-    return (counts[region] * bins).float().view(gradient_norm.shape)
+    table = counts * bins if density == "unit_region" else stream_density(counts.double(), bins)
+    return table[region].float().view(gradient_norm.shape)
 
 
 def focal_loss(
@@ -254,6 +280,7 @@ def _density(
     state: GradientDensity | None,
     bins: int,
     strength: float | StrengthSchedule,
+    density: str,
     normalizer: str,
     max_weight: float | None,
     like: Tensor,
@@ -265,6 +292,7 @@ def _density(
             normalizer=normalizer,
             max_weight=max_weight,
             device=like.device,
+            density=density,
         )
     if state.smoothed.device != like.device:
         raise ValueError(

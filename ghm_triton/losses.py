@@ -12,6 +12,7 @@ from ghm_triton.functional import (
     DEFAULT_STRENGTH,
     Average,
     Backend,
+    Density,
     Reduction,
     focal_loss,
     ghm_c_loss,
@@ -30,6 +31,8 @@ class GHMCLoss(nn.Module):
         strength: The weight is `beta ** strength`, in [0, 1], or a `StrengthSchedule`. 1 is the
             paper, 0 plain cross entropy. Ours, not the paper's.
         loss_weight: Multiplies the loss.
+        density: `unit_region`; `exact`, the paper's sliding window, which sorts the entries; or
+            `streaming`, that window from a fine histogram. See `GradientDensity`.
         normalizer: `valid_bins` (released code) or `bins` (the paper).
         average: `valid` (the paper) or `positives` (as focal loss).
         ema: `debiased` or `mmdet` (the released behaviour).
@@ -37,7 +40,7 @@ class GHMCLoss(nn.Module):
         weighted: Multiply by `label_weight` as well as select by it.
         reduction: `mean`, `sum` or `none`.
         process_group: Ranks that share one density. A loss of `N` ranks, averaged (as DDP does
-            with gradients), then equals that of one rank with the whole batch.
+            with gradients), then equals that of one rank with the whole batch. Not with `exact`.
         backend: `auto`, `triton` or `torch`.
         validate: As in `ghm_c_loss`.
 
@@ -56,6 +59,7 @@ class GHMCLoss(nn.Module):
         momentum: float = 0.75,
         strength: float | StrengthSchedule = DEFAULT_STRENGTH,
         loss_weight: float = 1.0,
+        density: Density = "unit_region",
         normalizer: str = "valid_bins",
         average: Average = "valid",
         ema: str = "debiased",
@@ -68,7 +72,7 @@ class GHMCLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.density = GradientDensity(
-            bins, momentum, strength, normalizer, ema, max_weight, process_group
+            bins, momentum, strength, normalizer, ema, max_weight, process_group, density=density
         )
         require_reduction(reduction, average)
         require_choice("backend", backend, BACKENDS)
@@ -104,6 +108,7 @@ class GHMRLoss(nn.Module):
         momentum: Of the moving average of the counts, in [0, 1).
         strength: As in `GHMCLoss`.
         loss_weight: Multiplies the loss; the released configuration uses 10.
+        density: As in `GHMCLoss`.
         normalizer: As in `GHMCLoss`.
         ema: As in `GHMCLoss`.
         max_weight: As in `GHMCLoss`.
@@ -121,6 +126,7 @@ class GHMRLoss(nn.Module):
         momentum: float = 0.7,
         strength: float | StrengthSchedule = DEFAULT_STRENGTH,
         loss_weight: float = 1.0,
+        density: Density = "unit_region",
         normalizer: str = "valid_bins",
         ema: str = "debiased",
         max_weight: float | None = None,
@@ -132,7 +138,7 @@ class GHMRLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.density = GradientDensity(
-            bins, momentum, strength, normalizer, ema, max_weight, process_group
+            bins, momentum, strength, normalizer, ema, max_weight, process_group, density=density
         )
         if not mu > 0:
             raise ValueError(f"mu must be positive, got {mu}")

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ghm_triton.reference.binning import RegionCounts
 
+MOST_REGIONS = 1024  # what the kernels count at once
+
 
 def update_density(
     counts: RegionCounts,
@@ -48,28 +50,147 @@ def update_density(
         Both NaN when an entry was invalid: then a rank without entries of its own has a NaN loss
         as well.
     """
-    current = counts.regions.to(torch.float32)
     occupied = counts.regions > 0
     total = counts.regions.sum()
-    moved = momentum * smoothed + (1.0 - momentum) * current
-    if ema == "mmdet":
-        moved = torch.where(occupied, moved, smoothed)
-        density = moved
-    else:
-        density = moved / (1.0 - momentum ** (updates + 1).double()).to(torch.float32)
-    regions = occupied.sum() if normalizer == "valid_bins" else len(current)
+    density, moved = _average(counts.regions, smoothed, updates, momentum, ema)
+    regions = occupied.sum() if normalizer == "valid_bins" else len(smoothed)
     # Empty regions hold no entry: any finite density will do for them.
     beta = total / torch.where(occupied, density, 1.0) / regions
+    weights = _weights(beta, occupied, strength, max_weight)
+    if persist:
+        _store(counts, total, moved, smoothed, updates)
+    return _poison(weights, _scale(counts.positives.sum(), total, divisor, factor), counts.invalid)
+
+
+def update_window(
+    counts: RegionCounts,
+    smoothed: Tensor,
+    updates: Tensor,
+    strength: Tensor,
+    *,
+    bins: int,
+    momentum: float,
+    ema: str,
+    max_weight: float | None,
+    persist: bool,
+    divisor: str | None,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    r"""`update_density` for a sliding window over fine regions: `beta_j = N / GD_j`.
+
+    `GD_j` is `stream_density` of the moving average of the counts; `N` are this batch's valid
+    entries. For both backends: a handful of operations on `F` numbers.
+
+    Args:
+        counts: The batch in `F = fine_regions(bins)` regions, summed over ranks.
+        smoothed: float32 `[F]`, the moving average as stored.
+        updates: As in `update_density`.
+        strength: As in `update_density`.
+        bins: `M`, the inverse of the window's width.
+        momentum: As in `update_density`, for the counts of the fine regions.
+        ema: As in `update_density`, for the counts of the fine regions.
+        max_weight: As in `update_density`.
+        persist: As in `update_density`.
+        divisor: As in `update_density`.
+        factor: As in `update_density`.
+
+    Returns:
+        As `update_density`, with float32 `[F]` weights.
+    """
+    occupied = counts.regions > 0
+    total = counts.regions.sum()
+    density, moved = _average(counts.regions, smoothed, updates, momentum, ema)
+    beta = total / torch.where(occupied, stream_density(density, bins), 1.0)
+    weights = _weights(beta, occupied, strength, max_weight)
+    if persist:
+        _store(counts, total, moved, smoothed, updates)
+    return _poison(weights, _scale(counts.positives.sum(), total, divisor, factor), counts.invalid)
+
+
+def fine_regions(bins: int) -> int:
+    """How many fine regions stand for a window of width `1 / bins`: `F = bins * K`.
+
+    `K` is the largest odd number with `bins * K` at most 1024, what the kernels can count at once:
+    33 for 30 bins, 101 for 10. Odd, so that a window about the centre of a fine region begins and
+    ends where fine regions do.
+
+    Raises:
+        ValueError: `bins` is above 341, so that a window would be less than three fine regions.
+    """
+    if bins > MOST_REGIONS // 3:
+        raise ValueError(
+            f"density='streaming' splits each of at most {MOST_REGIONS // 3} bins into three or"
+            f" more, got bins={bins}"
+        )
+    split = MOST_REGIONS // bins
+    return bins * (split - 1 + split % 2)
+
+
+def stream_density(counts: Tensor, bins: int) -> Tensor:
+    r"""The density of a sliding window about the centre of each fine region.
+
+    A window of width `1 / bins` about the centre `c` of a fine region holds `K = F / bins` whole
+    regions, fewer at the ends of [0, 1]. Their counts by the window's valid length `l(c)` are the
+    density given to every entry `g` of that region. It departs from the exact density of the same
+    entries by at most
+
+    .. math:: |GD_{streaming}(g) - GD(g)| \le \frac{E + \lambda \, GD_{streaming}(g)}{l(g)}
+
+    where `E` is the largest count among the four fine regions that touch the two ends of the
+    window (what lies outside [0, 1] counts 0), and `lambda = 1 / (2 F)` where the window about
+    `c` or about `g` reaches over an end of [0, 1], else 0. For `g` is within `1 / (2 F)` of `c`,
+    so moving the window from `c` to `g` takes in entries of one region at one end and gives up
+    entries of one region at the other, which changes the count by at most the larger number; and
+    it changes `l` by no more than the distance, and only where an end cuts it. Where norms lie
+    evenly the first part is `1 / K` of the density, and the second is never more, as
+    `l(g) >= 1 / (2 bins)`.
+
+    Args:
+        counts: `[F]`, not negative, floating; `F` an odd multiple of `bins`.
+        bins: `M`.
+
+    Returns:
+        Entries per unit of gradient norm, `[F]`, the dtype of `counts`.
+    """
+    fine = len(counts)
+    half = (fine // bins - 1) // 2
+    # Each window is summed for itself: differences of prefix sums would cancel where a sparse
+    # window follows a full region, and torch's cumsum of floats is not deterministic on a GPU.
+    windows = torch.nn.functional.pad(counts, (half, half)).unfold(0, 2 * half + 1, 1)
+    centre = torch.arange(fine, device=counts.device, dtype=counts.dtype) + 0.5
+    # In fine regions, where every length is a whole number and float32 holds it.
+    length = centre.clamp(max=half + 0.5) + (fine - centre).clamp(max=half + 0.5)
+    return windows.sum(1) * (fine / length)
+
+
+def _average(
+    regions: Tensor, smoothed: Tensor, updates: Tensor, momentum: float, ema: str
+) -> tuple[Tensor, Tensor]:
+    """The average of the counts with this batch, as used and as stored."""
+    moved = momentum * smoothed + (1.0 - momentum) * regions.to(torch.float32)
+    if ema == "mmdet":
+        moved = torch.where(regions > 0, moved, smoothed)
+        return moved, moved
+    return moved / (1.0 - momentum ** (updates + 1).double()).to(torch.float32), moved
+
+
+def _weights(beta: Tensor, occupied: Tensor, strength: Tensor, max_weight: float | None) -> Tensor:
     weights = beta.to(torch.float32) ** strength
     if max_weight is not None:
         weights = weights.clamp(max=max_weight)
-    weights = torch.where(occupied, weights, 0.0)
-    if persist:
-        sound = (counts.invalid == 0) & (total > 0)
-        smoothed.copy_(torch.where(sound, moved, smoothed))
-        updates.add_(sound)
-    scale = _scale(counts.positives.sum(), total, divisor, factor)
-    clean = counts.invalid == 0
+    return torch.where(occupied, weights, 0.0)
+
+
+def _store(
+    counts: RegionCounts, total: Tensor, moved: Tensor, smoothed: Tensor, updates: Tensor
+) -> None:
+    sound = (counts.invalid == 0) & (total > 0)
+    smoothed.copy_(torch.where(sound, moved, smoothed))
+    updates.add_(sound)
+
+
+def _poison(weights: Tensor, scale: Tensor, invalid: Tensor) -> tuple[Tensor, Tensor]:
+    clean = invalid == 0
     return torch.where(clean, weights, float("nan")), torch.where(clean, scale, float("nan"))
 
 
