@@ -193,7 +193,7 @@ class GradientDensity(nn.Module):
         error_msgs: list[str],
     ) -> None:
         given = (state_dict, prefix, local_metadata, strict)
-        super()._load_from_state_dict(*given, missing_keys, unexpected_keys, error_msgs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*given, missing_keys, unexpected_keys, error_msgs)
         saved = state_dict.get(prefix + "smoothed")
         if saved is not None and saved.shape != self.smoothed.shape:
             error_msgs.append(

@@ -205,8 +205,8 @@ def gradient_density(
     Example:
         >>> gradient_density(torch.tensor([0.01, 0.02, 0.9]), bins=10)
         tensor([20., 20., 10.])
-        >>> gradient_density(torch.tensor([0.01, 0.06, 0.9]), bins=10, density="exact")
-        tensor([16.6667, 20.0000, 10.0000])
+        >>> gradient_density(torch.tensor([0.01, 0.05, 0.9]), bins=10, density="exact")
+        tensor([33.3333, 20.0000, 10.0000])
     """
     require_bins(bins)
     require_choice("density", density, DENSITIES)

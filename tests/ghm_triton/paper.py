@@ -13,6 +13,9 @@ EPS32 = float(torch.finfo(torch.float32).eps)
 # and loses |x| / 2 of them, 8 at the logits drawn here; beta ** s = exp(s log beta) as many again;
 # two divisions 2 each; the rest are products.
 FLOAT32_ULPS = 32
+# How far a gradient norm may be from the truth: a few steps of float32 at 1, for dense targets at
+# the logits drawn here as well.
+NORM_ERROR = 1e-6
 
 
 @dataclass
@@ -71,12 +74,38 @@ def asl1_parts(d: np.ndarray, mu: float) -> tuple[np.ndarray, np.ndarray]:
     return d * d / (length + mu), d / length
 
 
-def region(g: float, bins: int) -> int:
+def region(g: np.ndarray | float, bins: int) -> np.ndarray:
     """Region `j` is `[j / M, (j + 1) / M)`; `g = 1` belongs to the last."""
-    for j in range(bins):
-        if j / bins <= g < (j + 1) / bins:
-            return j
-    return bins - 1
+    opened = np.asarray(g)[..., None] >= np.arange(bins) / bins
+    return opened.sum(axis=-1) - 1
+
+
+def exact_density(norms: np.ndarray, valid: np.ndarray, bins: int) -> np.ndarray:
+    """`GD(g) = #{k : g - eps/2 <= g_k < g + eps/2} / l(g)` of every valid entry, pair by pair."""
+    half = 0.5 / bins
+    density = np.zeros(norms.shape)
+    for at, g in np.ndenumerate(norms):
+        if valid[at]:
+            inside = (norms >= g - half) & (norms < g + half) & valid
+            density[at] = inside.sum() / (min(g + half, 1.0) - max(g - half, 0.0))
+    return density
+
+
+def fine_regions(bins: int) -> int:
+    """Each bin in as many as possible, an odd number, 1024 in all at most."""
+    return max(bins * split for split in range(1, 1025, 2) if bins * split <= 1024)
+
+
+def streaming_density(counts: np.ndarray, bins: int) -> np.ndarray:
+    """The density about the centre of each fine region, from the regions within half a window."""
+    fine = len(counts)
+    half = 0.5 / bins
+    density = np.zeros(fine)
+    for j in range(fine):
+        inside = counts[2 * bins * np.abs(np.arange(fine) - j) < fine].sum()
+        centre = (j + 0.5) / fine
+        density[j] = inside / (min(centre + half, 1.0) - max(centre - half, 0.0))
+    return density
 
 
 def harmonize(
@@ -85,6 +114,7 @@ def harmonize(
     bins: int,
     *,
     strength: float = 1.0,
+    density: str = "unit_region",
     normalizer: str = "valid_bins",
     max_weight: float | None = None,
     momentum: float = 0.0,
@@ -92,26 +122,28 @@ def harmonize(
     state: Average | None = None,
 ) -> tuple[np.ndarray, list[int]]:
     """`beta ** strength` of every entry; moves `state` on when there is one."""
-    state = state or Average(np.zeros(bins))
-    regions = np.vectorize(lambda g: region(g, bins), otypes=[int])(np.abs(slopes))
-    counts = [int(((regions == j) & valid).sum()) for j in range(bins)]
+    norms = np.abs(slopes)
+    cells = {"unit_region": bins, "exact": 1, "streaming": fine_regions(bins)}[density]
+    state = state or Average(np.zeros(cells))
+    regions = region(norms, cells)
+    counts = [int(((regions == j) & valid).sum()) for j in range(cells)]
     total, n = sum(counts), sum(count > 0 for count in counts)
-    weights = np.zeros(slopes.shape)
     if total == 0:
-        return weights, counts
+        return np.zeros(slopes.shape), counts
     state.updates += 1
     for j, count in enumerate(counts):
         if ema == "debiased" or count > 0:
             state.smoothed[j] = momentum * state.smoothed[j] + (1 - momentum) * count
-        if count == 0:
-            continue
-        density = state.smoothed[j]
-        if ema == "debiased":
-            density /= 1 - momentum**state.updates
-        beta = total / density / (n if normalizer == "valid_bins" else bins)
-        weight = beta**strength if max_weight is None else min(beta**strength, max_weight)
-        weights[(regions == j) & valid] = weight
-    return weights, counts
+    averages = state.smoothed / (1 - momentum**state.updates if ema == "debiased" else 1)
+    if density == "exact":
+        per_entry = exact_density(norms, valid, bins)
+    elif density == "streaming":
+        per_entry = streaming_density(averages, bins)[regions]
+    else:
+        per_entry = averages[regions] * (n if normalizer == "valid_bins" else bins)
+    beta = total / np.where(valid, per_entry, 1)
+    weights = np.minimum(beta**strength, np.inf if max_weight is None else max_weight)
+    return np.where(valid, weights, 0.0), counts
 
 
 def ghm_c(
@@ -223,15 +255,33 @@ def away_from_edges(g: np.ndarray, bins: int) -> np.ndarray:
     """
     cells = np.asarray(g) * bins
     edge = np.rint(cells)
-    return (np.abs(cells - edge) > 1e-4) | (edge == 0) | (edge == bins)  # the ends part nothing
+    margin = max(1e-4, NORM_ERROR * bins)
+    return (np.abs(cells - edge) > margin) | (edge == 0) | (edge == bins)  # the ends part nothing
 
 
-def draw_logits(shape, target, dtype, bins, generator, spread=4.0) -> torch.Tensor:
-    """Normal logits of `dtype`, each away from the edges of the regions."""
+def away_from_windows(g: np.ndarray, bins: int) -> np.ndarray:
+    """Which gradient norms lie surely inside or outside of every other's sliding window."""
+    flat = g.ravel()
+    apart = np.abs(np.abs(flat[:, None] - flat[None, :]) - 0.5 / bins)
+    return (apart > NORM_ERROR).all(axis=1).reshape(g.shape)
+
+
+def surely_placed(g: np.ndarray, bins: int, density: str) -> np.ndarray:
+    """Which gradient norms count where they should in spite of float32."""
+    if density == "exact":
+        return away_from_windows(g, bins)
+    return away_from_edges(g, fine_regions(bins) if density == "streaming" else bins)
+
+
+def draw_logits(
+    shape, target, dtype, bins, generator, spread=4.0, density="unit_region"
+) -> torch.Tensor:
+    """Normal logits of `dtype`, each away from the edges of the regions or windows."""
     dense = one_hot(as_numpy(target), shape[-1]) if not is_dense(target) else as_numpy(target)
     logits = (torch.randn(shape, generator=generator) * spread).to(dtype)
     for _ in range(100):
-        unsafe = ~away_from_edges(np.abs(sigmoid(as_numpy(logits)) - dense), bins)
+        norms = np.abs(sigmoid(as_numpy(logits)) - dense)
+        unsafe = ~surely_placed(norms, bins, density)
         if not unsafe.any():
             return logits
         anew = (torch.randn(shape, generator=generator) * spread).to(dtype)
@@ -239,7 +289,9 @@ def draw_logits(shape, target, dtype, bins, generator, spread=4.0) -> torch.Tens
     raise RuntimeError("no logits away from the edges were found")
 
 
-def draw_pred(target, dtype, bins, mu, generator, spread=0.1) -> torch.Tensor:
+def draw_pred(
+    target, dtype, bins, mu, generator, spread=0.1, density="unit_region"
+) -> torch.Tensor:
     """Predictions of `dtype` around a target, each away from the edges of the regions."""
 
     def draw() -> torch.Tensor:
@@ -248,7 +300,7 @@ def draw_pred(target, dtype, bins, mu, generator, spread=0.1) -> torch.Tensor:
     pred = draw()
     for _ in range(100):
         slopes = asl1_parts(as_numpy(pred) - as_numpy(target), mu)[1]
-        unsafe = ~away_from_edges(np.abs(slopes), bins)
+        unsafe = ~surely_placed(np.abs(slopes), bins, density)
         if not unsafe.any():
             return pred
         pred = torch.where(torch.from_numpy(unsafe), draw(), pred)
