@@ -1,13 +1,13 @@
-"""Reads the text that disassemblers print: blocks, the loop, and what is in it.
+"""Reads what disassemblers print: basic blocks, the loop among them, and what is in it.
 
 The rules, which make 'instructions an element' mean something:
 
-- The hot path is the loop (blocks that can reach themselves) with the most instructions; in a
-  kernel without one, everything that can be reached.
-- Every block of the hot path counts once, those behind a branch too, as some lane takes it.
-- Calls are not followed, nor are branches that only diverged warps take (`BRA.DIV`), and a block
-  that ends in a call is left out: compilers put there what rare operands need, as the division of
-  subnormal numbers.
+- The hot path is the largest loop (blocks that can reach themselves); in a kernel without one,
+  every block on a way from the entry to the exit.
+- Each of its blocks counts once, those behind a branch too, as some lane takes it.
+- Subroutines, and the blocks that do nothing but call one, are left out: compilers put there what
+  rare operands need, such as the division of subnormal numbers. So are branches that only diverged
+  warps take (`BRA.DIV`).
 - What occupies no unit (`NOP`, waiting) is not an instruction.
 """
 
@@ -21,13 +21,23 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: what it does, where it may go next."""
+    """One instruction: what it does, where it may go next, where it comes from.
+
+    Args:
+        opcode: With its suffixes.
+        target: The label that it may jump to or call.
+        falls_through: Whether the next instruction may follow.
+        returns: Whether it ends a subroutine.
+        calls: Whether it comes back from its target, if that ever returns.
+        place: File and line of the source.
+    """
 
     opcode: str
-    target: str | None = None  # the label it may jump to
+    target: str | None = None
     falls_through: bool = True
+    returns: bool = False
     calls: bool = False
-    place: str = ""  # the file and line that it was compiled from
+    place: str = ""
 
 
 @dataclass
@@ -37,16 +47,33 @@ class Block:
     instructions: list[Instruction] = field(default_factory=list)
     next: list[int] = field(default_factory=list)
 
+    @property
+    def last(self) -> Instruction | None:
+        """The one that decides what follows."""
+        return self.instructions[-1] if self.instructions else None
+
 
 @dataclass(frozen=True)
 class Counts:
-    """What one thread executes on the hot path, and the instructions outside it."""
+    """What one thread executes when it passes once over the hot path.
+
+    Args:
+        loops: Whether the hot path is a loop.
+        instructions: All of them.
+        special: Special functions: `MUFU`; on AMD `v_exp`, `v_log`, `v_rcp` and the like.
+        conversions: Between number formats, where these share the unit of special functions.
+        loads: From global memory, how many of each width in bytes.
+        stores: To global memory, alike.
+        outside: Instructions that the hot path leaves out: before, after, rare.
+        opcodes: How often each, most frequent first.
+        places: How many instructions from each line of source.
+    """
 
     loops: bool
     instructions: int
     special: int
     conversions: int
-    loads: dict[int, int]  # bytes of an access: how many
+    loads: dict[int, int]
     stores: dict[int, int]
     outside: int
     opcodes: dict[str, int]
@@ -58,6 +85,7 @@ Line = str | Instruction  # a label, or an instruction
 _LABEL = re.compile(r"^([.$\w]+):")
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _SASS_PLACE = re.compile(r'^\s+//## File "(?:[^"]*/)?([^"/]+)", line (\d+)')
+_SASS_TARGET = re.compile(r"(.*)`\(([^)]+)\)")
 _AMD = re.compile(r"^\s+([a-z]\w+)\s*([^;]*)")
 _AMD_PLACE = re.compile(r"^\s+\.loc\s.*;\s(\S+?):(\d+):")
 
@@ -73,18 +101,21 @@ def read_sass(text: str) -> Iterator[Line]:
         elif match := _SASS.match(line):
             placed = False
             guard, opcode, operands = match.groups()
-            base = opcode.split(".")[0]
-            before, _, after = operands.partition("`(")
-            jumps = base in ("BRA", "JMP") and not opcode.startswith("BRA.DIV")
-            always = not guard and not before.strip()
-            ends = base in ("EXIT", "RET") and not guard
-            yield Instruction(
-                opcode,
-                after.partition(")")[0] if jumps else None,
-                not ends and not (jumps and always),
-                base == "CALL",
-                place,
-            )
+            yield _sass(guard is not None, opcode, operands, place)
+
+
+def _sass(guarded: bool, opcode: str, operands: str, place: str) -> Instruction:
+    base = opcode.split(".")[0]
+    if base in ("BRX", "BRXU", "JMX", "JMXU"):
+        raise ValueError(f"{opcode} goes where only the GPU knows: the loop cannot be told")
+    if base in ("EXIT", "RET"):
+        return Instruction(opcode, None, guarded, base == "RET", place=place)
+    jump = _SASS_TARGET.match(operands)
+    if base not in ("BRA", "JMP", "CALL") or opcode.startswith("BRA.DIV") or jump is None:
+        return Instruction(opcode, calls=base == "CALL", place=place)
+    # A condition is a guard or an operand before the target.
+    falls_through = guarded or bool(jump[1].strip()) or base == "CALL"
+    return Instruction(opcode, jump[2], falls_through, calls=base == "CALL", place=place)
 
 
 def read_amdgcn(text: str) -> Iterator[Line]:
@@ -97,145 +128,143 @@ def read_amdgcn(text: str) -> Iterator[Line]:
             place = f"{found[1]}:{found[2]}"
         elif label := _LABEL.match(line):
             yield label[1]
-        elif (match := _AMD.match(line)) and not line.lstrip().startswith("."):
+        elif match := _AMD.match(line):
             opcode, operands = match.groups()
             jumps = opcode.startswith(("s_branch", "s_cbranch"))
-            ends = opcode in ("s_endpgm", "s_branch", "s_setpc_b64")
-            to = operands.strip() if jumps else None
-            yield Instruction(opcode, to, not ends, opcode == "s_swappc_b64", place)
+            yield Instruction(
+                opcode,
+                operands.strip() if jumps else None,
+                opcode not in ("s_endpgm", "s_branch", "s_setpc_b64"),
+                opcode == "s_setpc_b64",
+                opcode == "s_swappc_b64",
+                place,
+            )
 
 
 def blocks(lines: Iterable[Line]) -> list[Block]:
     """Basic blocks, in the order of the listing; the first is the entry."""
-    found, starts = [Block()], {}
+    found: list[Block] = [Block()]
+    starts: dict[str, int] = {}
     for line in lines:
-        last = found[-1].instructions
-        if isinstance(line, str):
-            if last:
-                found.append(Block())
-            starts[line] = len(found) - 1
-            continue
-        last.append(line)
-        if line.target is not None or not line.falls_through:
+        last = found[-1].last
+        if last and (isinstance(line, str) or last.target or last.calls or not last.falls_through):
             found.append(Block())
+        if isinstance(line, str):
+            starts[line] = len(found) - 1
+        else:
+            found[-1].instructions.append(line)
     for position, block in enumerate(found):
-        last = block.instructions
-        if (not last or last[-1].falls_through) and position + 1 < len(found):
+        last = block.last
+        if (last is None or last.falls_through) and position + 1 < len(found):
             block.next.append(position + 1)
-        if last and last[-1].target is not None:
-            block.next.append(starts[last[-1].target])
+        if last and last.target is not None:
+            block.next.append(starts[last.target])
     return found
 
 
 def hot_path(graph: list[Block]) -> tuple[list[Block], bool]:
-    """The blocks of the largest loop, and whether there is one; else all that can be reached."""
-    rare = {
-        position
-        for position, block in enumerate(graph)
-        if any(instruction.calls for instruction in block.instructions)
-    }
+    """The blocks of the largest loop and True; without a loop, those from entry to exit."""
+    rare = {position for position in range(len(graph)) if _calls_subroutine(graph, position)}
     reached = _reach(graph, [0], rare)
     loops = [loop for start in reached if (loop := _loop(graph, start, rare))]
-    if not loops:
-        return [graph[position] for position in sorted(reached)], False
-    largest = max(loops, key=lambda loop: sum(len(graph[p].instructions) for p in loop))
-    return [graph[position] for position in sorted(largest)], True
+    if loops:
+        chosen = max(loops, key=lambda loop: sum(len(graph[p].instructions) for p in loop))
+    else:
+        chosen = reached
+    return [graph[position] for position in sorted(chosen)], bool(loops)
 
 
-def _reach(graph: list[Block], starts: Iterable[int], rare: set[int]) -> set[int]:
+def _calls_subroutine(graph: list[Block], position: int) -> bool:
+    """Whether a block calls what returns; ptxas also calls where it means to jump."""
+    last = graph[position].last
+    if last is None or not last.calls:
+        return False
+    callee = graph[position].next[1:] if last.target else []
+    ends = [graph[p].last for p in _reach(graph, callee, set())]
+    return not callee or any(end.returns for end in ends if end)
+
+
+def _reach(graph: list[Block], starts: Iterable[int], without: set[int]) -> set[int]:
     reached: set[int] = set()
-    waiting = [start for start in starts if start not in rare]
+    waiting = list(starts)
     while waiting:
         position = waiting.pop()
-        if position not in reached:
+        if position not in reached and position not in without:
             reached.add(position)
-            waiting += [after for after in graph[position].next if after not in rare]
+            waiting += graph[position].next
     return reached
 
 
-def _loop(graph: list[Block], start: int, rare: set[int]) -> set[int]:
+def _loop(graph: list[Block], start: int, without: set[int]) -> set[int]:
     """The blocks that `start` reaches and that reach it."""
-    forward = _reach(graph, graph[start].next, rare)
+    forward = _reach(graph, graph[start].next, without)
     if start not in forward:
         return set()
-    return {p for p in forward if start in _reach(graph, graph[p].next, rare)}
-
-
-def count(lines: Iterable[Line], backend: str) -> Counts:
-    """Count the hot path of a listing; `backend` is `cuda` or `hip`."""
-    graph = blocks(lines)
-    path, loops = hot_path(graph)
-    units = _SASS_UNITS if backend == "cuda" else _AMD_UNITS
-    hot = [i for block in path for i in block.instructions if not units.idle(i.opcode)]
-    opcodes = Counter(instruction.opcode for instruction in hot)
-    everything = sum(
-        not units.idle(instruction.opcode)
-        for position in _reach(graph, [0], set())
-        for instruction in graph[position].instructions
-    )
-    loads: Counter[int] = Counter()
-    stores: Counter[int] = Counter()
-    for opcode, times in opcodes.items():
-        if units.load.match(opcode):
-            loads[units.width(opcode)] += times
-        if units.store.match(opcode):
-            stores[units.width(opcode)] += times
-    total = opcodes.total()
-    return Counts(
-        loops,
-        total,
-        _total(opcodes, units.special),
-        _total(opcodes, units.conversion),
-        dict(loads),
-        dict(stores),
-        everything - total,
-        dict(opcodes.most_common()),
-        dict(Counter(instruction.place for instruction in hot)),
-    )
-
-
-def _total(opcodes: Counter[str], pattern: re.Pattern[str]) -> int:
-    return sum(times for opcode, times in opcodes.items() if pattern.match(opcode))
+    return {p for p in forward if start in _reach(graph, graph[p].next, without)}
 
 
 @dataclass(frozen=True)
-class _Units:
+class Dialect:
     """Which opcodes are which."""
 
-    nothing: re.Pattern[str]
+    idle: re.Pattern[str]
     special: re.Pattern[str]
     conversion: re.Pattern[str]
     load: re.Pattern[str]
     store: re.Pattern[str]
-    widths: tuple[tuple[str, int], ...]  # the first that is found in an opcode
-
-    def idle(self, opcode: str) -> bool:
-        return self.nothing.match(opcode) is not None
+    widths: tuple[tuple[str, int], ...]  # the first that is found in an opcode; else 4 bytes
 
     def width(self, opcode: str) -> int:
+        """Bytes that each lane moves."""
         return next((size for part, size in self.widths if part in opcode), 4)
 
 
-_SASS_UNITS = _Units(
-    nothing=re.compile(r"NOP\b"),
+SASS = Dialect(
+    idle=re.compile(r"NOP\b"),
     special=re.compile(r"MUFU\b"),
-    conversion=re.compile(r"(F2I|I2F|F2F|FRND|F2IP)\b"),
-    load=re.compile(r"(LDG|LD)\b"),
-    store=re.compile(r"(STG|ST)\b"),
+    conversion=re.compile(r"(F2I|I2F|F2F|I2I|FRND)\b"),
+    load=re.compile(r"LDG?\b"),
+    store=re.compile(r"STG?\b"),
     widths=((".256", 32), (".128", 16), (".64", 8), (".U16", 2), (".S16", 2), (".U8", 1)),
 )
-_AMD_UNITS = _Units(
-    nothing=re.compile(r"s_(nop|waitcnt|delay_alu)"),
+AMDGCN = Dialect(
+    idle=re.compile(r"s_(nop|waitcnt|delay_alu)"),
     special=re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_"),
-    conversion=re.compile(r"v_cvt_"),
+    conversion=re.compile(r"(?!)"),
     load=re.compile(r"(global|buffer|flat)_load_"),
     store=re.compile(r"(global|buffer|flat)_store_"),
-    widths=(
-        ("dwordx4", 16),
-        ("dwordx3", 12),
-        ("dwordx2", 8),
-        ("dword", 4),
-        ("short", 2),
-        ("byte", 1),
-    ),
+    widths=(("x4", 16), ("x3", 12), ("x2", 8), ("dword", 4), ("short", 2), ("byte", 1)),
 )
+
+
+def count(lines: Iterable[Line], dialect: Dialect) -> Counts:
+    """Count the hot path of a listing."""
+    graph = blocks(lines)
+    path, loops = hot_path(graph)
+    everything = (graph[position] for position in sorted(_reach(graph, [0], set())))
+    hot, all_of_it = _busy(path, dialect), _busy(everything, dialect)
+    opcodes = Counter(instruction.opcode for instruction in hot)
+    return Counts(
+        loops=loops,
+        instructions=len(hot),
+        special=sum(n for opcode, n in opcodes.items() if dialect.special.match(opcode)),
+        conversions=sum(n for opcode, n in opcodes.items() if dialect.conversion.match(opcode)),
+        loads=_accesses(opcodes, dialect.load, dialect),
+        stores=_accesses(opcodes, dialect.store, dialect),
+        outside=len(all_of_it) - len(hot),
+        opcodes=dict(opcodes.most_common()),
+        places=dict(Counter(instruction.place for instruction in hot)),
+    )
+
+
+def _busy(path: Iterable[Block], dialect: Dialect) -> list[Instruction]:
+    each = (instruction for block in path for instruction in block.instructions)
+    return [instruction for instruction in each if not dialect.idle.match(instruction.opcode)]
+
+
+def _accesses(opcodes: Counter[str], pattern: re.Pattern[str], dialect: Dialect) -> dict[int, int]:
+    found: Counter[int] = Counter()
+    for opcode, times in opcodes.items():
+        if pattern.match(opcode):
+            found[dialect.width(opcode)] += times
+    return dict(sorted(found.items(), reverse=True))

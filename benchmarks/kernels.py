@@ -6,7 +6,7 @@ To add a kernel, add a line to `variants`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -27,33 +27,32 @@ TARGETS = {
 }
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
-# Contiguous rows of 80 classes, or of 4 box deltas: what a detector passes.
-CLASSES = {"BLOCK_R": TILE // MAX_BLOCK_C, "BLOCK_C": MAX_BLOCK_C}
-DELTAS = {"BLOCK_R": TILE // 4, "BLOCK_C": 4}
+# What a detector passes: contiguous rows of 80 classes, or of 4 box deltas.
+CLASSES, DELTAS, ROWS = 80, 4, 1 << 20
+CLASS_TILE = {"BLOCK_R": TILE // MAX_BLOCK_C, "BLOCK_C": MAX_BLOCK_C}
+DELTA_TILE = {"BLOCK_R": TILE // DELTAS, "BLOCK_C": DELTAS}
 
-Types = dict[str, str | None]
+Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel, the types of its arguments (None: not passed) and its constants.
+    """A kernel and the arguments of one launch.
 
     Args:
         kernel: The `triton.jit` function.
         name: What sets this variant apart from the others of its kernel.
-        types: Triton's types of the other arguments; where not named, pointers are `*fp32` and
-            numbers `i32`.
-        constants: The kernel's constexprs.
         dtype: Of the logits; empty for a kernel that no logit passes through.
+        arguments: By name: the value of a number or of a constexpr; of a pointer its type, or None
+            where none is passed.
         moved: Bytes an element that must pass between memory and the GPU.
         entries: Elements of a program's tile; 0 for a kernel that does not work on elements.
     """
 
     kernel: Any
     name: str
-    types: Types
-    constants: dict[str, Any] = field(default_factory=dict)
-    dtype: str = ""
+    dtype: str
+    arguments: Arguments
     moved: float = 0.0
     entries: int = 0
 
@@ -65,60 +64,92 @@ class Variant:
 
 def variants(dtype: str) -> Iterator[Variant]:
     """Every kernel at one dtype of logits, `fp32`, `fp16` or `bf16`."""
-    size = BYTES[dtype]
-    for kind, target, extra in (("index", "*i64", 8 / 80), ("dense", "*fp32", 4)):
-        types: Types = {"logits_ptr": f"*{dtype}", "target_ptr": target, "weight_ptr": None}
-        constants = {"INDEX": kind == "index", "BINS": 30, **CLASSES}
-        count = {**constants, "BLOCK_BINS": 32}
-        loss = {**constants, "WEIGHTED": False, "REDUCE": True}
-        counts: Types = {"counts_ptr": "*i64", "positives_ptr": "*fp64"}
-        gradient: Types = {"gradient_ptr": f"*{dtype}"}
-        read, both = size + extra, 2 * size + extra
-        yield Variant(count_bce_kernel, kind, types | counts, count, dtype, read, TILE)
-        yield Variant(bce_forward_kernel, kind, types, loss, dtype, read, TILE)
-        yield Variant(bce_backward_kernel, kind, types | gradient, loss, dtype, both, TILE)
-    types = {"pred_ptr": f"*{dtype}", "target_ptr": f"*{dtype}", "weight_ptr": "*fp32"}
-    constants = {"MU": 0.02, "BINS": 10, **DELTAS}
-    count = {**constants, "BLOCK_BINS": 16}
-    loss = {**constants, "WEIGHTED": False, "REDUCE": True}
-    gradient = {"gradient_ptr": f"*{dtype}"}
-    read, both = 2 * size + 4, 3 * size + 4
-    counts = {"counts_ptr": "*i64"}
-    yield Variant(count_asl1_kernel, "dense", types | counts, count, dtype, read, TILE)
-    yield Variant(asl1_forward_kernel, "dense", types, loss, dtype, read, TILE)
-    yield Variant(asl1_backward_kernel, "dense", types | gradient, loss, dtype, both, TILE)
+    size, pointer = BYTES[dtype], f"*{dtype}"
+    logits: Arguments = {
+        "logits_ptr": pointer,
+        "rows": ROWS,
+        "cols": CLASSES,
+        **_strides("logits", CLASSES),
+    }
+    shared = {**logits, **_absent("weight"), **CLASS_TILE, "BINS": 30}
+    index = {**shared, "INDEX": True, "target_ptr": "*i64", "target_row": 1, "target_col": 0}
+    dense = {**shared, "INDEX": False, "target_ptr": "*fp32", **_strides("target", CLASSES)}
+    counts: Arguments = {"counts_ptr": "*i64", "positives_ptr": "*fp64", "BLOCK_BINS": 32}
+    loss: Arguments = {
+        "table_ptr": "*fp32",
+        "scale_ptr": "*fp32",
+        "WEIGHTED": False,
+        "REDUCE": True,
+    }
+    forward = {**loss, "out_ptr": "*fp32"}
+    backward = {**loss, "grad_loss_ptr": "*fp32", "gradient_ptr": pointer}
+    backward |= {"grad_loss_row": 0, "grad_loss_col": 0}
+    for name, common, target in (("index", index, 8 / CLASSES), ("dense", dense, 4)):
+        both = {**common, **backward, **_strides("gradient", CLASSES)}
+        read = size + target
+        yield Variant(count_bce_kernel, name, dtype, common | counts, read, TILE)
+        yield Variant(bce_forward_kernel, name, dtype, common | forward, read, TILE)
+        yield Variant(bce_backward_kernel, name, dtype, both, read + size, TILE)
+
+    deltas: Arguments = {"pred_ptr": pointer, "target_ptr": pointer, "weight_ptr": "*fp32"}
+    deltas |= {"rows": ROWS, "cols": DELTAS, "MU": 0.02, "BINS": 10, **DELTA_TILE}
+    deltas |= {k: v for n in ("pred", "target", "weight") for k, v in _strides(n, DELTAS).items()}
+    counts |= {"BLOCK_BINS": 16}
+    both = {**deltas, **backward, **_strides("gradient", DELTAS)}
+    read = 2 * size + 4
+    yield Variant(count_asl1_kernel, "", dtype, deltas | counts, read, TILE)
+    yield Variant(asl1_forward_kernel, "", dtype, deltas | forward, read, TILE)
+    yield Variant(asl1_backward_kernel, "", dtype, both, read + size, TILE)
 
 
 def state_variants() -> Iterator[Variant]:
     """The kernels that no logit passes through."""
-    types: Types = dict.fromkeys(("regions_ptr", "invalid_ptr", "updates_ptr"), "*i64")
-    types |= {"positives_ptr": "*fp64", "factor": "fp32"}
-    density = {"MOMENTUM": 0.75, "LOG_MOMENTUM": -0.2877, "MAX_WEIGHT": None, "PERSIST": True}
+    density: Arguments = dict.fromkeys(("regions_ptr", "invalid_ptr", "updates_ptr"), "*i64")
+    density |= dict.fromkeys(("smoothed_ptr", "strength_ptr", "weights_ptr", "scale_ptr"), "*fp32")
+    density |= {"positives_ptr": "*fp64", "sums": MAX_PROGRAMS, "factor": 1.0}
     density |= {"BINS": 30, "BLOCK_BINS": 32, "BLOCK_SUMS": MAX_PROGRAMS, "VALID_BINS": True}
+    density |= {"MOMENTUM": 0.75, "LOG_MOMENTUM": -0.2877, "MAX_WEIGHT": None, "PERSIST": True}
     density |= {"DIVISOR": "positives"}
     for ema in ("debiased", "mmdet"):
-        yield Variant(density_kernel, ema, types, {**density, "DEBIASED": ema == "debiased"})
-    yield Variant(sum_partials_kernel, "", {}, {"BLOCK": MAX_PROGRAMS})
+        yield Variant(density_kernel, ema, "", {**density, "DEBIASED": ema == "debiased"})
+    partials: Arguments = dict.fromkeys(("partials_ptr", "scale_ptr", "total_ptr"), "*fp32")
+    partials |= {"count": MAX_PROGRAMS, "BLOCK": MAX_PROGRAMS}
+    yield Variant(sum_partials_kernel, "", "", partials)
+
+
+def _strides(name: str, cols: int) -> Arguments:
+    return {f"{name}_row": cols, f"{name}_col": 1}
+
+
+def _absent(name: str) -> Arguments:
+    return {f"{name}_ptr": None, f"{name}_row": 0, f"{name}_col": 0}
 
 
 def build(variant: Variant, target: GPUTarget) -> CompiledKernel:
-    """Compile as the launcher would for contiguous tensors."""
-    signature, constants, attributes = {}, dict(variant.constants), {}
-    for position, name in enumerate(variant.kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
+    """Compile as a launch with these arguments would.
+
+    Raises:
+        ValueError: The kernel has an argument that the variant does not name.
+    """
+    types: dict[str, str] = {}
+    constants: Arguments = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for parameter in variant.kernel.params:
+        name = parameter.name
+        if name not in variant.arguments:
+            raise ValueError(f"{variant.key} lacks the argument {name}: name it in {__name__}")
+        value = variant.arguments[name]
+        # As a launch does: it compiles 1 and None in, and tells multiples of 16.
+        special = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
+            types[name], constants[name] = "constexpr", value
             continue
-        if name.isupper():
-            raise ValueError(f"{variant.key} lacks the constant {name}: name it in {__name__}")
-        kind = variant.types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-        absent = kind is None
-        if absent or name.endswith("_col"):  # contiguous: the stride of a column is 1
-            signature[name], constants[name] = "constexpr", None if absent else 1
-            continue
-        signature[name] = str(kind)
-        if name.endswith("_ptr") or (name.endswith("_row") and "BLOCK_C" in constants):
-            attributes[(position,)] = [["tt.divisibility", 16 if name.endswith("_ptr") else 4]]
-        if name == "cols" or (name.endswith("_row") and constants.get("BLOCK_C") == MAX_BLOCK_C):
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(variant.kernel, signature, constants, attributes)
+        types[name] = value if isinstance(value, str) else _number(value)
+        if isinstance(value, str) or (special and value % 16 == 0):
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    source = ASTSource(variant.kernel, types, constants, attributes)
     return triton.compile(source, target=target, options=dict(OPTIONS))
+
+
+def _number(value: float) -> str:
+    return "i32" if isinstance(value, int) else "fp32"

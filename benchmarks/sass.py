@@ -1,128 +1,177 @@
 """What the kernels cost, read from their binaries; needs no GPU.
 
-python -m benchmarks.sass --targets sm_90 --dtypes fp32 bf16 --kernels count_bce
+    python -m benchmarks.sass --targets sm_90 --dtypes fp32 bf16 --kernels count_bce --lines
+    python -m benchmarks.sass --check       # fails when a kernel got worse than the baseline
+    python -m benchmarks.sass --update      # writes the baseline anew
+    python -m benchmarks.sass --markdown    # the table of the README, from the baseline
+
+Registers, spills and shared memory; then, of the hot path (see `benchmarks.disassembly`),
+instructions and special functions an element, and the widths of loads and stores.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
+import json
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
+from benchmarks.costs import Costs, complaints, measure
+from benchmarks.disassembly import Counts
+from benchmarks.kernels import BYTES, TARGETS, Variant, state_variants, variants
 
-from benchmarks.disassembly import Counts, count, read_amdgcn, read_sass
-from benchmarks.kernels import BYTES, TARGETS, Variant, build, state_variants, variants
-
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+BASELINE = Path(__file__).parent / "results" / "sass.jsonl"
+DTYPES = ["fp32", "bf16"]
 
 
-def measure(variant: Variant, target: GPUTarget) -> tuple[dict[str, Any], Counts]:
-    """Build and disassemble one variant."""
-    compiled = build(variant, target)
-    if target.backend == "hip":
-        usage, found = _read_amd(compiled)
-    else:
-        usage, found = _read_cuda(compiled)
-    each = variant.entries / (compiled.metadata.num_warps * target.warp_size)
-    if each:
-        usage["instructions"] = found.instructions / each
-        usage["special"] = found.special / each
-        usage["conversions"] = found.conversions / each
-        usage["loads"], usage["stores"] = found.loads, found.stores
-        usage["each"] = each
-    usage["outside"] = found.outside
-    return usage, found
-
-
-def _read_cuda(compiled: CompiledKernel) -> tuple[dict[str, Any], Counts]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        printed = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "--print-code", "-ndf", "--print-line-info-inline", file.name)
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
-    usage = {
-        "registers": used["REG"],
-        "spilled_bytes": used["STACK"] + used["LOCAL"],
-        "shared_bytes": int(compiled.metadata.shared),
-    }
-    return usage, count(read_sass(code), "cuda")
-
-
-def _read_amd(compiled: CompiledKernel) -> tuple[dict[str, Any], Counts]:
-    text = compiled.asm["amdgcn"]
-    names = {
-        "registers": "vgpr_count",
-        "spilled_bytes": "private_segment_fixed_size",
-        "shared_bytes": "group_segment_fixed_size",
-    }
-    usage = {ours: int(_search(rf"\.{theirs}:\s+(\d+)", text)) for ours, theirs in names.items()}
-    return usage, count(read_amdgcn(text), "hip")
-
-
-def _search(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    if match is None:
-        raise ValueError(f"the listing has no {pattern!r}")
-    return match[1]
-
-
-def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
-def chosen(dtypes: list[str], kernels: list[str] | None) -> Iterator[Variant]:
-    """The variants whose kernel's name starts with one of `kernels`."""
-    for variant in (*(v for d in dtypes for v in variants(d)), *state_variants()):
+def chosen(dtypes: Iterable[str], kernels: list[str] | None = None) -> Iterator[Variant]:
+    """The variants whose key starts with one of `kernels`; all of them without."""
+    for variant in (*(each for dtype in dtypes for each in variants(dtype)), *state_variants()):
         if not kernels or variant.key.startswith(tuple(kernels)):
             yield variant
 
 
-def _widths(found: dict[int, int]) -> str:
-    return " ".join(f"{times}x{size}" for size, times in sorted(found.items(), reverse=True))
+def read(path: Path) -> dict[tuple[str, str], Costs]:
+    """A baseline, by kernel and target."""
+    rows = [Costs(**json.loads(line)) for line in path.read_text().splitlines()]
+    return {(row.kernel, row.target): row for row in rows}
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--dtypes", nargs="+", choices=list(BYTES), default=["fp32", "bf16"])
-    parser.add_argument("--kernels", nargs="+", help="how their names start; default: all")
-    parser.add_argument("--opcodes", action="store_true", help="also what the hot path is made of")
-    parser.add_argument("--lines", action="store_true", help="also which lines of source")
-    options = parser.parse_args()
-    print(
-        f"{'kernel':34} {'target':7} {'instr/el':>8} {'special':>7} {'convert':>7} {'regs':>4} "
-        f"{'spill':>5} {'shared':>6} {'outside':>7} el/thread  loads; stores (times x bytes)"
+def write(path: Path, rows: Iterable[Costs]) -> None:
+    """Write a baseline, in an order that does not depend on how it came about."""
+    order = list(TARGETS)
+    ordered = sorted(rows, key=lambda row: (order.index(row.target), row.kernel))
+    path.write_text("".join(json.dumps(row.line()) + "\n" for row in ordered))
+
+
+def check(rows: list[Costs], baseline: dict[tuple[str, str], Costs], whole: bool) -> list[str]:
+    """What got worse; with `whole`, also what the baseline holds of kernels that are gone."""
+    found = []
+    for row in rows:
+        found += complaints(baseline.get((row.kernel, row.target)), row)
+    if whole:
+        present, targets = {(row.kernel, row.target) for row in rows}, {r.target for r in rows}
+        gone = [key for key in baseline if key[1] in targets and key not in present]
+        found += [f"{kernel} on {target} is only in the baseline" for kernel, target in gone]
+    return found
+
+
+def incomparable(rows: list[Costs], baseline: dict[tuple[str, str], Costs]) -> set[str]:
+    """Pairs of compilers, the baseline's and ours, where they differ."""
+    pairs = {
+        (baseline[key].compiler, row.compiler)
+        for row in rows
+        if (key := (row.kernel, row.target)) in baseline
+    }
+    return {f"{old}, not {new}" for old, new in pairs if old != new}
+
+
+def table(rows: Iterable[Costs]) -> str:
+    """The README's table: sm_90, what works on elements."""
+    lines = [
+        "| kernel | instructions | special | bytes a load, a store | registers "
+        "| memory | issue | special | binds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row.target != "sm_90" or not row.elements:
+            continue
+        roofs = {name: f"{value / 1e9:.0f}" for name, value in row.roofs.items()}
+        widths = " / ".join(str(width) if width else "none" for width in row.widths.values())
+        special = f"{row.special + row.conversions:.1f}"
+        name = row.kernel.replace("_kernel", "").replace(".", " ")
+        cells = [name, f"{row.instructions:.1f}", special, widths, row.registers, *roofs.values()]
+        cells.append(min(row.roofs, key=row.roofs.__getitem__))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+HEADER = (
+    f"{'kernel':34} {'target':7} {'instr/el':>8} {'special':>7} {'convert':>7} {'regs':>4} "
+    f"{'spill':>5} {'shared':>6} {'outside':>7} {'el/thread':>9}  loads; stores (times x bytes)"
+)
+
+
+def text(row: Costs) -> str:
+    """One line for the terminal."""
+    per, moves = " " * 24, ""
+    if row.elements:
+        per = f"{row.instructions:8.1f} {row.special:7.2f} {row.conversions:7.2f}"
+        both = ((f"{n}x{size}" for size, n in kind.items()) for kind in (row.loads, row.stores))
+        moves = f"{row.elements:9.0f}  " + "; ".join(map(" ".join, both))
+    return (
+        f"{row.kernel:34} {row.target:7} {per} {row.registers:4} {row.spilled_bytes:5} "
+        f"{row.shared_bytes:6} {row.outside:7} {moves}"
     )
+
+
+def detail(row: Costs, counts: Counts, opcodes: bool, lines: bool) -> Iterator[str]:
+    """What the hot path is made of, an element where there are elements."""
+    each = row.elements or 1.0
+    for name, times in counts.opcodes.items() if opcodes else ():
+        yield f"    {times / each:7.2f} {name}"
+    for name, times in sorted(counts.places.items()) if lines else ():
+        yield f"    {times / each:7.2f} {name}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report, or compare it with the baseline; 1 when something got worse."""
+    options = parse(arguments)
+    if options.markdown:
+        print(table(read(options.baseline).values()))
+        return 0
+    print(HEADER)
+    rows = []
     for target in options.targets:
         for variant in chosen(options.dtypes, options.kernels):
-            row, found = measure(variant, TARGETS[target])
-            if variant.entries:
-                per = f"{row['instructions']:8.1f} {row['special']:7.2f} {row['conversions']:7.2f}"
-                moves = f"{row['each']:9.0f}  {_widths(row['loads'])}; {_widths(row['stores'])}"
-            else:
-                per, moves = f"{'':24}", ""
-            print(
-                f"{variant.key:34} {target:7} {per} {row['registers']:4} {row['spilled_bytes']:5} "
-                f"{row['shared_bytes']:6} {row['outside']:7} {moves}",
-                flush=True,
-            )
-            if options.opcodes:
-                for opcode, times in found.opcodes.items():
-                    print(f"    {times:4} {opcode}")
-            if options.lines:
-                for place, times in sorted(found.places.items()):
-                    print(f"    {times / row['each']:6.2f} {place}")
+            row, counts = measure(variant, target)
+            rows.append(row)
+            print(text(row), flush=True)
+            for line in detail(row, counts, options.opcodes, options.lines):
+                print(line)
+    if options.update:
+        update(rows, options)
+    return compare(rows, options) if options.check else 0
+
+
+def update(rows: list[Costs], options: argparse.Namespace) -> None:
+    """Put `rows` into the baseline, in place of all that it holds of their targets, or kernels."""
+    old = read(options.baseline) if options.baseline.exists() else {}
+    kept = {
+        key: row for key, row in old.items() if options.kernels or key[1] not in options.targets
+    }
+    write(options.baseline, {**kept, **{(row.kernel, row.target): row for row in rows}}.values())
+
+
+def compare(rows: list[Costs], options: argparse.Namespace) -> int:
+    """Say on stderr what got worse; 1 if anything."""
+    baseline = read(options.baseline)
+    for pair in sorted(incomparable(rows, baseline)):
+        print(f"the baseline is of {pair}: only spills and widths are checked", file=sys.stderr)
+    worse = check(rows, baseline, whole=options.kernels is None)
+    for complaint in worse:
+        print(complaint, file=sys.stderr)
+    if worse:
+        print("Where this is meant: python -m benchmarks.sass --update", file=sys.stderr)
+    return 1 if worse else 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", choices=list(BYTES), default=DTYPES)
+    parser.add_argument("--kernels", nargs="+", help="how their keys start; default: all")
+    parser.add_argument("--opcodes", action="store_true", help="also which opcodes, an element")
+    parser.add_argument("--lines", action="store_true", help="also from which lines of source")
+    parser.add_argument("--baseline", type=Path, default=BASELINE)
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help="fail when worse than the baseline")
+    action.add_argument("--update", action="store_true", help="put these numbers in the baseline")
+    action.add_argument("--markdown", action="store_true", help="print the baseline as a table")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
