@@ -112,8 +112,6 @@ def _weights(
     weights = beta**strength
     if max_weight is not None:
         weights = weights.clamp(max=max_weight)
-    if multiplier is not None:
-        weights = weights * multiplier.to(weights.dtype)
     # A weight also selects, by being positive. An invalid entry has no density, and must stay
     # selected: its loss is NaN, not 0.
     weights = torch.where(weights > 0, weights, 1.0)
