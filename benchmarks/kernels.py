@@ -125,31 +125,43 @@ def _absent(name: str) -> Arguments:
     return {f"{name}_ptr": None, f"{name}_row": 0, f"{name}_col": 0}
 
 
-def build(variant: Variant, target: GPUTarget) -> CompiledKernel:
-    """Compile as a launch with these arguments would.
+@dataclass(frozen=True)
+class Specialisation:
+    """What the compiler is told of each argument."""
+
+    types: dict[str, str]
+    constants: Arguments
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+
+
+def specialise(variant: Variant) -> Specialisation:
+    """As a launch does it: 1 and None are compiled in, multiples of 16 are told.
 
     Raises:
         ValueError: The kernel has an argument that the variant does not name.
     """
-    types: dict[str, str] = {}
-    constants: Arguments = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    told = Specialisation({}, {}, {})
     for parameter in variant.kernel.params:
         name = parameter.name
         if name not in variant.arguments:
             raise ValueError(f"{variant.key} lacks the argument {name}: name it in {__name__}")
         value = variant.arguments[name]
-        # As a launch does: it compiles 1 and None in, and tells multiples of 16.
-        special = isinstance(value, int) and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and value == 1):
-            types[name], constants[name] = "constexpr", value
+        whole = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (whole and value == 1):
+            told.types[name], told.constants[name] = "constexpr", value
             continue
-        types[name] = value if isinstance(value, str) else _number(value)
-        if isinstance(value, str) or (special and value % 16 == 0):
-            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-    source = ASTSource(variant.kernel, types, constants, attributes)
-    return triton.compile(source, target=target, options=dict(OPTIONS))
+        told.types[name] = value if isinstance(value, str) else _number(value)
+        if isinstance(value, str) or (whole and value % 16 == 0):
+            told.attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    return told
 
 
 def _number(value: float) -> str:
     return "i32" if isinstance(value, int) else "fp32"
+
+
+def build(variant: Variant, target: GPUTarget) -> CompiledKernel:
+    """Compile as a launch with these arguments would."""
+    told = specialise(variant)
+    source = ASTSource(variant.kernel, told.types, told.constants, told.attributes)
+    return triton.compile(source, target=target, options=dict(OPTIONS))

@@ -1,0 +1,154 @@
+"""What counts as worse, the roofline by hand, and arguments as a launch sees them."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.costs import Costs, complaints
+from benchmarks.kernels import Variant, specialise
+
+OLD = Costs(
+    kernel="count_bce_kernel.index.fp32",
+    target="sm_90",
+    compiler="triton 3.9.0, ptxas 13.4.59",
+    registers=40,
+    spilled_bytes=0,
+    shared_bytes=128,
+    outside=100,
+    moved=4.0,
+    elements=8.0,
+    instructions=20.0,
+    special=2.0,
+    conversions=1.0,
+    loads={"16": 2, "8": 2},
+    stores={"16": 2},
+)
+
+
+def test_nothing_is_worse_than_itself():
+    assert complaints(OLD, OLD) == []
+
+
+WORSE = {
+    "registers": {"registers": 45},
+    "instructions an element": {"instructions": 22.1},
+    "special functions an element": {"special": 2.25},
+    "conversions an element": {"conversions": 1.125},
+    "loads an element": {"loads": {"16": 2, "8": 3}},
+    "stores an element": {"stores": {"16": 3}},
+}
+
+
+@pytest.mark.parametrize("metric", WORSE)
+def test_more_than_a_tenth_is_worse(metric):
+    (complaint,) = complaints(OLD, replace(OLD, **WORSE[metric]))
+    assert complaint.startswith(f"count_bce_kernel.index.fp32 on sm_90: {metric} rose from ")
+    old, new = OLD.metrics[metric], replace(OLD, **WORSE[metric]).metrics[metric]
+    assert complaint.endswith(f"from {old:g} to {new:g}")
+
+
+def test_a_tenth_is_not_worse():
+    assert complaints(OLD, replace(OLD, registers=44, instructions=22.0)) == []
+
+
+def test_less_is_not_worse():
+    better = replace(OLD, registers=16, instructions=10.0, special=0.0, loads={"32": 2})
+    assert complaints(OLD, better) == []
+
+
+def test_what_was_zero_may_not_appear():
+    none = replace(OLD, conversions=0.0)
+    assert complaints(none, replace(OLD, conversions=0.125)) != []
+
+
+@pytest.mark.parametrize(
+    ("metric", "change"),
+    [("bytes a load", {"loads": {"8": 4}}), ("bytes a store", {"stores": {"4": 2}})],
+)
+def test_narrower_is_worse(metric, change):
+    (complaint,) = complaints(OLD, replace(OLD, **change))
+    assert f"{metric} fell from 16 to" in complaint
+
+
+def test_a_spill_is_worse_whatever_the_baseline_says():
+    spills = replace(OLD, spilled_bytes=8)
+    (complaint,) = complaints(spills, spills)
+    assert complaint == "count_bce_kernel.index.fp32 on sm_90 spills 8 bytes"
+
+
+def test_a_kernel_must_be_in_the_baseline():
+    assert complaints(None, OLD) == ["count_bce_kernel.index.fp32 on sm_90 is not in the baseline"]
+
+
+def test_of_another_compiler_only_spills_and_widths_count():
+    other = replace(OLD, compiler="triton 3.3.0, ptxas 12.8.61")
+    heavy = replace(OLD, registers=255, instructions=99.0, special=9.0)
+    assert complaints(other, heavy) == []
+    found = complaints(other, replace(heavy, spilled_bytes=4, loads={"4": 8}))
+    assert len(found) == 2
+    assert "spills" in found[0]
+    assert "bytes a load" in found[1]
+
+
+def test_the_roofline_by_hand():
+    roofs = OLD.roofs
+    assert roofs["memory"] == pytest.approx(750e9)  # 3.0e12 bytes / 4
+    assert roofs["issue"] == pytest.approx(1436.16e9)  # 132 * 1.7e9 * 128 / 20
+    assert roofs["special"] == pytest.approx(1196.8e9)  # 132 * 1.7e9 * 16 / (2 + 1)
+    assert replace(OLD, special=0.0, conversions=0.0).roofs["special"] == float("inf")
+
+
+def test_a_kernel_without_elements_has_no_roof_and_a_short_line():
+    state = Costs("density_kernel", "sm_90", "triton 3.9.0", 32, 0, 64, 210)
+    assert state.roofs == {}
+    assert set(state.metrics) == {"registers"}
+    assert Costs(**state.line()) == state
+    assert "instructions" not in state.line()
+
+
+def test_a_line_comes_back_as_it_was():
+    assert Costs(**OLD.line()) == OLD
+
+
+def parameter(number, name, *, constant=False, plain=False):
+    return SimpleNamespace(num=number, name=name, is_constexpr=constant, do_not_specialize=plain)
+
+
+def specialised(*given):
+    """`given` are pairs of a parameter and its argument."""
+    kernel = SimpleNamespace(__name__="new_kernel", params=[each for each, _ in given])
+    arguments = {each.name: value for each, value in given if value != "missing"}
+    return specialise(Variant(kernel, "", "fp32", arguments))
+
+
+def test_arguments_are_specialised_as_a_launch_does():
+    told = specialised(
+        (parameter(0, "logits_ptr"), "*bf16"),
+        (parameter(1, "weight_ptr"), None),
+        (parameter(2, "logits_row"), 80),
+        (parameter(3, "logits_col"), 1),
+        (parameter(4, "pred_row"), 4),
+        (parameter(5, "rows", plain=True), 1 << 20),
+        (parameter(6, "tiles", plain=True), 1),
+        (parameter(7, "factor"), 1.0),
+        (parameter(8, "BINS", constant=True), 30),
+        (parameter(9, "INDEX", constant=True), True),
+    )
+    assert told.constants == {"weight_ptr": None, "logits_col": 1, "BINS": 30, "INDEX": True}
+    kept = {name: kind for name, kind in told.types.items() if kind != "constexpr"}
+    assert kept == {
+        "logits_ptr": "*bf16",
+        "logits_row": "i32",
+        "pred_row": "i32",
+        "rows": "i32",
+        "tiles": "i32",
+        "factor": "fp32",
+    }
+    # Multiples of 16, pointers among them; a stride of 4 promises nothing.
+    assert set(told.attributes) == {(0,), (2,)}
+
+
+def test_an_argument_that_the_table_lacks_is_named():
+    with pytest.raises(ValueError, match=r"new_kernel\.fp32 lacks the argument gamma"):
+        specialised((parameter(0, "gamma"), "missing"))
