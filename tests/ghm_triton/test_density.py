@@ -83,6 +83,49 @@ def test_a_schedule_follows_the_updates():
     assert int(density.updates) == 4  # a batch that teaches nothing is no update
 
 
+@pytest.mark.parametrize(
+    ("density", "regions"), [("unit_region", 30), ("exact", 1), ("streaming", 990)]
+)
+def test_what_each_density_keeps(density, regions):
+    state = GradientDensity(30, momentum=0.5, density=density)
+    assert (state.method, state.regions, state.bins) == (density, regions, 30)
+    counts = torch.arange(1, regions + 1)
+    for _ in range(2):
+        state.weigh(counts_of(counts), reference)
+    restored = GradientDensity(30, momentum=0.5, density=density)
+    restored.load_state_dict(state.state_dict())
+    assert int(restored.updates) == 2
+    assert restored.smoothed.tolist() == ([1.0] if regions == 1 else (0.75 * counts).tolist())
+    assert f"density={density!r}" in repr(state)
+
+
+def test_exact_weighs_its_one_region_1():
+    """Whatever the options: the entries have weights of their own."""
+    for strength in (0.0, 0.3, 1.0):
+        state = GradientDensity(
+            30, 0.9, strength, normalizer="bins", ema="mmdet", max_weight=0.5, density="exact"
+        )
+        for total in (7, 1_000_000, 3):
+            assert weights_of(state, [total]).tolist() == [1.0]
+            assert state.smoothed.tolist() == [float(total)]
+        weights, scale = state.weigh(counts_of([3], invalid=1), reference, "valid", 2.0)
+        assert weights.isnan().all()
+        assert scale.isnan()
+        assert state.weigh(counts_of([4]), reference, "valid", 2.0)[1] == 0.5
+        assert int(state.updates) == 4
+
+
+def test_a_state_of_another_density_is_refused_and_both_are_named():
+    saved = torch.nn.ModuleDict({"loss": GradientDensity(30)}).state_dict()
+    other = torch.nn.ModuleDict({"loss": GradientDensity(30, density="streaming")})
+    with pytest.raises(
+        RuntimeError,
+        match=r"loss.smoothed counts 990 regions here \(bins=30, density='streaming'\) and 30 in"
+        " the checkpoint: it was saved with other bins or another density",
+    ):
+        other.load_state_dict(saved)
+
+
 @given(
     regions=st.lists(st.integers(0, 10**6), min_size=1, max_size=40).filter(any),
     normalizer=st.sampled_from(["valid_bins", "bins"]),
@@ -128,6 +171,12 @@ def test_the_debiased_average_of_equal_batches_is_the_batch(momentum, batches):
         ("ema must be one of debiased, mmdet; got 'x'", {"ema": "x"}),
         ("normalizer must be one of", {"normalizer": "x"}),
         ("strength must lie in", {"strength": -0.5}),
+        ("density must be one of unit_region, exact, streaming; got 'x'", {"density": "x"}),
+        ("at most 341 bins .* got bins=342", {"density": "streaming", "bins": 342}),
+        (
+            "takes no process_group; density='streaming' does",
+            {"density": "exact", "process_group": object()},
+        ),
     ],
 )
 def test_bad_input(match, options):

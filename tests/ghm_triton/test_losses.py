@@ -75,6 +75,40 @@ def test_ghm_r_over_several_steps(paper, device, generator, backend, ema):
         paper.assert_close(slope, truth.slopes / 160 * 10 * OUTER)
 
 
+@pytest.mark.parametrize("density", ["exact", "streaming"])
+@pytest.mark.parametrize("ema", ["debiased", "mmdet"])
+def test_sliding_windows_over_several_steps(paper, device, generator, backend, density, ema):
+    schedule = StrengthSchedule(1.0, 0.5, 2)
+    options = {"strength": schedule, "ema": ema, "density": density, "backend": backend}
+    classify = GHMCLoss(bins=10, loss_weight=2.0, **options).to(device)
+    regress = GHMRLoss(loss_weight=10.0, **options).to(device)
+    states = [paper.Average(np.zeros(classify.density.regions)) for _ in range(2)]
+    for n, spread in enumerate([4.0, 0.5, 2.0]):
+        options = {"density": density, "ema": ema, "strength": [1.0, 0.75, 0.5][n]}
+        target = torch.randint(-1, 4, (20 + 17 * n,), generator=generator)
+        logits = paper.draw_logits(
+            (len(target), 3), target, torch.float32, 10, generator, spread, density
+        )
+        truth = paper.ghm_c(logits, target, bins=10, state=states[0], momentum=0.75, **options)
+        loss, slope = step(classify, logits.to(device), target.to(device))
+        scale = 2.0 * truth.scale("mean", "valid")
+        # A window is at least 1/20 long, and a norm next to 1 is off by 2 steps of float32 at most.
+        ulps = paper.FLOAT32_ULPS + 2 * 20
+        paper.assert_close(loss, truth.entries.sum() * scale, ulps=ulps)
+        paper.assert_close(slope, truth.slopes * scale * OUTER, ulps=ulps)
+
+        pred = paper.draw_pred(
+            torch.zeros(30, 4), torch.float32, 10, 0.02, generator, 0.02 * spread, density
+        )
+        truth = paper.ghm_r(pred, torch.zeros(30, 4), state=states[1], momentum=0.7, **options)
+        loss, slope = step(regress, pred.to(device), torch.zeros(30, 4, device=device))
+        paper.assert_close(loss, truth.entries.sum() / 120 * 10, ulps=ulps)
+        paper.assert_close(slope, truth.slopes / 120 * 10 * OUTER, ulps=ulps)
+    if density == "streaming":
+        paper.assert_close(classify.density.smoothed, states[0].smoothed)
+        paper.assert_close(regress.density.smoothed, states[1].smoothed)
+
+
 class TestAsReleased:
     """`ema="mmdet", normalizer="valid_bins", strength=1` is the authors' own algorithm."""
 
@@ -214,6 +248,19 @@ class TestState:
         torch.testing.assert_close(loss, loss_too, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("density", ["exact", "streaming"])
+def test_windows_do_not_look_at_the_order(device, generator, backend, density):
+    logits = (torch.randn(500, 3, generator=generator) * 4).to(device)
+    target = torch.randint(0, 4, (500,), generator=generator).to(device)
+    shuffled = torch.randperm(500, generator=generator).to(device)
+    criterion = GHMCLoss(strength=1.0, density=density, backend=backend).to(device).eval()
+    loss, slope = step(criterion, logits, target)
+    loss_too, slope_too = step(criterion, logits[shuffled], target[shuffled])
+    # As without windows: the weights are the same, and what multiplies them rounds by place.
+    torch.testing.assert_close(slope[shuffled], slope_too, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, loss_too, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("match", "make"),
     [
@@ -223,6 +270,8 @@ class TestState:
         ("ema must be one of", lambda: GHMCLoss(ema="x")),
         (r"momentum must lie in \[0, 1\), got 1", lambda: GHMCLoss(momentum=1)),
         ("mu must be positive, got 0", lambda: GHMRLoss(mu=0)),
+        ("density must be one of", lambda: GHMCLoss(density="x")),
+        ("takes no process_group", lambda: GHMRLoss(density="exact", process_group=object())),
         ("reduction must be one of", lambda: GHMRLoss(reduction="x")),
         ("backend must be one of", lambda: GHMRLoss(backend="x")),
         ("average must be one of", lambda: FocalLoss(average="x")),
@@ -246,9 +295,14 @@ def test_ghm_modules_pass_their_options_on(generator):
     logits, target = torch.randn(20, 3, generator=generator), torch.rand(20, 3, generator=generator)
     weight = torch.rand(20, 1, generator=generator)
     options = {"average": "positives", "weighted": True, "reduction": "sum"}
-    shared = {"bins": 5, "strength": 0.7, "normalizer": "bins", "max_weight": 1.1}
-    loss = GHMCLoss(momentum=0.0, loss_weight=2.0, **options, **shared)(logits, target, weight)
-    assert torch.equal(loss, 2.0 * ghm_c_loss(logits, target, weight, **options, **shared))
+    for density in ("unit_region", "exact", "streaming"):
+        shared = {"strength": 0.7, "normalizer": "bins", "max_weight": 1.1, "density": density}
+        shared["bins"] = 5
+        loss = GHMCLoss(momentum=0.0, loss_weight=2.0, **options, **shared)(logits, target, weight)
+        assert torch.equal(loss, 2.0 * ghm_c_loss(logits, target, weight, **options, **shared))
+
+
+SHARED = [("valid", "unit_region"), ("positives", "unit_region"), ("valid", "streaming")]
 
 
 class TestProcessGroup:
@@ -268,11 +322,13 @@ class TestProcessGroup:
         running = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
         assert [process.wait(timeout=100) for process in running] == [0, 0]
         ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-        for average in ("valid", "positives"):
-            whole = GHMCLoss(strength=0.5, average=average)
+        for average, density in SHARED:
+            whole = GHMCLoss(strength=0.5, average=average, density=density)
             for n, (logits, index) in enumerate(batches):
                 loss, slope = step(whole, logits, index)
-                losses, slopes, smoothed = zip(*(r[average][n] for r in ranks), strict=True)
+                losses, slopes, smoothed = zip(
+                    *(r[average, density][n] for r in ranks), strict=True
+                )
                 # As DDP averages: the mean of the losses, and the gradients of the mean.
                 torch.testing.assert_close(sum(losses) / 2, loss, rtol=1e-6, atol=0)
                 torch.testing.assert_close(torch.cat(slopes) / 2, slope, rtol=1e-6, atol=0)
@@ -298,12 +354,13 @@ def rank_main(where: Path, rank: int) -> None:
     seen = {}
     batches = torch.load(where / "batches.pt")
     half = slice(30 * rank, 30 * rank + 30)
-    for average in ("valid", "positives"):
-        criterion = GHMCLoss(strength=0.5, average=average, process_group=dist.group.WORLD)
-        seen[average] = []
+    for average, density in SHARED:
+        group = dist.group.WORLD
+        criterion = GHMCLoss(strength=0.5, average=average, density=density, process_group=group)
+        seen[average, density] = []
         for logits, index in batches:
             loss, slope = step(criterion, logits[half], index[half])
-            seen[average].append((loss, slope, criterion.density.smoothed.clone()))
+            seen[average, density].append((loss, slope, criterion.density.smoothed.clone()))
     criterion = GHMCLoss(process_group=dist.group.WORLD)
     logits = torch.full((5, 2), torch.nan if rank == 1 else 0.0)
     loss = criterion(logits, torch.full((5,), 0 if rank == 1 else -1))
