@@ -119,11 +119,9 @@ def _sass(guarded: bool, opcode: str, operands: str, place: str) -> Instruction:
 
 
 def read_amdgcn(text: str) -> Iterator[Line]:
-    """The lines of an AMDGCN listing, up to the end of its function."""
+    """The lines of an AMDGCN listing."""
     place = ""
     for line in text.splitlines():
-        if line.startswith(".Lfunc_end"):
-            return
         if found := _AMD_PLACE.match(line):
             place = f"{found[1]}:{found[2]}"
         elif label := _LABEL.match(line):
@@ -179,7 +177,7 @@ def _calls_subroutine(graph: list[Block], position: int) -> bool:
     last = graph[position].last
     if last is None or not last.calls:
         return False
-    callee = graph[position].next[1:] if last.target else []
+    callee = graph[position].next[-1:] if last.target else []
     ends = [graph[p].last for p in _reach(graph, callee, set())]
     return not callee or any(end.returns for end in ends if end)
 

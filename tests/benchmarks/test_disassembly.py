@@ -26,6 +26,9 @@ LOOP = (
     "LDG.E.128 R4, desc[UR4][R2.64]",
     "LDG.E.64 R8, desc[UR4][R2.64]",
     "@P1 LDG.E.U16 R8, desc[UR4][R2.64]",
+    "LDC.64 R2, c[0x0][0x210]",
+    "STS [R5], R4",
+    "LDS R4, [R5]",
     "MUFU.EX2 R4, R4",
     "F2I.TRUNC.NTZ R5, R4",
     "NOP",
@@ -42,7 +45,7 @@ LOOP = (
 def test_a_loop_is_counted_without_what_surrounds_it():
     found = sass(*LOOP)
     assert found.loops
-    assert found.instructions == 7
+    assert found.instructions == 10
     assert found.special == 1
     assert found.conversions == 1
     assert found.loads == {16: 1, 8: 1, 2: 1}
@@ -84,6 +87,7 @@ def test_a_subroutine_and_the_block_that_calls_it_are_left_out():
         "@!P0 BRA `(.L_done)",
         "MOV R20, 0x100",
         "CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_slowpath)",
+        "MOV R1, R21",
         ".L_done:",
         "FADD R1, R1, R1",
         "@P1 BRA `(.L_loop)",
@@ -96,7 +100,7 @@ def test_a_subroutine_and_the_block_that_calls_it_are_left_out():
     assert found.loops
     assert found.instructions == 4
     assert found.special == 0
-    assert found.outside == 2 + 1 + 3
+    assert found.outside == 3 + 1 + 3
 
 
 def test_a_call_that_never_returns_is_a_jump():
@@ -172,13 +176,12 @@ ROTATED = (
     "\tglobal_load_dwordx4 v[2:5], v[2:3], off",
     "\tbuffer_load_dword v6, v7, s[0:3], 0 offen",
     "\ts_branch .LBB0_5",
+    "\tv_mov_b32_e32 v1, v2",
     ".LBB0_10:",
     "\tv_rcp_f32_e32 v3, v3",
     ".LBB0_11:",
     "\ts_endpgm",
     ".Lfunc_end0:",
-    "\ts_nop 0",
-    "\ts_endpgm",
 )
 
 
@@ -192,3 +195,18 @@ def test_amd():
     assert found.stores == {2: 1}
     assert found.outside == 5
     assert found.places["binning.py:107"] == 7
+
+
+def test_an_amd_call_is_left_out():
+    found = amd(
+        ".LBB0_1:",
+        "\tv_add_f32_e32 v1, v1, v1",
+        "\ts_cbranch_execz .LBB0_2",
+        "\ts_mov_b32 s32, 0",
+        "\ts_swappc_b64 s[30:31], s[4:5]",
+        ".LBB0_2:",
+        "\ts_cbranch_scc1 .LBB0_1",
+        "\ts_endpgm",
+    )
+    assert found.instructions == 3
+    assert found.outside == 3
