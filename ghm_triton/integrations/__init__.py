@@ -1,0 +1,1 @@
+"""Drop-ins for other toolboxes: their names and signatures around this package's losses."""
