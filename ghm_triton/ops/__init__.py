@@ -3,10 +3,14 @@
 import triton
 from triton.runtime.jit import JITFunction
 
-from ghm_triton.ops.asl1 import weighted_asl1
-from ghm_triton.ops.bce import weighted_bce
-from ghm_triton.ops.binning import count_asl1, count_bce, count_bce_kernel
-from ghm_triton.ops.density import update_density
+from ghm_triton.ops.binning import count_bce_kernel
+from ghm_triton.ops.operators import (
+    count_asl1,
+    count_bce,
+    update_density,
+    weighted_asl1,
+    weighted_bce,
+)
 from ghm_triton.reference.binning import RegionCounts
 
 # Triton decides while it defines a function whether to compile or to interpret it. Its own and ours

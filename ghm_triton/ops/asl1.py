@@ -1,193 +1,143 @@
-"""Step 3 for regression: authentic smooth L1, weighted by unit region.
+"""Step 3 for regression: authentic smooth L1, weighted by unit region, and its gradient.
 
-Memory traffic, bytes an element, with `b` and `t` those of a prediction and of a target: forward
-reads `b + t` and writes 4 a program (4 an element without reduction); backward reads `b + t` and
-writes `b`. `label_weight` adds its own bytes to each.
+Memory traffic, bytes an element, with `b` and `t` those of a prediction and of a target: loss and
+gradient together read `b + t` and write `b`; after `count_asl1` a training step moves `3 b + 2 t`.
+`label_weight` adds its own bytes to each pass. Without reduction, and in float16, the gradient has
+a pass of its own, as in `bce.py`.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ghm_triton._inputs import RegressionInputs
-from ghm_triton.ops.binning import asl1_arguments, hypotenuse, load_asl1, unit_region
-from ghm_triton.ops.tiles import OPTIONS, strides, sum_partials, tile_entries, tiling
+from ghm_triton.ops.arithmetic import asl1, unit_region
+from ghm_triton.ops.loads import arguments, load_difference
+from ghm_triton.ops.scaling import sum_partials
+from ghm_triton.ops.tiles import (
+    OPTIONS,
+    at,
+    entries,
+    first_tile,
+    previous_tile,
+    strides,
+    tiling,
+)
 
 
 def weighted_asl1(
-    inputs: RegressionInputs,
-    table: Tensor,
-    scale: Tensor,
-    *,
-    mu: float,
-    weighted: bool,
-    reduce: bool,
-) -> Tensor:
-    """As `ghm_triton.reference.weighted_asl1`; the gradient has the predictions' dtype."""
-    loss: Tensor = WeightedASL1.apply(inputs.pred, inputs, table, scale, mu, weighted, reduce)
-    return loss
-
-
-class WeightedASL1(torch.autograd.Function):
-    """The forward kernel, and the backward kernel that computes everything anew."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        pred: Tensor,
-        inputs: RegressionInputs,
-        table: Tensor,
-        scale: Tensor,
-        mu: float,
-        weighted: bool,
-        reduce: bool,
-    ) -> Tensor:
-        """The loss: scalar or `[R, C]`, float32."""
-        ctx.save_for_backward(pred, inputs.target, inputs.weight, table, scale)
-        ctx.options = (inputs.shape, mu, weighted, reduce)
-        return forward_asl1(inputs, table, scale, mu, weighted, reduce)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of the predictions; everything else is a constant."""
-        pred, target, weight, table, scale = ctx.saved_tensors
-        shape, mu, weighted, reduce = ctx.options
-        inputs = RegressionInputs(pred, target, weight, shape)
-        gradient = backward_asl1(inputs, table, scale, grad_loss, mu, weighted, reduce)
-        return gradient, None, None, None, None, None, None
-
-
-def forward_asl1(
-    inputs: RegressionInputs,
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
     table: Tensor,
     scale: Tensor,
     mu: float,
     weighted: bool,
     reduce: bool,
-) -> Tensor:
-    """Launch the forward pass."""
-    cut = tiling(inputs.pred)
-    shape = (cut.programs,) if reduce else inputs.pred.shape
-    out = torch.empty(shape, dtype=torch.float32, device=inputs.pred.device)
-    with torch.cuda.device_of(out):
-        asl1_forward_kernel[(cut.programs,)](
-            *asl1_arguments(inputs),
-            table,
-            scale,
-            out,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss (scalar or `[R, C]`, float32) and, when asked for, the gradient of its sum."""
+    cut = tiling(pred)
+    shape = (cut.programs,) if reduce else pred.shape
+    loss = torch.empty(shape, dtype=torch.float32, device=pred.device)
+    slope = torch.empty_like(pred) if gradient else pred.new_empty(0)
+    with torch.cuda.device_of(pred):
+        asl1_kernel[(cut.programs,)](
+            *arguments(pred, target, weight),
+            *(table, scale, None, 0, 0),
+            *(loss, slope if gradient else None, *strides(slope if gradient else None)),
+            cut.tiles,
+            LOSS="sum" if reduce else "entries",
             MU=mu,
             WEIGHTED=weighted,
-            REDUCE=reduce,
             BINS=table.numel(),
-            BLOCK_R=cut.block_r,
-            BLOCK_C=cut.block_c,
+            **cut.constants(pred.shape[1]),
             **OPTIONS,
         )
-        return sum_partials(out, scale) if reduce else out
+        return sum_partials(loss, scale) if reduce else loss, slope
 
 
-def backward_asl1(
-    inputs: RegressionInputs,
+def weighted_asl1_backward(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
     table: Tensor,
     scale: Tensor,
     grad_loss: Tensor,
     mu: float,
     weighted: bool,
-    reduce: bool,
 ) -> Tensor:
-    """Launch the backward pass: the gradient of the predictions, in their dtype and layout."""
-    cut = tiling(inputs.pred)
-    gradient = torch.empty_like(inputs.pred)
-    with torch.cuda.device_of(gradient):
-        if cut.tiles:
-            asl1_backward_kernel[(cut.tiles,)](
-                *asl1_arguments(inputs),
-                table,
-                scale,
-                grad_loss,
-                gradient,
-                *((0, 0) if reduce else strides(grad_loss)),
-                *strides(gradient),
-                MU=mu,
-                WEIGHTED=weighted,
-                REDUCE=reduce,
-                BINS=table.numel(),
-                BLOCK_R=cut.block_r,
-                BLOCK_C=cut.block_c,
-                **OPTIONS,
-            )
-    return gradient
+    """The gradient of the predictions, in their dtype and layout."""
+    cut = tiling(pred)
+    slope = torch.empty_like(pred)
+    with torch.cuda.device_of(pred):
+        asl1_kernel[(cut.programs,)](
+            *arguments(pred, target, weight),
+            *(table, scale, grad_loss),
+            *(strides(grad_loss) if grad_loss.dim() else (0, 0)),
+            *(None, slope, *strides(slope)),
+            cut.tiles,
+            LOSS=None,
+            MU=mu,
+            WEIGHTED=weighted,
+            BINS=table.numel(),
+            **cut.constants(pred.shape[1]),
+            **OPTIONS,
+        )
+    return slope
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["rows"])
-def asl1_forward_kernel(
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def asl1_kernel(
     pred_ptr, target_ptr, weight_ptr,
     pred_row, pred_col, target_row, target_col, weight_row, weight_col, rows, cols,
-    table_ptr, scale_ptr, out_ptr,
-    MU: tl.constexpr, WEIGHTED: tl.constexpr, REDUCE: tl.constexpr,
-    BINS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    table_ptr, scale_ptr, outer_ptr, outer_row, outer_col,
+    loss_ptr, gradient_ptr, gradient_row, gradient_col, tiles,
+    LOSS: tl.constexpr, MU: tl.constexpr, WEIGHTED: tl.constexpr, BINS: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Walk over tiles: one partial sum a program, or every entry's loss to `out` `[R, C]`."""
+    """Walk over tiles: the loss (LOSS: "sum" a program, "entries", or None), the gradient, or both.
+
+    The gradient is `outer * scale * table[region] * d / sqrt(d^2 + mu^2)`.
+    """
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    tiles = tl.cdiv(rows, BLOCK_R) * tl.cdiv(cols, BLOCK_C)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        d, weight, valid, _ = load_asl1(
+    scale = tl.load(scale_ptr)
+    tile_r, tile_c = first_tile(tiles - 1 - tl.program_id(0), cols, BLOCK_C)
+    step_r, step_c = first_tile(tl.num_programs(0), cols, BLOCK_C)
+    for _ in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        d, weight, valid = load_difference(
             pred_ptr, target_ptr, weight_ptr,
             pred_row, pred_col, target_row, target_col, weight_row, weight_col, rows, cols,
-            tile, BLOCK_R, BLOCK_C,
+            tile_r, tile_c, WHOLE, BLOCK_R, BLOCK_C,
         )
-        size = tl.abs(d)
-        length = hypotenuse(d, MU)
-        factor = tl.load(table_ptr + unit_region(size / length, BINS), mask=valid, other=0.0)
+        entry, slope = asl1(d, MU)
+        region = unit_region(tl.abs(slope), BINS)
+        factor = tl.load(table_ptr + region, mask=valid, other=0.0)
         if WEIGHTED:
             factor = factor * tl.where(valid, weight, 0.0)
-        # sqrt(d^2 + mu^2) - mu loses every digit when d << mu; this form keeps them.
-        loss = factor * (size * (size / (length + MU)))
-        if REDUCE:
-            total += loss
-        else:
-            row, col, exists = tile_entries(tile, rows, cols, BLOCK_R, BLOCK_C)
-            tl.store(out_ptr + row * cols + col, loss * tl.load(scale_ptr), mask=exists)
-    if REDUCE:
-        tl.store(out_ptr + tl.program_id(0), tl.sum(tl.ravel(total), axis=0))
-
-
-@triton.jit(do_not_specialize=["rows"])
-def asl1_backward_kernel(
-    pred_ptr, target_ptr, weight_ptr,
-    pred_row, pred_col, target_row, target_col, weight_row, weight_col, rows, cols,
-    table_ptr, scale_ptr, grad_loss_ptr, gradient_ptr,
-    grad_loss_row, grad_loss_col, gradient_row, gradient_col,
-    MU: tl.constexpr, WEIGHTED: tl.constexpr, REDUCE: tl.constexpr,
-    BINS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):
-    """One tile a program: `grad_loss * scale * table[region] * d / sqrt(d^2 + mu^2)`."""
-    tile = tl.program_id(0)
-    d, weight, valid, _ = load_asl1(
-        pred_ptr, target_ptr, weight_ptr,
-        pred_row, pred_col, target_row, target_col, weight_row, weight_col, rows, cols,
-        tile, BLOCK_R, BLOCK_C,
-    )
-    slope = d / hypotenuse(d, MU)
-    factor = tl.load(table_ptr + unit_region(tl.abs(slope), BINS), mask=valid, other=0.0)
-    if WEIGHTED:
-        factor = factor * tl.where(valid, weight, 0.0)
-    row, col, exists = tile_entries(tile, rows, cols, BLOCK_R, BLOCK_C)
-    if REDUCE:
-        outer = tl.load(grad_loss_ptr)
-    else:
-        grad_loss = grad_loss_ptr + row * grad_loss_row + col * grad_loss_col
-        outer = tl.load(grad_loss, mask=exists, other=0.0)
-    # All in float32: a loss scale must reach a float16 gradient before it is rounded.
-    gradient = (outer.to(tl.float32) * tl.load(scale_ptr)) * factor * slope
-    at = gradient_ptr + row * gradient_row + col * gradient_col
-    tl.store(at, gradient.to(gradient_ptr.dtype.element_ty), mask=exists)
+        if LOSS == "sum":
+            total = tl.fma(factor, entry, total)
+        if LOSS == "entries":
+            exists = entries(tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
+            losses = at(loss_ptr, tile_r, tile_c, cols, 1, BLOCK_R, BLOCK_C)
+            tl.store(losses, factor * entry * scale, mask=exists)
+        if gradient_ptr is not None:
+            # All in float32, and what comes from outside first: a loss scale must reach a float16
+            # gradient before it is rounded.
+            exists = entries(tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
+            outer = scale
+            if outer_ptr is not None:
+                outers = at(outer_ptr, tile_r, tile_c, outer_row, outer_col, BLOCK_R, BLOCK_C)
+                outer = tl.load(outers, mask=exists, other=0.0).to(tl.float32) * scale
+            gradient = (outer * factor) * slope
+            gradients = at(
+                gradient_ptr, tile_r, tile_c, gradient_row, gradient_col, BLOCK_R, BLOCK_C
+            )
+            tl.store(gradients, gradient.to(gradient_ptr.dtype.element_ty), mask=exists)
+        tile_r, tile_c = previous_tile(tile_r, tile_c, step_r, step_c, cols, BLOCK_C)
+    if LOSS == "sum":
+        tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.ravel(total), axis=0))
 # fmt: on

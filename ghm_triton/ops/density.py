@@ -14,15 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ghm_triton.ops.tiles import OPTIONS
-from ghm_triton.reference.binning import RegionCounts
 
 
 def update_density(
-    counts: RegionCounts,
+    regions: Tensor,
+    positives: Tensor,
+    invalid: Tensor,
     smoothed: Tensor,
     updates: Tensor,
     strength: Tensor,
-    *,
     momentum: float,
     ema: str,
     normalizer: str,
@@ -31,15 +31,15 @@ def update_density(
     divisor: str | None,
     factor: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `ghm_triton.reference.update_density`, in one kernel."""
-    bins, sums = smoothed.numel(), counts.positives.numel()
+    """As `ghm_triton.reference.update_density`, which says more."""
+    bins, sums = smoothed.numel(), positives.numel()
     weights = torch.empty(bins, dtype=torch.float32, device=smoothed.device)
     scale = torch.empty((), dtype=torch.float32, device=smoothed.device)
     with torch.cuda.device_of(smoothed):
         density_kernel[(1,)](
-            counts.regions.contiguous(),
-            counts.positives,
-            counts.invalid,
+            regions.contiguous(),
+            positives,
+            invalid,
             smoothed,
             updates,
             strength,

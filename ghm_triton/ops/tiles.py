@@ -1,11 +1,12 @@
-"""What the kernels share: how `[R, C]` is cut into tiles, and a sum in a fixed order.
+"""What the kernels share: how `[R, C]` is cut into tiles, and the walk over them.
 
-Memory traffic: `sum_partials_kernel` reads 4 bytes a program of the kernel before it, 4 KiB at
-most.
+Counting walks forwards and weighing backwards, so that weighing finds the tail of the input, which
+counting read last, in the second-level cache.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,29 +14,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Entries of a tile: 8 a thread. 16 a thread spill in the forward kernel on sm_90.
+# Entries of a tile: 16 a thread, so that what a tile costs is shared by many.
 TILE = 2048
 # Columns of a tile. With few, the labels of a row are loaded once and the tails stay short.
 MAX_BLOCK_C = 16
-# Programs of a kernel that walks over many tiles: enough to fill a large GPU. A constant, so that
-# partial sums are cut the same way on every device.
+# Programs that a multiprocessor holds at a time, at 128 registers a thread: all of a kernel's run
+# from the start, and none is left over for a second round.
+PROGRAMS_EACH = 4
 MAX_PROGRAMS = 1024
 # Without contraction a shared helper gives the same bits in every kernel that calls it: the region
 # that an entry is counted in is the region whose weight it gets.
-OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 
 class Tiling(NamedTuple):
-    """How many tiles cover `[R, C]`, and their shape."""
+    """How many tiles cover `[R, C]`, their shape, and how many programs walk over them.
+
+    The number of programs depends on the device alone, so partial sums are cut the same way at
+    every run. It is at least 1: empty input needs no exception.
+    """
 
     tiles: int
     block_r: int
     block_c: int
+    programs: int
 
-    @property
-    def programs(self) -> int:
-        """The grid of a kernel that walks: at least 1, so that empty input needs no exception."""
-        return max(1, min(self.tiles, MAX_PROGRAMS))
+    def constants(self, cols: int) -> dict[str, int | bool]:
+        """The constants of a kernel that walks."""
+        whole = cols % self.block_c == 0
+        return {"WHOLE": whole, "BLOCK_R": self.block_r, "BLOCK_C": self.block_c}
 
 
 def tiling(tensor: Tensor) -> Tiling:
@@ -43,7 +50,20 @@ def tiling(tensor: Tensor) -> Tiling:
     rows, cols = tensor.shape
     block_c = min(MAX_BLOCK_C, triton.next_power_of_2(max(1, cols)))
     block_r = TILE // block_c
-    return Tiling(triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c), block_r, block_c)
+    tiles = triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c)
+    return Tiling(tiles, block_r, block_c, max(1, min(tiles, most_programs(tensor.device))))
+
+
+def most_programs(device: torch.device) -> int:
+    """How many programs walk on a device when there is work for all."""
+    if device.type != "cuda":  # the interpreter
+        return MAX_PROGRAMS
+    return min(MAX_PROGRAMS, PROGRAMS_EACH * _multiprocessors(device))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def pointer(tensor: Tensor | None) -> Tensor | None:
@@ -60,29 +80,55 @@ def strides(tensor: Tensor | None) -> tuple[int, int]:
     return (tensor.stride(0), 0) if tensor.dim() == 1 else (tensor.stride(0), tensor.stride(1))
 
 
-def sum_partials(partials: Tensor, scale: Tensor) -> Tensor:
-    """`scale * partials.sum()`, float32 scalar, the same bits at every run."""
-    total = torch.empty((), dtype=torch.float32, device=partials.device)
-    block = triton.next_power_of_2(partials.numel())
-    sum_partials_kernel[(1,)](partials, scale, total, partials.numel(), BLOCK=block, **OPTIONS)
-    return total
+@triton.jit
+def first_tile(tile, cols, BLOCK_C: tl.constexpr):
+    """Row and column of a tile, counted in tiles; rows of tiles are walked column by column."""
+    column_tiles = tl.cdiv(cols, BLOCK_C)
+    return tile // column_tiles, tile % column_tiles
 
 
 @triton.jit
-def tile_entries(tile, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Rows `[BLOCK_R, 1]` and columns `[1, BLOCK_C]` of a tile, int64, and which of them exist."""
+def next_tile(tile_r, tile_c, step_r, step_c, cols, BLOCK_C: tl.constexpr):
+    """The tile one step on, where a step is `first_tile` of the number of programs.
+
+    Without a division, which would cost as much as an entry.
+    """
     column_tiles = tl.cdiv(cols, BLOCK_C)
-    first_row = (tile // column_tiles).to(tl.int64) * BLOCK_R
-    first_col = (tile % column_tiles).to(tl.int64) * BLOCK_C
-    row = (first_row + tl.arange(0, BLOCK_R))[:, None]
-    col = (first_col + tl.arange(0, BLOCK_C))[None, :]
-    return row, col, (row < rows) & (col < cols)
+    tile_r += step_r
+    tile_c += step_c
+    over = tile_c >= column_tiles
+    return tl.where(over, tile_r + 1, tile_r), tl.where(over, tile_c - column_tiles, tile_c)
 
 
-@triton.jit(do_not_specialize=["count"])
-def sum_partials_kernel(partials_ptr, scale_ptr, total_ptr, count, BLOCK: tl.constexpr):
-    """One program. The tree of `tl.sum` depends on BLOCK alone; float64 costs nothing here."""
-    index = tl.arange(0, BLOCK)
-    partials = tl.load(partials_ptr + index, mask=index < count, other=0.0).to(tl.float64)
-    scale = tl.load(scale_ptr).to(tl.float64)
-    tl.store(total_ptr, (tl.sum(partials, axis=0) * scale).to(tl.float32))
+@triton.jit
+def previous_tile(tile_r, tile_c, step_r, step_c, cols, BLOCK_C: tl.constexpr):
+    """The tile one step back."""
+    tile_r -= step_r
+    tile_c -= step_c
+    under = tile_c < 0
+    column_tiles = tl.cdiv(cols, BLOCK_C)
+    return tl.where(under, tile_r - 1, tile_r), tl.where(under, tile_c + column_tiles, tile_c)
+
+
+@triton.jit
+def entries(
+    tile_r, tile_c, rows, cols, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Which entries of a tile exist.
+
+    WHOLE: tiles fit into the columns, so that rows alone decide and loads stay wide.
+    """
+    row = tl.arange(0, BLOCK_R)[:, None]
+    exists = row < tl.minimum(rows - tile_r.to(tl.int64) * BLOCK_R, BLOCK_R).to(tl.int32)
+    if not WHOLE:
+        exists = exists & (tl.arange(0, BLOCK_C)[None, :] < cols - tile_c * BLOCK_C)
+    return tl.broadcast_to(exists, [BLOCK_R, BLOCK_C])
+
+
+@triton.jit
+def at(pointer, tile_r, tile_c, row_stride, col_stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Pointers to a tile's entries `[BLOCK_R, BLOCK_C]`; what does not change is left to hoist."""
+    row = tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
+    col = tl.arange(0, BLOCK_C)[None, :].to(tl.int64)
+    corner = tile_r.to(tl.int64) * BLOCK_R * row_stride + tile_c.to(tl.int64) * BLOCK_C * col_stride
+    return (pointer + corner) + (row * row_stride + col * col_stride)

@@ -1,0 +1,105 @@
+"""How a tile of inputs is read, and what makes an entry valid."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ghm_triton.ops.tiles import at, entries, pointer, strides
+
+Arguments = tuple[Tensor | int | None, ...]
+
+
+def arguments(values: Tensor, target: Tensor, weight: Tensor | None) -> Arguments:
+    """The leading arguments of every kernel: pointers, strides, shape."""
+    return (
+        *(values.detach(), pointer(target), pointer(weight)),
+        *(*strides(values), *strides(target), *strides(weight)),
+        *values.shape,
+    )
+
+
+# fmt: off
+@triton.jit
+def load_bce(
+    logits_ptr, target_ptr, weight_ptr,
+    logits_row, logits_col, target_row, target_col, weight_row, weight_col, rows, cols,
+    tile_r, tile_c,
+    INDEX: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """One tile of logits (float32, 0 where not valid), targets, weights, what is valid; shares.
+
+    Targets are boolean with class indices, else float32. Shares add up to the sum of the targets;
+    they are NaN where a valid entry's target is out of range.
+    """
+    exists = entries(tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
+    logits = at(logits_ptr, tile_r, tile_c, logits_row, logits_col, BLOCK_R, BLOCK_C)
+    x = tl.load(logits, mask=exists, other=0.0).to(tl.float32)
+    weight, valid = load_weight(
+        weight_ptr, weight_row, weight_col, tile_r, tile_c, exists, BLOCK_R, BLOCK_C
+    )
+    if INDEX:
+        label = load_labels(target_ptr, target_row, tile_r, rows, cols, BLOCK_R)
+        valid = valid & (label >= 0)
+        here = label - tile_c * BLOCK_C  # 32 bits: an entry's comparison is one instruction
+        target = valid & (here == tl.arange(0, BLOCK_C)[None, :])
+        if weight_ptr is None:
+            # Said once a row, of which each entry takes its share; powers of two, so exact.
+            share = tl.where((here >= 0) & (here < BLOCK_C), 1.0 / BLOCK_C, 0.0)
+            share = tl.where(label == cols, 0.0, share)
+        else:
+            share = tl.where(target, 1.0, 0.0)
+        share = tl.where(valid & (label > cols), float("nan"), share)
+    else:
+        targets = at(target_ptr, tile_r, tile_c, target_row, target_col, BLOCK_R, BLOCK_C)
+        target = tl.where(valid, tl.load(targets, mask=exists, other=0).to(tl.float32), 0.0)
+        share = tl.where((target >= 0.0) & (target <= 1.0), target, float("nan"))
+    return tl.where(valid, x, 0.0), target, weight, valid, share
+
+
+@triton.jit
+def load_labels(target_ptr, target_row, tile_r, rows, cols, BLOCK_R: tl.constexpr):
+    """Class indices `[BLOCK_R, 1]` in 32 bits: `cols + 1` for any beyond, -1 for ignored rows."""
+    row = tl.arange(0, BLOCK_R)
+    first = tile_r.to(tl.int64) * BLOCK_R
+    exists = row < tl.minimum(rows - first, BLOCK_R).to(tl.int32)
+    pointers = target_ptr + first * target_row + row.to(tl.int64) * target_row
+    label = tl.load(pointers, mask=exists, other=-1)
+    within = tl.minimum(label.to(tl.uint64), (cols + 1).to(tl.uint64)).to(tl.int32)
+    return tl.where(label < 0, -1, within)[:, None]
+
+
+@triton.jit
+def load_weight(
+    weight_ptr, weight_row, weight_col, tile_r, tile_c, exists,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """`label_weight` in float32, and which entries are valid; where there is none, 1 and all."""
+    if weight_ptr is None:
+        weight, valid = tl.full([BLOCK_R, BLOCK_C], 1.0, tl.float32), exists
+    else:
+        weights = at(weight_ptr, tile_r, tile_c, weight_row, weight_col, BLOCK_R, BLOCK_C)
+        stored = tl.load(weights, mask=exists, other=0)
+        weight, valid = stored.to(tl.float32), exists & (stored > 0)
+    return weight, valid
+
+
+@triton.jit
+def load_difference(
+    pred_ptr, target_ptr, weight_ptr,
+    pred_row, pred_col, target_row, target_col, weight_row, weight_col, rows, cols,
+    tile_r, tile_c, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """One tile: `d = pred - target` (float32, 0 where not valid), weights, what is valid."""
+    exists = entries(tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
+    preds = at(pred_ptr, tile_r, tile_c, pred_row, pred_col, BLOCK_R, BLOCK_C)
+    targets = at(target_ptr, tile_r, tile_c, target_row, target_col, BLOCK_R, BLOCK_C)
+    pred = tl.load(preds, mask=exists, other=0.0)
+    target = tl.load(targets, mask=exists, other=0.0)
+    weight, valid = load_weight(
+        weight_ptr, weight_row, weight_col, tile_r, tile_c, exists, BLOCK_R, BLOCK_C
+    )
+    d = pred.to(tl.float32) - target.to(tl.float32)
+    return tl.where(valid, d, 0.0), weight, valid
+# fmt: on

@@ -1,0 +1,218 @@
+"""The kernels as operators of PyTorch, `torch.ops.ghm.*`, and the twins of `reference` on top.
+
+As operators they are opaque to `torch.compile` and `torch.export`, which neither look inside nor
+break: each says what it returns for tensors that hold no data, what it changes, and what its
+gradient is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ghm_triton._inputs import ClassificationInputs, RegressionInputs
+from ghm_triton.backend import interpreting
+from ghm_triton.ops import asl1, bce, binning, density, scaling
+from ghm_triton.ops.tiles import MAX_PROGRAMS
+from ghm_triton.reference.binning import RegionCounts
+
+LIBRARY = torch.library.Library("ghm", "FRAGMENT")
+# Kernels that are interpreted run on tensors of the host.
+DEVICES = ("CUDA", "CPU") if interpreting() else ("CUDA",)
+
+
+def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register an operator: what launches its kernel, and what that returns, without data."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in DEVICES:
+        LIBRARY.impl(name, launch, device)
+    torch.library.register_fake(f"ghm::{name}", fake, lib=LIBRARY)
+
+
+def fake_counts(values: Tensor, target: Tensor, weight: Tensor | None, bins: int, *_: Any) -> Tensor:
+    """As `scratch` makes them."""
+    return values.new_empty(bins + 1 + MAX_PROGRAMS, dtype=torch.int64)
+
+
+def fake_density(
+    regions: Tensor, positives: Tensor, invalid: Tensor, smoothed: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    """A weight a region, and the scale."""
+    return torch.empty_like(smoothed), smoothed.new_empty(())
+
+
+def fake_loss(values: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """The loss, and the gradient or an empty tensor in its place."""
+    *_, reduce, gradient = options
+    loss = values.new_empty(() if reduce else values.shape, dtype=torch.float32)
+    return loss, torch.empty_like(values) if gradient else values.new_empty(0)
+
+
+def fake_gradient(values: Tensor, *_: Any) -> Tensor:
+    """A gradient, laid out as what it is of."""
+    return torch.empty_like(values)
+
+
+DATA = "Tensor target, Tensor? weight"
+TABLE = "Tensor table, Tensor scale"
+define(f"count_bce(Tensor logits, {DATA}, int bins) -> Tensor", binning.count_bce, fake_counts)
+define(
+    f"count_asl1(Tensor pred, {DATA}, int bins, float mu) -> Tensor",
+    binning.count_asl1,
+    fake_counts,
+)
+define(
+    "update_density(Tensor regions, Tensor positives, Tensor invalid, Tensor(a!) smoothed,"
+    " Tensor(b!) updates, Tensor strength, float momentum, str ema, str normalizer,"
+    " float? max_weight, bool persist, str? divisor, float factor) -> (Tensor, Tensor)",
+    density.update_density,
+    fake_density,
+)
+define(
+    f"weighted_bce(Tensor logits, {DATA}, {TABLE}, bool weighted, bool reduce, bool gradient)"
+    " -> (Tensor, Tensor)",
+    bce.weighted_bce,
+    fake_loss,
+)
+define(
+    f"weighted_bce_backward(Tensor logits, {DATA}, {TABLE}, Tensor grad_loss, bool weighted)"
+    " -> Tensor",
+    bce.weighted_bce_backward,
+    fake_gradient,
+)
+define(
+    f"weighted_asl1(Tensor pred, {DATA}, {TABLE}, float mu, bool weighted, bool reduce,"
+    " bool gradient) -> (Tensor, Tensor)",
+    asl1.weighted_asl1,
+    fake_loss,
+)
+define(
+    f"weighted_asl1_backward(Tensor pred, {DATA}, {TABLE}, Tensor grad_loss, float mu,"
+    " bool weighted) -> Tensor",
+    asl1.weighted_asl1_backward,
+    fake_gradient,
+)
+define(
+    "scale_gradient(Tensor(a!) gradient, Tensor factor) -> ()",
+    scaling.scale_gradient,
+    lambda gradient, factor: None,
+)
+
+
+def differentiate(name: str, again: Callable[..., Tensor], constants: int) -> None:
+    """Register the gradient of a loss with `constants` options between its tensors and `reduce`.
+
+    It was formed with the loss, or else `again` forms it from the same inputs.
+    """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.formed = inputs[-1]
+        ctx.options = inputs[5 : 5 + constants]
+        ctx.arguments = len(inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*((output[1],) if ctx.formed else inputs[:5]))
+
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        if ctx.formed:
+            (gradient,) = ctx.saved_tensors
+            # Ours to change, unless somebody will come for it again.
+            gradient = gradient.clone() if _graph_is_kept() else gradient
+            torch.ops.ghm.scale_gradient(gradient, grad_loss)
+        else:
+            gradient = again(*ctx.saved_tensors, grad_loss, *ctx.options)
+        return gradient, *(None,) * (ctx.arguments - 1)
+
+    torch.library.register_autograd(f"ghm::{name}", backward, setup_context=keep, lib=LIBRARY)
+
+
+def _graph_is_kept() -> bool:
+    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return kept
+
+
+differentiate("weighted_bce", torch.ops.ghm.weighted_bce_backward, constants=1)
+differentiate("weighted_asl1", torch.ops.ghm.weighted_asl1_backward, constants=2)
+
+
+def count_bce(inputs: ClassificationInputs, bins: int) -> RegionCounts:
+    """As `ghm_triton.reference.count_bce`, in one pass over the inputs."""
+    target = inputs.target if inputs.index is None else inputs.index
+    return _counts(torch.ops.ghm.count_bce(inputs.logits, target, inputs.weight, bins), bins)
+
+
+def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
+    """As `ghm_triton.reference.count_asl1`, in one pass over the inputs."""
+    counts = torch.ops.ghm.count_asl1(inputs.pred, inputs.target, inputs.weight, bins, mu)
+    return _counts(counts, bins)
+
+
+def update_density(
+    counts: RegionCounts,
+    smoothed: Tensor,
+    updates: Tensor,
+    strength: Tensor,
+    *,
+    momentum: float,
+    ema: str,
+    normalizer: str,
+    max_weight: float | None,
+    persist: bool,
+    divisor: str | None,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    """As `ghm_triton.reference.update_density`, in one kernel."""
+    weighed: tuple[Tensor, Tensor] = torch.ops.ghm.update_density(
+        *(counts.regions, counts.positives, counts.invalid, smoothed, updates, strength),
+        *(momentum, ema, normalizer, max_weight, persist, divisor, factor),
+    )
+    return weighed
+
+
+def weighted_bce(
+    inputs: ClassificationInputs, table: Tensor, scale: Tensor, *, weighted: bool, reduce: bool
+) -> Tensor:
+    """As `ghm_triton.reference.weighted_bce`; the gradient has the logits' dtype and layout."""
+    target = inputs.target if inputs.index is None else inputs.index
+    loss: Tensor
+    loss, _ = torch.ops.ghm.weighted_bce(
+        *(inputs.logits, target, inputs.weight, table, scale),
+        *(weighted, reduce, _form_gradient(inputs.logits, reduce)),
+    )
+    return loss
+
+
+def weighted_asl1(
+    inputs: RegressionInputs,
+    table: Tensor,
+    scale: Tensor,
+    *,
+    mu: float,
+    weighted: bool,
+    reduce: bool,
+) -> Tensor:
+    """As `ghm_triton.reference.weighted_asl1`; the gradient has the predictions' dtype."""
+    loss: Tensor
+    loss, _ = torch.ops.ghm.weighted_asl1(
+        *(inputs.pred, inputs.target, inputs.weight, table, scale),
+        *(mu, weighted, reduce, _form_gradient(inputs.pred, reduce)),
+    )
+    return loss
+
+
+def _counts(counts: Tensor, bins: int) -> RegionCounts:
+    return RegionCounts(counts[:bins], counts[bins + 1 :].view(torch.float64), counts[bins])
+
+
+def _form_gradient(values: Tensor, reduce: bool) -> bool:
+    """Whether the gradient is formed with the loss.
+
+    Not in float16: a gradient that the loss scale has not reached yet would vanish.
+    """
+    wanted = values.requires_grad and torch.is_grad_enabled()
+    return wanted and reduce and values.dtype != torch.float16
