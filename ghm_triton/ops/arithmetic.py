@@ -1,5 +1,7 @@
-"""What the kernels compute for one entry. Counting and weighing share every line of it, without
-contraction, so that an entry is weighed by the very region it was counted in.
+"""What the kernels compute for one entry.
+
+Counting and weighing share every line of it, without contraction, so that an entry is weighed by
+the very region it was counted in.
 
 Each special function is one instruction: `exp2`, `rsqrt` and an approximate division, where `exp`
 and an exact one would guard against operands that cannot occur here.

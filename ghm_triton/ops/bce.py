@@ -71,7 +71,7 @@ def weighted_bce_backward(
     grad_loss: Tensor,
     weighted: bool,
 ) -> Tensor:
-    """The gradient of the logits, in their dtype and layout; `grad_loss` is a scalar or `[R, C]`."""
+    """The gradient of the logits, in their dtype and layout; `grad_loss` is scalar or `[R, C]`."""
     cut = tiling(logits)
     slope = torch.empty_like(logits)
     with torch.cuda.device_of(logits):

@@ -41,9 +41,7 @@ def count_bce(logits: Tensor, target: Tensor, weight: Tensor | None, bins: int) 
     return out
 
 
-def count_asl1(
-    pred: Tensor, target: Tensor, weight: Tensor | None, bins: int, mu: float
-) -> Tensor:
+def count_asl1(pred: Tensor, target: Tensor, weight: Tensor | None, bins: int, mu: float) -> Tensor:
     """Count `|d| / sqrt(d^2 + mu^2)`; the result is laid out as that of `count_bce`."""
     cut, out = tiling(pred), scratch(bins, pred.device)
     with torch.cuda.device_of(pred):

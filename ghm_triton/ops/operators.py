@@ -34,13 +34,15 @@ def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) ->
     torch.library.register_fake(f"ghm::{name}", fake, lib=LIBRARY)
 
 
-def fake_counts(values: Tensor, target: Tensor, weight: Tensor | None, bins: int, *_: Any) -> Tensor:
+def fake_counts(
+    values: Tensor, _target: Tensor, _weight: Tensor | None, bins: int, *_: Any
+) -> Tensor:
     """As `scratch` makes them."""
     return values.new_empty(bins + 1 + MAX_PROGRAMS, dtype=torch.int64)
 
 
 def fake_density(
-    regions: Tensor, positives: Tensor, invalid: Tensor, smoothed: Tensor, *_: Any
+    _regions: Tensor, _positives: Tensor, _invalid: Tensor, smoothed: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     """A weight a region, and the scale."""
     return torch.empty_like(smoothed), smoothed.new_empty(())
@@ -100,7 +102,7 @@ define(
 define(
     "scale_gradient(Tensor(a!) gradient, Tensor factor) -> ()",
     scaling.scale_gradient,
-    lambda gradient, factor: None,
+    lambda *_: None,
 )
 
 
@@ -120,10 +122,7 @@ def differentiate(name: str, again: Callable[..., Tensor], constants: int) -> No
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
         if ctx.formed:
-            (gradient,) = ctx.saved_tensors
-            # Ours to change, unless somebody will come for it again.
-            gradient = gradient.clone() if _graph_is_kept() else gradient
-            torch.ops.ghm.scale_gradient(gradient, grad_loss)
+            gradient = _scaled(*ctx.saved_tensors, grad_loss)
         else:
             gradient = again(*ctx.saved_tensors, grad_loss, *ctx.options)
         return gradient, *(None,) * (ctx.arguments - 1)
@@ -131,9 +130,13 @@ def differentiate(name: str, again: Callable[..., Tensor], constants: int) -> No
     torch.library.register_autograd(f"ghm::{name}", backward, setup_context=keep, lib=LIBRARY)
 
 
-def _graph_is_kept() -> bool:
-    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
-    return kept
+def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    """The gradient times what came in: where it lies, unless somebody may come for it again."""
+    traced = type(gradient) is not Tensor
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * grad_loss
+    torch.ops.ghm.scale_gradient(gradient, grad_loss)
+    return gradient
 
 
 differentiate("weighted_bce", torch.ops.ghm.weighted_bce_backward, constants=1)
@@ -212,7 +215,9 @@ def _counts(counts: Tensor, bins: int) -> RegionCounts:
 def _form_gradient(values: Tensor, reduce: bool) -> bool:
     """Whether the gradient is formed with the loss.
 
-    Not in float16: a gradient that the loss scale has not reached yet would vanish.
+    Not in float16: a gradient that the loss scale has not reached yet would vanish. Nor where a
+    compiler looks on, which may not change it in place: then computing it anew moves less.
     """
     wanted = values.requires_grad and torch.is_grad_enabled()
-    return wanted and reduce and values.dtype != torch.float16
+    lasting = values.dtype != torch.float16 and not torch.compiler.is_compiling()
+    return wanted and reduce and lasting

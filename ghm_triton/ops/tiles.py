@@ -126,7 +126,9 @@ def entries(
 
 
 @triton.jit
-def at(pointer, tile_r, tile_c, row_stride, col_stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def at(
+    pointer, tile_r, tile_c, row_stride, col_stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """Pointers to a tile's entries `[BLOCK_R, BLOCK_C]`; what does not change is left to hoist."""
     row = tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
     col = tl.arange(0, BLOCK_C)[None, :].to(tl.int64)

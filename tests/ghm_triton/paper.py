@@ -311,7 +311,9 @@ def is_dense(target: torch.Tensor) -> bool:
     return target.is_floating_point() or target.dtype == torch.bool
 
 
-def assert_close(ours: torch.Tensor, truth, absolute=0.0, ulps: float = FLOAT32_ULPS) -> None:
+def assert_close(
+    ours: torch.Tensor, truth, absolute=0.0, ulps: float = FLOAT32_ULPS, roundings: int = 1
+) -> None:
     """`|ours - truth| <= k |torch at that dtype - truth| + tiny` with `k = 0`, entry by entry.
 
     Args:
@@ -319,13 +321,14 @@ def assert_close(ours: torch.Tensor, truth, absolute=0.0, ulps: float = FLOAT32_
         truth: Float64.
         absolute: Error that does not shrink with the truth, as where two numbers cancel.
         ulps: Of float32, for the arithmetic before the rounding.
+        roundings: How often a 16-bit dtype rounded.
 
-    `tiny` is that arithmetic, one step of a 16-bit dtype (rounding to nearest costs half a step;
+    `tiny` is that arithmetic, one step of a 16-bit dtype a rounding (to nearest costs half a step;
     the interpreter cuts bfloat16 off, for a whole one), and the dtype's smallest number.
     """
     truth = np.asarray(truth, dtype=np.float64)
     info = torch.finfo(ours.dtype)
-    step = info.eps if info.eps > EPS32 else 0.0
+    step = roundings * info.eps if info.eps > EPS32 else 0.0
     smallest = float(info.smallest_normal) * info.eps
     allowed = (ulps * EPS32 + step) * np.abs(truth) + smallest + np.asarray(absolute)
     error = np.abs(as_numpy(ours) - truth)
@@ -335,6 +338,15 @@ def assert_close(ours: torch.Tensor, truth, absolute=0.0, ulps: float = FLOAT32_
         f"entry {worst}: {as_numpy(ours).flat[worst]} is not {truth.flat[worst]}"
         f" to within {np.broadcast_to(allowed, error.shape).flat[worst]}"
     )
+
+
+def assert_gradient_close(ours: torch.Tensor, truth, absolute=0.0) -> None:
+    """As `assert_close`, for a gradient that something other than 1 came into.
+
+    In bfloat16 it is rounded as it is formed with the loss, and again as it is multiplied. Not in
+    float16, where the multiplication has to come first.
+    """
+    assert_close(ours, truth, absolute, roundings=2 if ours.dtype == torch.bfloat16 else 1)
 
 
 def cancellation(logits: torch.Tensor, target: torch.Tensor) -> np.ndarray:

@@ -40,7 +40,7 @@ def compare(paper, loss, slope, truth, scale, reduction, lost, length_error):
     else:
         paper.assert_close(loss, entries.sum(), error.sum())
     slopes = truth.slopes * scale * OUTER
-    paper.assert_close(slope, slopes, lost * OUTER + length_error(slopes))
+    paper.assert_gradient_close(slope, slopes, lost * OUTER + length_error(slopes))
 
 
 def check_ghm_c(paper, device, logits, target, label_weight=None, **options):

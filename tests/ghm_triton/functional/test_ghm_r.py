@@ -24,7 +24,7 @@ def check_ghm_r(paper, device, pred, target, label_weight=None, reduction="mean"
     scale = truth.scale(reduction, "valid")
     entries = truth.entries if reduction == "none" else truth.entries.sum() * scale
     paper.assert_close(loss, entries)
-    paper.assert_close(x.grad, truth.slopes * scale * OUTER)
+    paper.assert_gradient_close(x.grad, truth.slopes * scale * OUTER)
 
 
 class TestGHMR:

@@ -69,7 +69,40 @@ def test_it_refuses_a_second_derivative(device):
 def test_logits_changed_before_backward_are_noticed(device):
     x = torch.zeros(3, 2, device=device, requires_grad=True)
     y = x * 1
-    loss = ghm_c_loss(y, torch.zeros(3, 2, device=device), backend="triton")
+    options = {"backend": "triton", "reduction": "none"}
+    loss = ghm_c_loss(y, torch.zeros(3, 2, device=device), **options)
     y.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        loss.sum().backward()
+
+
+def test_logits_changed_before_backward_matter_no_more_once_the_gradient_is_formed(device):
+    x = torch.zeros(3, 2, device=device, requires_grad=True)
+    y = x * 1
+    loss = ghm_c_loss(y, torch.zeros(3, 2, device=device), backend="triton", strength=0.0)
+    y.add_(1)
+    loss.backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 0.5 / 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_graph_that_is_kept_gives_the_same_gradient_again(device, dtype):
+    x = torch.randn(30, 5, device=device).to(dtype).requires_grad_()
+    loss = ghm_c_loss(x, torch.zeros(30, 5, device=device), backend="triton") * 3
+    once = torch.autograd.grad(loss, x, retain_graph=True)[0].clone()
+    again = torch.autograd.grad(loss, x, retain_graph=True)[0].clone()
+    last = torch.autograd.grad(loss, x)[0]
+    assert once.any()
+    assert torch.equal(once, again)
+    assert torch.equal(once, last)
+
+
+def test_two_losses_on_the_same_logits_add_up(device):
+    x = torch.randn(30, 5, device=device, requires_grad=True)
+    target = torch.zeros(30, 5, device=device)
+    one, two = (ghm_c_loss(x, target, backend="triton", strength=s) for s in (0.0, 1.0))
+    (whole,) = torch.autograd.grad(one + 2 * two, x)
+    one, two = (ghm_c_loss(x, target, backend="triton", strength=s) for s in (0.0, 1.0))
+    parts = torch.autograd.grad(one, x)[0] + 2 * torch.autograd.grad(two, x)[0]
+    # The same products, added in another order.
+    torch.testing.assert_close(whole, parts, rtol=1e-6, atol=1e-9)
