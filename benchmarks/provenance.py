@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -17,17 +18,30 @@ PACKAGES = ("torch", "triton", "torchvision", "numpy")
 def provenance() -> dict[str, Any]:
     """Machine, versions and commit, as plain values.
 
-    `commit` ends in `+` when the working tree differs from it.
+    `commit` ends in `+` when the working tree differs from it, and is `unknown` outside git;
+    `source` tells the library's code apart in any case.
     """
     return {
         "commit": _commit(),
+        "source": source_digest(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
         "cpu": _cpu(),
         "cpu_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def source_digest(folder: Path = ROOT / "ghm_triton") -> str:
+    """Twelve hex digits that change with any Python file of the library."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()[:12]
 
 
 def _commit() -> str:

@@ -1,0 +1,169 @@
+"""Clocks: who is called when, what is made of the times, and what becomes of those that fail."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import timing
+from benchmarks.timing import Timing, burst, input_sets, peak_bytes, race
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless work moves it; in seconds."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now.seconds)
+    return now
+
+
+def test_median_spread_and_calls():
+    taken = Timing(((1.0, 2.0, 3.0), (4.0, 5.0), (6.0, 7.0, 8.0, 9.0, 10.0)))
+    assert taken.median == 5.5
+    assert taken.quantile(0.2) == 2.0
+    assert taken.quantile(0.8) == 8.0
+    assert (taken.quantile(0.0), taken.quantile(1.0)) == (1.0, 10.0)
+    assert taken.shared(2).calls == [0.5 * ms for ms in range(1, 11)]
+
+
+def test_ratios_compare_turn_with_turn():
+    """Noise that hits a whole round hits both: it is no part of the ratio."""
+    mine = Timing(((2.0, 2.0, 90.0), (40.0,), (2.0,)))
+    theirs = Timing(((1.0,), (20.0,), (1.0, 1.0)))
+    assert mine.ratio(theirs) == 2.0
+    assert theirs.ratio(mine) == 0.5
+    with pytest.raises(ValueError, match="zip"):
+        mine.ratio(Timing(((1.0,),)))
+
+
+def test_contenders_take_turns(clock):
+    called = []
+
+    def work(name, ms):
+        def run():
+            called.append(name)
+            clock.seconds += ms / 1000
+
+        return run
+
+    contenders = {"quick": work("quick", 1.0), "slow": work("slow", 100.0)}
+    timings, errors = race(contenders, "cpu", seconds=0.012, rounds=3)
+    assert not errors
+    warm = ["quick"] * 2 + ["slow"] * 2  # a first call, and an estimate
+    assert called == warm + (["quick"] * 4 + ["slow"]) * 3
+    assert timings["quick"].rounds == (pytest.approx((1.0,) * 4),) * 3
+    assert timings["slow"].median == pytest.approx(100.0)
+
+
+def test_what_takes_no_time_is_not_called_forever(clock):
+    timings, _ = race({"none": lambda: None}, "cpu", seconds=1.0, rounds=2)
+    assert len(timings["none"].calls) == 2 * timing.MOST_REPEATS
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 5])
+def test_who_fails_is_out_and_the_others_go_on(clock, call):
+    calls = 0
+
+    def work():
+        clock.seconds += 1.0
+
+    def fail():
+        nonlocal calls
+        calls += 1
+        clock.seconds += 1.0
+        if calls == call:
+            raise RuntimeError("out of memory")
+
+    timings, errors = race({"fails": fail, "works": work}, "cpu", seconds=1.0, rounds=3)
+    assert list(timings) == ["works"]
+    assert len(timings["works"].rounds) == 3
+    assert list(errors) == ["fails"]
+    assert str(errors["fails"]) == "out of memory"
+    assert errors["fails"].__traceback__ is None  # or it would keep tensors alive
+    assert calls == call
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """As much of CUDA as the clocks use: `now` in milliseconds, `held` and `peak` in bytes."""
+    state = SimpleNamespace(now=0.0, held=1000, peak=0, synchronized=0)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = state.now
+
+        def elapsed_time(self, end):
+            assert state.synchronized, "read before the work was done"
+            return end.at - self.at
+
+    def synchronize():
+        state.synchronized += 1
+
+    def reset():
+        state.peak = state.held
+
+    for name, value in {
+        "Event": Event,
+        "synchronize": synchronize,
+        "memory_allocated": lambda: state.held,
+        "reset_peak_memory_stats": reset,
+        "max_memory_allocated": lambda: state.peak,
+        "get_device_properties": lambda _: SimpleNamespace(L2_cache_size=50_000_000),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return state
+
+
+def test_a_gpu_is_timed_by_its_events(cuda):
+    def work():
+        cuda.now += 2.5
+
+    assert burst(work, 3, "cuda") == (2.5, 2.5, 2.5)
+    assert cuda.synchronized == 1
+
+
+def test_peak_memory_is_beyond_what_was_there(cuda):
+    def work():
+        cuda.peak = max(cuda.peak, cuda.held + 64)
+
+    cuda.peak = 10**9  # of something earlier
+    assert peak_bytes(work, "cuda") == 64
+    assert peak_bytes(work, "cpu") is None
+
+
+def test_sets_of_inputs_exceed_the_cache(cuda):
+    assert input_sets(2**30, "cuda") == 1
+    assert input_sets(200_000_000, "cuda") == 1
+    assert input_sets(199_999_999, "cuda") == 2
+    assert input_sets(4_000_000, "cuda") == 50
+    assert input_sets(1000, "cuda") == 128
+    assert input_sets(1000, "cpu") == 1
+
+
+def test_the_roof_counts_reading_and_writing(monkeypatch):
+    monkeypatch.setattr(timing, "race", lambda *_, **__: ({"copy": Timing(((2.0,),))}, {}))
+    assert timing.copy_rate("cpu", 0.1) == pytest.approx(2 * 4 * 2**24 / 2e-3 / 1e9)
+
+
+def test_a_device_that_fails_is_not_well(monkeypatch):
+    def spoiled():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    assert timing.device_is_well("cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", spoiled)
+    assert not timing.device_is_well("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_graph_replays_all_its_calls():
+    total = torch.zeros((), device="cuda")
+    replay = timing.capture(lambda: total.add_(1), calls=3)
+    total.zero_()
+    replay()
+    replay()
+    torch.cuda.synchronize()
+    assert float(total) == 6.0
