@@ -1,6 +1,13 @@
-"""What the harmonized losses are measured against, written from the description of each."""
+"""What the harmonized losses are measured against, written from the description of each.
+
+Each takes predictions `[R, C]` and, where its name says one-hot, class indices int64 `[R]` (`C` is
+background), from which it makes its dense targets as its users do; else targets `[R, C]`.
+"""
 
 from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,7 +15,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
 
 class ReleasedGHMC:
-    """GHM-C as released: one-hot targets, one pass and one wait for the device a bin."""
+    """GHM-C as released: dense targets, one pass and one wait for the device a bin.
+
+    Called with class indices it makes targets and label weights dense first, as MMDetection does.
+    """
 
     def __init__(self, bins: int = 30, momentum: float = 0.75) -> None:
         self.bins = bins
@@ -16,26 +26,30 @@ class ReleasedGHMC:
         self.edges = [j / bins for j in range(bins)] + [1 + 1e-6]
         self.average: Tensor | None = None
 
-    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss of logits `[R, C]` and targets `[R, C]` or class indices `[R]`."""
-        if target.dim() == 1:
-            classes = logits.shape[1]
-            target = one_hot(target, classes + 1)[:, :classes]
-        target = target.float()
-        valid = torch.ones_like(target) > 0
-        norm = (logits.sigmoid().detach() - target).abs()
-        total = max(valid.float().sum().item(), 1.0)
-        weights = self.weigh(norm, valid, total).to(logits.dtype)
-        loss = binary_cross_entropy_with_logits(
-            logits, target.to(logits.dtype), weights, reduction="sum"
-        )
-        return loss / total
+    def __call__(
+        self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None
+    ) -> Tensor:
+        """The loss of logits `[R, C]` and targets `[R, C]` or class indices `[R]`.
 
-    def weigh(self, norm: Tensor, valid: Tensor, total: float) -> Tensor:
+        `label_weight`, of the shape of the targets, ignores where it is 0.
+        """
+        if label_weight is None:
+            label_weight = torch.ones_like(target)
+        if target.dim() == 1:
+            target, label_weight = expand_labels(target, label_weight, logits.shape[1])
+        target, label_weight = target.float(), label_weight.float()
+        norm = (logits.sigmoid().detach() - target).abs()
+        valid = label_weight > 0
+        total = max(valid.float().sum().item(), 1.0)
+        weights = self.weigh(norm, valid, total, logits.dtype)
+        loss = binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return (loss * weights).sum() / total
+
+    def weigh(self, norm: Tensor, valid: Tensor, total: float, dtype: torch.dtype) -> Tensor:
         """`total / count / n` of every entry, bin by bin."""
         if self.average is None:
             self.average = torch.zeros(self.bins, device=norm.device)
-        weights = torch.zeros_like(norm)
+        weights = torch.zeros_like(norm, dtype=dtype)
         occupied = 0
         for j in range(self.bins):
             inside = (norm >= self.edges[j]) & (norm < self.edges[j + 1]) & valid
@@ -56,32 +70,64 @@ class ReleasedGHMR(ReleasedGHMC):
         self.mu = mu
         self.edges[-1] = 1e3
 
-    def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, pred: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
         """The loss of predictions and targets of one shape."""
+        if label_weight is None:
+            label_weight = torch.ones_like(target)
         d = pred - target
         loss = torch.sqrt(d * d + self.mu * self.mu) - self.mu
-        norm = (d / torch.sqrt(self.mu * self.mu + d * d)).abs().detach().float()
-        valid = torch.ones_like(norm) > 0
-        total = max(valid.float().sum().item(), 1.0)
-        return (loss * self.weigh(norm, valid, total)).sum() / total
+        norm = (d / torch.sqrt(self.mu * self.mu + d * d)).abs().detach()
+        total = max(label_weight.float().sum().item(), 1.0)
+        return (loss * self.weigh(norm, label_weight > 0, total, norm.dtype)).sum() / total
+
+
+def expand_labels(labels: Tensor, label_weight: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Dense targets and weights `[R, C]` of class indices `[R]`, as MMDetection makes them."""
+    dense = torch.zeros(len(labels), classes, dtype=labels.dtype, device=labels.device)
+    foreground = torch.nonzero((labels >= 0) & (labels < classes)).squeeze(1)
+    dense[foreground, labels[foreground]] = 1
+    return dense, label_weight[:, None].expand(-1, classes)
+
+
+def bce(logits: Tensor, target: Tensor) -> Tensor:
+    """Plain binary cross entropy, its dense targets ready made in the logits' dtype."""
+    return binary_cross_entropy_with_logits(logits, target)
 
 
 def one_hot_bce(logits: Tensor, target: Tensor) -> Tensor:
-    """Plain binary cross entropy; class indices cost it a one-hot matrix."""
-    return binary_cross_entropy_with_logits(logits, _dense(logits, target))
+    """Plain binary cross entropy of class indices."""
+    return binary_cross_entropy_with_logits(logits, dense_targets(logits, target))
 
 
-def torchvision_focal(logits: Tensor, target: Tensor) -> Tensor:
-    """`torchvision.ops.sigmoid_focal_loss`, summed and divided by the positives."""
+def focal(logits: Tensor, target: Tensor) -> Tensor:
+    """Focal loss as torchvision's users write it, summed and divided by the positives."""
+    return focal_entries(logits, target).sum() / target.sum().clamp(min=1)
+
+
+def one_hot_focal(logits: Tensor, target: Tensor) -> Tensor:
+    """The same from class indices."""
+    return focal(logits, dense_targets(logits, target))
+
+
+def dense_targets(logits: Tensor, index: Tensor) -> Tensor:
+    """One-hot `[R, C]` in the logits' dtype, without the column of the background."""
+    classes = logits.shape[-1]
+    return one_hot(index, classes + 1)[..., :classes].to(logits.dtype)
+
+
+def focal_formula(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sigmoid focal loss of every entry, alpha 0.25 and gamma 2, as published."""
+    p = torch.sigmoid(logits)
+    cross_entropy = binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    p_t = p * targets + (1 - p) * (1 - targets)
+    alpha_t = 0.25 * targets + 0.75 * (1 - targets)
+    return alpha_t * cross_entropy * (1 - p_t) ** 2
+
+
+# torchvision's own where it is installed; the results say which it was.
+FOCAL = "focal formula"
+focal_entries: Callable[[Tensor, Tensor], Tensor] = focal_formula
+if importlib.util.find_spec("torchvision") is not None:
     from torchvision.ops import sigmoid_focal_loss
 
-    dense = _dense(logits, target)
-    loss: Tensor = sigmoid_focal_loss(logits, dense, reduction="sum")
-    return loss / dense.sum().clamp(min=1)
-
-
-def _dense(logits: Tensor, target: Tensor) -> Tensor:
-    if target.dim() == 1:
-        classes = logits.shape[1]
-        target = one_hot(target, classes + 1)[:, :classes]
-    return target.to(logits.dtype)
+    FOCAL, focal_entries = "focal torchvision", sigmoid_focal_loss

@@ -1,0 +1,126 @@
+"""The problems: all that was promised, those that decide first, and the bytes they must move."""
+
+import pytest
+import torch
+
+from benchmarks.cases import CLASSES, QUICK, ROOF, TASKS, Case, contenders, plan
+
+
+def case(task="classification", entries=QUICK, dtype="float32", target="index", device="cpu"):
+    return Case(task, entries, dtype, target, device)
+
+
+def test_the_gpu_plan_starts_with_what_is_claimed_and_has_everything():
+    cases = plan("cuda")
+    assert len(set(cases)) == len(cases)
+    claimed = [(each.entries, each.dtype) for each in cases[:6]]
+    assert claimed[:2] == [(2**26, "float32"), (2**26, "bfloat16")]
+    assert set(claimed) == {
+        (size, dtype) for size in (2**25, 2**26, 2**28) for dtype in ("float32", "bfloat16")
+    }
+    assert all((each.task, each.target) == TASKS[0] for each in cases[:6])
+    for task, target in TASKS:
+        for dtype in ("float32", "bfloat16"):
+            sizes = {
+                each.entries
+                for each in cases
+                if (each.task, each.target, each.dtype) == (task, target, dtype)
+            }
+            assert sizes == {10**5, 10**6, 2**23, 2**25, 2**26, 2**28}
+    assert {each.entries for each in cases if each.dtype == "float16"} == {2**26}
+    assert {each.device for each in cases} == {"cuda"}
+
+
+def test_the_cpu_plan_and_choices():
+    assert {(each.entries, each.dtype) for each in plan("cpu")} == {(10**6, "float32")}
+    assert {(each.task, each.target) for each in plan("cpu")} == set(TASKS)
+    chosen = plan("cuda", [QUICK], ["float16"])
+    assert [(each.task, each.target) for each in chosen] == list(TASKS)
+    assert {(each.entries, each.dtype) for each in chosen} == {(QUICK, "float16")}
+    assert {each.entries for each in plan("cuda", None, ["float16"])} >= {10**5, 2**28}
+
+
+@pytest.mark.parametrize(("task", "target"), TASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors(task, target, dtype):
+    problem = case(task, 20_001, str(dtype).removeprefix("torch."), target)
+    pred, given = problem.tensors(seed=1)
+    assert pred.shape == problem.shape
+    assert 20_001 <= pred.numel() < 20_001 + pred.shape[1]  # whole rows
+    assert pred.nbytes == problem.logits_bytes
+    assert pred.dtype == dtype
+    assert pred.is_leaf
+    assert pred.requires_grad
+    assert not given.requires_grad
+    if target == "index":
+        assert given.shape == pred.shape[:1]
+        assert given.dtype == torch.int64
+        assert given.min() >= 0
+        assert given.max() <= CLASSES
+    else:
+        assert (given.shape, given.dtype) == (pred.shape, dtype)
+    again, other = problem.tensors(seed=1)[0], problem.tensors(seed=2)[0]
+    assert torch.equal(pred, again)
+    assert not torch.equal(pred, other)
+
+
+def test_positives_are_few_and_both_kinds_of_target_agree():
+    entries = 80 * 20_000
+    _, index = case(entries=entries).tensors(3)
+    _, dense = case(entries=entries, target="dense").tensors(3)
+    positives = int((index < CLASSES).sum())
+    assert 0 < positives < 60  # 20 expected; fixed by the seed
+    assert int(dense.sum()) == positives
+    assert torch.equal(dense.argmax(1)[index < CLASSES], index[index < CLASSES])
+
+
+def test_bytes_that_must_move():
+    """Logits twice and the gradient once; dense targets twice as well. By hand, per entry."""
+    for loss in ("ghm_c triton", "ghm_c torch"):
+        assert case().traffic(loss) == 12
+        assert case(dtype="bfloat16").traffic(loss) == 6
+        assert case(target="dense").traffic(loss) == 20
+        assert case(target="dense", dtype="bfloat16").traffic(loss) == 10
+    assert case("regression", target="dense").traffic("ghm_r triton") == 20
+    assert case("softmax").traffic("ghm_softmax triton") == 12
+    assert case().traffic("focal triton") == 8
+    assert case(target="dense").traffic("focal triton") == 12
+    for peer in ("bce", "bce one-hot compiled", "ghm_c released", "ghm_c triton compiled"):
+        assert case().traffic(peer) is None
+
+
+def names(problem, compiler="inductor"):
+    return [each.name for each in contenders(problem, compiler)]
+
+
+def test_who_is_timed():
+    on_gpu = names(case(device="cuda", entries=2**26))
+    assert on_gpu[0] == "ghm_c triton"
+    assert len(set(on_gpu)) == len(on_gpu)
+    plain = ("bce", "bce one-hot", "focal torchvision one-hot", "ghm_c torch")
+    assert {*plain, *(f"{name} compiled" for name in plain), "ghm_c released"} <= set(on_gpu)
+    elsewhere = names(case(device="cuda", entries=ROOF))
+    assert {"bce compiled", "bce one-hot compiled", "ghm_c released"} <= set(elsewhere)
+    assert "ghm_c torch compiled" not in elsewhere  # compiling takes longer than measuring
+    assert "bce one-hot" not in names(case(target="dense"))
+    assert not [name for name in names(case(), None) if "compiled" in name]
+    assert not [name for name in names(case()) if "triton" in name]  # no GPU
+    regression = names(case("regression", target="dense"))
+    assert {"ghm_r torch", "ghm_r released", "smooth_l1", "smooth_l1 compiled"} <= set(regression)
+
+
+def test_what_they_are():
+    by_name = {each.name: each for each in contenders(case(), "aot_eager")}
+    assert [name for name in by_name if by_name[name].dense] == ["bce", "bce compiled"]
+    assert not by_name["ghm_c released"].capturable  # it waits for the device
+    assert by_name["bce compiled"].capturable
+    assert by_name["ghm_c torch"].ours
+    assert not by_name["ghm_c torch compiled"].ours
+    assert not by_name["bce"].ours
+    one, other = (by_name["ghm_c torch"].make() for _ in range(2))
+    assert one is not other  # each with a moving average of its own
+
+
+def test_small_sizes_share_what_is_compiled():
+    assert case(entries=2**23).dynamic
+    assert not case(entries=2**25).dynamic

@@ -1,0 +1,171 @@
+"""The rows of a case: every loss in every stage, and what becomes of those that fail."""
+
+import pytest
+import torch
+
+from benchmarks import measure as module
+from benchmarks.cases import Case, Contender
+from benchmarks.measure import BOTH, FORWARD, SCALED, Runner, Settings, measure
+from benchmarks.timing import Timing
+
+CASE = Case("classification", 4000, "float32", "index", "cpu")
+SETTINGS = Settings(seconds=0.001, rounds=2, compiler=None)
+
+
+def field(monkeypatch, *contenders):
+    monkeypatch.setattr(module, "contenders", lambda *_: list(contenders))
+
+
+def good(logits, target):
+    return logits.sigmoid().mean()
+
+
+def rows_of(case=CASE, settings=SETTINGS, roof=1.0, skip=()):
+    rows = list(measure(case, settings, roof, set(skip)))
+    assert all(row.items() >= case.key.items() for row in rows)
+    return {(row["loss"], row["stage"]): row for row in rows}
+
+
+def test_every_loss_in_every_stage():
+    """Ours, set up as released, gives what the released algorithm gives: the peers are real."""
+    for task, target in (("classification", "index"), ("regression", "dense")):
+        for dtype, close in (("float32", 1e-5), ("bfloat16", 0.05)):  # three operations of 2^-8
+            rows = rows_of(Case(task, 4000, dtype, target, "cpu"))
+            assert not [row for row in rows.values() if "error" in row]
+            ours = "ghm_c" if task == "classification" else "ghm_r"
+            for stage in (FORWARD, BOTH, SCALED):
+                assert (f"{ours} torch", stage) in rows
+            for loss, _ in rows:
+                assert loss == "copy" or {(loss, FORWARD), (loss, BOTH)} <= set(rows)
+            value = rows[f"{ours} torch", BOTH]["value"]
+            assert value == pytest.approx(rows[f"{ours} released", BOTH]["value"], rel=close)
+
+
+def test_figures_are_derived(monkeypatch):
+    """Times are given; 4000 entries of 12 bytes in 2 ms are 24e6 bytes a second."""
+    field(
+        monkeypatch,
+        Contender("ghm_c triton", lambda: good),
+        Contender("bce", lambda: good, dense=True),
+        Contender("ghm_c released", lambda: good),
+    )
+    ms = {"ghm_c triton": 2.0, "bce": 4.0, "ghm_c released": 100.0, "copy": 0.5}
+    extra = {SCALED: 1.0, FORWARD: -0.5}
+
+    def race(works, device, seconds, rounds):
+        taken = {label: ms[label[0]] + extra.get(label[1], 0.0) for label in works}
+        return {label: Timing(((each, each),) * rounds) for label, each in taken.items()}, {}
+
+    monkeypatch.setattr(module, "race", race)
+    monkeypatch.setattr(module, "peak_bytes", lambda *_: 16_400)
+    rows = rows_of(roof=0.032)
+    ours = rows["ghm_c triton", BOTH]
+    assert (ours["median_ms"], ours["p20_ms"], ours["p80_ms"], ours["calls"]) == (2, 2, 2, 4)
+    assert ours["backward_ms"] == 0.5
+    assert ours["ratios"] == {"bce": 0.5, "ghm_c released": 0.02}
+    assert ours["bytes_per_entry"] == 12
+    assert ours["gb_per_s"] == pytest.approx(0.024)
+    # The copy moves 4000 * 8 bytes in 0.5 ms, 0.064 GB/s: better than the roof that was given.
+    assert rows["copy", "copy"]["gb_per_s"] == pytest.approx(0.064)
+    assert ours["share_of_copy"] == pytest.approx(0.024 / 0.064)
+    assert rows_of(roof=0.12)["ghm_c triton", BOTH]["share_of_copy"] == pytest.approx(0.2)
+    assert ours["peak_ratio"] == pytest.approx(16_400 / 16_000)
+    scaled = rows["ghm_c triton", SCALED]  # against the others' plain stage: they have no other
+    assert scaled["ratios"] == {"bce": 0.75, "ghm_c released": 0.03}
+    assert ("bce", SCALED) not in rows
+    assert "share_of_copy" not in rows["bce", BOTH]
+
+
+def test_a_loss_that_fails_at_once_has_a_row_that_says_so(monkeypatch):
+    def broken():
+        raise MemoryError("too large")
+
+    field(monkeypatch, Contender("broken", broken), Contender("good", lambda: good))
+    rows = rows_of()
+    assert rows["broken", BOTH]["error"] == "MemoryError: too large"
+    assert rows["broken", BOTH]["failed_in"] == "first"
+    assert {("good", FORWARD), ("good", BOTH)} <= set(rows)
+
+
+def test_a_loss_that_fails_later_is_timed_in_no_stage(monkeypatch):
+    calls = []
+
+    def later(logits, target):
+        calls.append(None)
+        if len(calls) > 5:
+            raise RuntimeError("late")
+        return good(logits, target)
+
+    field(monkeypatch, Contender("later", lambda: later), Contender("good", lambda: good))
+    rows = rows_of()
+    assert [key for key in rows if key[0] == "later"] == [("later", BOTH)]
+    assert rows["later", BOTH]["error"] == "RuntimeError: late"
+    assert ("good", BOTH) in rows
+
+
+def test_what_spoiled_the_device_before_is_left_out(monkeypatch):
+    field(monkeypatch, Contender("bad", lambda: good), Contender("good", lambda: good))
+    assert {loss for loss, _ in rows_of(skip={"bad"})} == {"copy", "good"}
+
+
+def test_dense_contenders_get_the_same_targets_dense(monkeypatch):
+    seen = []
+
+    def look(logits, target):
+        seen.append(target)
+        return good(logits, target)
+
+    field(monkeypatch, Contender("bce", lambda: look, dense=True))
+    rows_of()
+    _, index = CASE.tensors(0)
+    assert seen[0].shape == CASE.shape
+    assert torch.equal(seen[0].sum(1), (index < 80).float())
+
+
+def test_a_runner_rotates_and_scales():
+    sets = [(torch.full((2,), float(j), requires_grad=True), None) for j in range(3)]
+
+    def square(pred, target):
+        return (pred * pred).sum()
+
+    runner = Runner(square, sets)
+    assert [float(runner.forward().detach()) for _ in range(4)] == [0.0, 2.0, 8.0, 0.0]
+    assert runner.both().tolist() == [2.0, 2.0]
+    assert runner.scaled().tolist() == [2.0, 2.0]  # half of 4
+    assert all(pred.grad is None for pred, _ in sets)
+
+
+def test_compiled_losses_say_how(monkeypatch):
+    field(
+        monkeypatch,
+        Contender("bce", lambda: good),
+        Contender("bce compiled", lambda: good, compiled=True),
+    )
+    rows = rows_of()
+    assert rows["bce compiled", BOTH]["dynamic"] is True
+    assert "dynamic" not in rows["bce", BOTH]
+
+
+def test_graphs_are_replayed_on_a_gpu_at_small_sizes(monkeypatch):
+    """Each replay holds a call a set: its time is shared among them."""
+    monkeypatch.setattr(
+        module, "race", lambda works, *_: ({label: Timing(((6.0,),)) for label in works}, {})
+    )
+
+    def capture(work, calls):
+        if work.__self__.criterion is not good:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return work
+
+    monkeypatch.setattr(module, "capture", capture)
+    ready = {}
+    for name, loss in {"ghm_c triton": good, "bce": good, "waits": good, "bad": None}.items():
+        contender = Contender(name, list, capturable=name != "waits")
+        ready[name] = module.Ready(contender, Runner(loss, [CASE.tensors(0)]), {})
+    rows = {row["loss"]: row for row in module._graphs(CASE, ready, 3, SETTINGS, 1.0)}
+    assert set(rows) == {"ghm_c triton", "bce", "bad"}
+    assert rows["ghm_c triton"]["median_ms"] == 2.0
+    assert rows["ghm_c triton"]["ratios"] == {"bce": 1.0}
+    assert rows["ghm_c triton"]["share_of_copy"] == pytest.approx(4000 * 12 / 2e-3 / 1e9)
+    assert rows["bad"]["error"].endswith("when stream is capturing")
+    assert {row["stage"] for row in rows.values()} == {"graph"}
