@@ -1,0 +1,115 @@
+"""Repeated runs: what differs in a single bit is found, and the exit status says so."""
+
+import sys
+
+import pytest
+import torch
+
+from benchmarks import repeat
+from benchmarks.rows import Rows, read
+
+ORIGIN = {"device": "cpu", "gpu": None, "cpu": "this", "source": "abc"}
+
+
+def steady(pred, target):
+    return (pred * pred).sum()
+
+
+def flickering(at, change):
+    """A loss that changes at one call."""
+    calls = 0
+
+    def trial(pred, target):
+        nonlocal calls
+        calls += 1
+        return change(pred) if calls == at else steady(pred, target)
+
+    return trial
+
+
+@pytest.fixture
+def given():
+    return torch.arange(1.0, 5.0, requires_grad=True), torch.zeros(4)
+
+
+def test_the_same_bits_every_time(given):
+    assert repeat.differing(steady, *given, 20) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pred: (pred * pred).sum() * (1 + 2**-23),  # loss and gradient, one bit
+        lambda pred: (pred * pred).sum() + (pred - pred.detach())[2] * 2**-20,  # gradient only
+        lambda pred: (pred * pred).sum() + 2**-18,  # loss only
+        lambda pred: (pred * pred).sum() * torch.nan,
+    ],
+)
+@pytest.mark.parametrize("at", [1, 2, 11])
+def test_one_bit_is_found(given, change, at):
+    # Against the first run: where that is the odd one, all others differ.
+    assert repeat.differing(flickering(at, change), *given, 10) == (10 if at == 1 else 1)
+
+
+def test_bits():
+    zeros, nans = torch.tensor([0.0, -0.0]), torch.full((2,), torch.nan)
+    assert repeat.bits(zeros)[0] != repeat.bits(zeros)[1]
+    assert repeat.bits(nans)[0] == repeat.bits(nans)[1]
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert len(repeat.bits(torch.ones(3, dtype=dtype))) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name, kind, _ in repeat.trials("torch")]
+)
+def test_every_loss_takes_its_inputs(name, kind):
+    (trial,) = [each for of, on, each in repeat.trials("torch") if (of, on) == (name, kind)]
+    for dtype in repeat.DTYPES:
+        pred, target = repeat.inputs((129, 17), dtype, kind, "cpu")
+        assert pred.dtype == repeat.DTYPES[dtype]
+        again, _ = repeat.inputs((129, 17), dtype, kind, "cpu")
+        assert torch.equal(pred, again)
+        assert repeat.differing(trial, pred, target, 2) == 0
+    if kind == "index":  # ignored and background rows as well
+        assert {-1, 17} <= set(target.tolist())
+
+
+def test_rows_and_what_they_say(tmp_path, monkeypatch, capsys):
+    def broken(pred, target):
+        raise RuntimeError("no such kernel")
+
+    trials = [
+        ("steady", "boxes", steady),
+        ("flickers", "boxes", flickering(3, lambda pred: pred.sum())),
+        ("broken", "boxes", broken),
+    ]
+    monkeypatch.setattr(repeat, "trials", lambda _: trials)
+    path = tmp_path / "repeat.jsonl"
+    assert not repeat.run("cpu", 5, [(3, 4)], Rows(path, ORIGIN), limit=100)
+    rows = {row["loss"]: row for row in read(path) if row["dtype"] == "float32"}
+    assert (rows["steady"]["differing"], rows["steady"]["times"]) == (0, 5)
+    assert rows["flickers"]["differing"] == 1
+    assert rows["broken"]["error"] == "RuntimeError: no such kernel"
+    said = capsys.readouterr().out
+    assert "flickers" in said
+    assert "steady" not in said
+
+    count = len(read(path))  # what was the same is not repeated; what was not is
+    repeat.run("cpu", 5, [(3, 4)], Rows(path, ORIGIN), limit=100)
+    assert {row["loss"] for row in read(path)[count:]} == {"flickers", "broken"}
+
+
+def test_it_stops_when_the_time_is_over(tmp_path, capsys):
+    assert repeat.run("cpu", 2, [(3, 4)], Rows(tmp_path / "rows.jsonl", ORIGIN), limit=-1)
+    assert read(tmp_path / "rows.jsonl") == []
+    assert "no time left for ghm_c, float32, (3, 4)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_the_exit_status(tmp_path, monkeypatch, sound, capsys):
+    monkeypatch.setattr(repeat, "run", lambda *_: sound)
+    monkeypatch.setattr(sys, "argv", ["repeat", "--out", str(tmp_path / "rows.jsonl")])
+    with pytest.raises(SystemExit) as stopped:
+        repeat.main()
+    assert stopped.value.code == (not sound)
+    assert ("NOT" in capsys.readouterr().out) == (not sound)
