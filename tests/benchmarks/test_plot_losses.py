@@ -1,0 +1,103 @@
+"""The plots show what the rows say: a line a loss, at its points."""
+
+import json
+import sys
+
+import pytest
+from matplotlib.figure import Figure
+
+from benchmarks import plot_losses
+from benchmarks.cases import plan
+
+BOTH = "forward+backward"
+
+
+def rows_of(dtypes=("float32", "bfloat16")):
+    """Times and shares that tell every row apart."""
+    rows = []
+    for case in plan("cuda"):
+        if case.dtype not in dtypes:
+            continue
+        ms = case.entries * (1e-6 if case.dtype == "float32" else 5e-7)
+        base = {**case.key, "gpu": "H100", "device": "cuda", "source": "new"}
+        rows.append({**base, "loss": "copy", "stage": "copy", "median_ms": ms / 4})
+        name = {"classification": "ghm_c", "regression": "ghm_r"}.get(case.task, "ghm_softmax")
+        ours = {**base, "loss": f"{name} triton", "ratios": {}}
+        rows.append({**ours, "stage": BOTH, "median_ms": ms, "share_of_copy": 0.9})
+        rows.append({**ours, "stage": "forward", "median_ms": 1e9})
+        if case.entries <= 2**23:
+            rows.append({**ours, "stage": "graph", "median_ms": ms / 2, "share_of_copy": 0.95})
+        rows.append({**base, "loss": "bce compiled", "stage": BOTH, "median_ms": 3 * ms})
+        rows.append({**base, "loss": "bce", "stage": BOTH, "error": "OutOfMemoryError"})
+    return rows
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures, which are saved as well."""
+    figures = []
+    save = Figure.savefig
+
+    def keep(self, *arguments, **options):
+        figures.append(self)
+        return save(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["plot_losses", *map(str, arguments)])
+    plot_losses.main()
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_both_plots(tmp_path, monkeypatch, drawn):
+    run(monkeypatch, write(tmp_path / "rows.jsonl", rows_of()), "--out", tmp_path / "images")
+    for name in ("losses_time.png", "losses_bandwidth.png"):
+        assert (tmp_path / "images" / name).read_bytes()[:4] == b"\x89PNG"
+    times, bandwidth = drawn
+    panels = {axes.get_title(): axes for axes in times.axes}
+    assert {"class indices, float32", "dense targets, bfloat16", "box regression, float32"} <= set(
+        panels
+    )
+    lines = {line.get_label(): line for line in panels["class indices, float32"].lines}
+    assert set(lines) == {"copy", "GHM, ours", "plain loss, compiled"}
+    sizes = [10**5, 10**6, 2**23, 2**25, 2**26, 2**28]
+    assert list(lines["GHM, ours"].get_xdata()) == sizes
+    assert list(lines["GHM, ours"].get_ydata()) == pytest.approx([1e-6 * size for size in sizes])
+    assert list(lines["plain loss, compiled"].get_ydata())[-1] == pytest.approx(3e-6 * 2**28)
+    (legend,) = times.legends
+    assert [text.get_text() for text in legend.get_texts()].count("GHM, ours") == 1
+    assert "H100" in times.get_suptitle()
+
+    shares = {line.get_label(): line for line in bandwidth.axes[0].lines}
+    assert list(shares["class indices, float32"].get_ydata()) == [0.9] * 6
+    assert list(shares["box regression, bfloat16, CUDA graph"].get_ydata()) == [0.95] * 3
+
+
+def test_one_gpu_and_one_dtype_of_the_newest_code(tmp_path, monkeypatch, drawn):
+    rows = rows_of(("float32",))
+    other = [{**row, "gpu": "H200"} for row in rows]
+    old = [{**row, "source": "old", "entries": 17} for row in rows]
+    run(monkeypatch, write(tmp_path / "rows.jsonl", other + old + rows), "--out", tmp_path)
+    assert all("bfloat16" not in axes.get_title() for axes in drawn[0].axes)
+    for axes in drawn[0].axes:
+        for line in axes.lines:
+            assert len(line.get_xdata()) == 6  # neither twice nor older ones
+
+
+def test_rows_of_peers_alone_show_no_bandwidth(tmp_path, monkeypatch):
+    rows = [row for row in rows_of(("float32",)) if "triton" not in row["loss"]]
+    run(monkeypatch, write(tmp_path / "rows.jsonl", rows), "--out", tmp_path)
+    assert (tmp_path / "losses_time.png").exists()
+    assert not (tmp_path / "losses_bandwidth.png").exists()
+
+
+def test_nothing_to_draw(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="nothing to draw"):
+        run(monkeypatch, tmp_path / "none.jsonl")
