@@ -50,7 +50,7 @@ def classification_inputs(
         logits: `[..., C]`, floating.
         target: The shape of `logits`, floating or bool; or integer `logits.shape[:-1]`.
         label_weight: Broadcasts to `logits`; or None.
-        validate: Whether to look at the values, which waits for a GPU; None: on the CPU only.
+        validate: Whether to look at the values; see `looks`.
 
     Raises:
         TypeError: A dtype does not fit.
@@ -60,7 +60,7 @@ def classification_inputs(
     if logits.dim() == 0:
         raise ValueError("logits must have at least one dimension, got a scalar")
     _require_same_device(logits, target=target, label_weight=label_weight)
-    look = logits.device.type == "cpu" if validate is None else validate
+    look = looks(logits, validate)
     weight = _broadcast_weight(label_weight, logits, look)
     if target.shape == logits.shape and (target.is_floating_point() or target.dtype == torch.bool):
         if look:
@@ -104,12 +104,19 @@ def regression_inputs(
             f"pred is {list(pred.shape)}, target {list(target.shape)}: they must agree"
         )
     _require_same_device(pred, target=target, label_weight=label_weight)
-    look = pred.device.type == "cpu" if validate is None else validate
+    look = looks(pred, validate)
     weight = _broadcast_weight(label_weight, pred, look)
     columns = _columns(pred)
     return RegressionInputs(
         _rows(pred, columns), _rows(target.detach(), columns), _rows(weight, columns), pred.shape
     )
+
+
+def looks(tensor: Tensor, validate: bool | None) -> bool:
+    """Whether to look at values: by default where that waits for no GPU and breaks no graph."""
+    if validate is not None:
+        return validate
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def require_bins(bins: int) -> int:

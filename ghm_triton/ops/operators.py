@@ -132,9 +132,10 @@ def differentiate(name: str, again: Callable[..., Tensor], constants: int) -> No
 
 def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
     """The gradient times what came in: where it lies, unless somebody may come for it again."""
-    traced = type(gradient) is not Tensor
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+    if type(gradient) is not Tensor:  # a compiler's, which returns it to the caller
         return gradient * grad_loss
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        gradient = gradient.clone()
     torch.ops.ghm.scale_gradient(gradient, grad_loss)
     return gradient
 
