@@ -117,7 +117,7 @@ def measure(variant: Variant, target: str) -> tuple[Costs, Counts]:
         ValueError: The hot path moves fewer bytes than the kernel must, so it is not the hot path.
     """
     backend = TARGETS[target]
-    compiled = build(variant, backend)
+    compiled = build(variant.launch, backend)
     usage, counts = _read_amd(compiled) if backend.backend == "hip" else _read_cuda(compiled)
     costs = {"kernel": variant.key, "target": target, "outside": counts.outside, **usage}
     if not variant.entries:

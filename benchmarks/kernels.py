@@ -1,23 +1,25 @@
-"""Every kernel as training launches it, and how to compile one for a GPU that need not be here.
+"""Every kernel as training launches it, and how to compile it for a GPU that need not be here.
 
-To add a kernel, add a line to `variants`.
+Nothing is launched: the launchers are called with tensors that hold no data, and what they hand to
+Triton is written down. To add a kernel, add a call of its launcher to `calls`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.jit import JITFunction
 
-from ghm_triton.ops.asl1 import asl1_backward_kernel, asl1_forward_kernel
-from ghm_triton.ops.bce import bce_backward_kernel, bce_forward_kernel
-from ghm_triton.ops.binning import count_asl1_kernel, count_bce_kernel
-from ghm_triton.ops.density import density_kernel
-from ghm_triton.ops.tiles import MAX_BLOCK_C, MAX_PROGRAMS, OPTIONS, TILE, sum_partials_kernel
+from ghm_triton.ops import asl1, bce, binning, density, scaling
+from ghm_triton.ops.tiles import MAX_PROGRAMS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -25,104 +27,131 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TYPES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
 
 # What a detector passes: contiguous rows of 80 classes, or of 4 box deltas.
-CLASSES, DELTAS, ROWS = 80, 4, 1 << 20
-CLASS_TILE = {"BLOCK_R": TILE // MAX_BLOCK_C, "BLOCK_C": MAX_BLOCK_C}
-DELTA_TILE = {"BLOCK_R": TILE // DELTAS, "BLOCK_C": DELTAS}
+ROWS, CLASSES, DELTAS = 1 << 20, 80, 4
 
 Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A kernel and the arguments of one launch.
-
-    Args:
-        kernel: The `triton.jit` function.
-        name: What sets this variant apart from the others of its kernel.
-        dtype: Of the logits; empty for a kernel that no logit passes through.
-        arguments: By name: the value of a number or of a constexpr; of a pointer its type, or None
-            where none is passed.
-        moved: Bytes an element that must pass between memory and the GPU.
-        entries: Elements of a program's tile; 0 for a kernel that does not work on elements.
-    """
+class Launch:
+    """What a launcher handed to Triton: a kernel, its arguments by name, options."""
 
     kernel: Any
+    arguments: Arguments
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A launch that is measured.
+
+    Args:
+        launch: The kernel and its arguments.
+        name: What sets this variant apart from the others of its kernel.
+        dtype: Of the logits; empty for a kernel that no logit passes through.
+        moved: Bytes an element that must pass between memory and the GPU; 0 for a kernel that does
+            not work on elements.
+    """
+
+    launch: Launch
     name: str
     dtype: str
-    arguments: Arguments
-    moved: float = 0.0
-    entries: int = 0
+    moved: float
 
     @property
     def key(self) -> str:
         """The kernel, the variant and the dtype, as one word."""
-        return ".".join(filter(None, (self.kernel.__name__, self.name, self.dtype)))
+        return ".".join(filter(None, (self.launch.kernel.__name__, self.name, self.dtype)))
+
+    @property
+    def entries(self) -> int:
+        """Elements of a tile; 0 for a kernel that does not work on elements."""
+        sizes = {name: v for name, v in self.launch.arguments.items() if name.startswith("BLOCK")}
+        if not self.moved:
+            return 0
+        return int(sizes.get("BLOCK", 0) or sizes["BLOCK_R"] * sizes["BLOCK_C"])
 
 
-def variants(dtype: str) -> Iterator[Variant]:
-    """Every kernel at one dtype of logits, `fp32`, `fp16` or `bf16`."""
-    size, pointer = BYTES[dtype], f"*{dtype}"
-    logits: Arguments = {
-        "logits_ptr": pointer,
-        "rows": ROWS,
-        "cols": CLASSES,
-        **_strides("logits", CLASSES),
-    }
-    shared = {**logits, **_absent("weight"), **CLASS_TILE, "BINS": 30}
-    index = {**shared, "INDEX": True, "target_ptr": "*i64", "target_row": 1, "target_col": 0}
-    dense = {**shared, "INDEX": False, "target_ptr": "*fp32", **_strides("target", CLASSES)}
-    counts: Arguments = {"counts_ptr": "*i64", "positives_ptr": "*fp64", "BLOCK_BINS": 32}
-    loss: Arguments = {
-        "table_ptr": "*fp32",
-        "scale_ptr": "*fp32",
-        "WEIGHTED": False,
-        "REDUCE": True,
-    }
-    forward = {**loss, "out_ptr": "*fp32"}
-    backward = {**loss, "grad_loss_ptr": "*fp32", "gradient_ptr": pointer}
-    backward |= {"grad_loss_row": 0, "grad_loss_col": 0}
-    for name, common, target in (("index", index, 8 / CLASSES), ("dense", dense, 4)):
-        both = {**common, **backward, **_strides("gradient", CLASSES)}
-        read = size + target
-        yield Variant(count_bce_kernel, name, dtype, common | counts, read, TILE)
-        yield Variant(bce_forward_kernel, name, dtype, common | forward, read, TILE)
-        yield Variant(bce_backward_kernel, name, dtype, both, read + size, TILE)
-
-    deltas: Arguments = {"pred_ptr": pointer, "target_ptr": pointer, "weight_ptr": "*fp32"}
-    deltas |= {"rows": ROWS, "cols": DELTAS, "MU": 0.02, "BINS": 10, **DELTA_TILE}
-    deltas |= {k: v for n in ("pred", "target", "weight") for k, v in _strides(n, DELTAS).items()}
-    counts |= {"BLOCK_BINS": 16}
-    both = {**deltas, **backward, **_strides("gradient", DELTAS)}
-    read = 2 * size + 4
-    yield Variant(count_asl1_kernel, "", dtype, deltas | counts, read, TILE)
-    yield Variant(asl1_forward_kernel, "", dtype, deltas | forward, read, TILE)
-    yield Variant(asl1_backward_kernel, "", dtype, both, read + size, TILE)
+# Name of the variant, bytes an element, launcher, its arguments.
+Call = tuple[str, float, Callable[..., object], tuple[Any, ...]]
 
 
-def state_variants() -> Iterator[Variant]:
-    """The kernels that no logit passes through."""
-    density: Arguments = dict.fromkeys(("regions_ptr", "invalid_ptr", "updates_ptr"), "*i64")
-    density |= dict.fromkeys(("smoothed_ptr", "strength_ptr", "weights_ptr", "scale_ptr"), "*fp32")
-    density |= {"positives_ptr": "*fp64", "sums": MAX_PROGRAMS, "factor": 1.0}
-    density |= {"BINS": 30, "BLOCK_BINS": 32, "BLOCK_SUMS": MAX_PROGRAMS, "VALID_BINS": True}
-    density |= {"MOMENTUM": 0.75, "LOG_MOMENTUM": -0.2877, "MAX_WEIGHT": None, "PERSIST": True}
-    density |= {"DIVISOR": "positives"}
+def calls(dtype: str) -> Iterator[Call]:
+    """Every launcher that works on elements, as training calls it."""
+    logits, dense = _empty(ROWS, CLASSES, dtype=dtype), _empty(ROWS, CLASSES)
+    labels, table, scale, scalar = _empty(ROWS, dtype="i64"), _empty(30), _empty(), _empty()
+    size = logits.itemsize
+    for name, target, extra in (("index", labels, 8 / CLASSES), ("dense", dense, 4.0)):
+        data, read = (logits, target, None), size + extra
+        loss: tuple[Any, ...] = (*data, table, scale, False, True)
+        again = (*data, table, scale, scalar, False)
+        yield name, read, binning.count_bce, (*data, 30)
+        yield name, read + size, bce.weighted_bce, (*loss, True)
+        yield f"{name}-loss", read, bce.weighted_bce, (*loss, False)
+        yield f"{name}-gradient", read + size, bce.weighted_bce_backward, again
+
+    pred, deltas, weight = (_empty(ROWS, DELTAS, dtype=dtype) for _ in range(3))
+    inputs, table, mu = (pred, deltas, weight), _empty(10), 0.02
+    yield "", 3 * size, binning.count_asl1, (*inputs, 10, mu)
+    loss = (*inputs, table, scale, mu, False, True)
+    yield "", 4 * size, asl1.weighted_asl1, (*loss, True)
+    yield "", 2 * size, scaling.scale_gradient, (logits, scalar)
+
+
+def state_calls() -> Iterator[Call]:
+    """The launchers that no logit passes through."""
+    counts = (_empty(30, dtype="i64"), _empty(MAX_PROGRAMS, dtype="fp64"), _empty(dtype="i64"))
+    state = (_empty(30), _empty(dtype="i64"), _empty())
     for ema in ("debiased", "mmdet"):
-        yield Variant(density_kernel, ema, "", {**density, "DEBIASED": ema == "debiased"})
-    partials: Arguments = dict.fromkeys(("partials_ptr", "scale_ptr", "total_ptr"), "*fp32")
-    partials |= {"count": MAX_PROGRAMS, "BLOCK": MAX_PROGRAMS}
-    yield Variant(sum_partials_kernel, "", "", partials)
+        options: tuple[Any, ...] = (0.75, ema, "valid_bins", None, True, "positives", 1.0)
+        yield ema, 0.0, density.update_density, (*counts, *state, *options)
+    yield "", 0.0, scaling.sum_partials, (_empty(MAX_PROGRAMS), _empty())
 
 
-def _strides(name: str, cols: int) -> Arguments:
-    return {f"{name}_row": cols, f"{name}_col": 1}
+def _empty(*shape: int, dtype: str = "fp32") -> Tensor:
+    return torch.empty(shape, dtype=_NAMES[dtype], device="meta")
 
 
-def _absent(name: str) -> Arguments:
-    return {f"{name}_ptr": None, f"{name}_row": 0, f"{name}_col": 0}
+_NAMES = {name: dtype for dtype, name in TYPES.items()}
+
+
+def variants(dtypes: list[str]) -> Iterator[Variant]:
+    """Every variant of every kernel."""
+    for dtype in dtypes:
+        for name, moved, launcher, arguments in calls(dtype):
+            yield Variant(first_launch(launcher, *arguments), name, dtype, moved)
+    for name, moved, launcher, arguments in state_calls():
+        yield Variant(first_launch(launcher, *arguments), name, "", moved)
+
+
+def first_launch(launcher: Callable[..., object], *arguments: Any) -> Launch:
+    """The first kernel that a call launches; none of them runs.
+
+    Raises:
+        ValueError: It launches none.
+    """
+    found: list[Launch] = []
+
+    def write_down(kernel: Any, *positional: Any, **named: Any) -> None:
+        names = [parameter.name for parameter in kernel.params]
+        given = dict(zip(names, positional, strict=False))
+        given |= {name: named.pop(name) for name in names if name in named}
+        options = {name: v for name, v in named.items() if name not in ("grid", "warmup")}
+        found.append(Launch(kernel, given, options))
+
+    with mock.patch.object(JITFunction, "run", write_down):
+        launcher(*arguments)
+    if not found:
+        raise ValueError(f"{launcher.__name__} launches nothing")
+    return found[0]
 
 
 @dataclass(frozen=True)
@@ -134,34 +163,31 @@ class Specialisation:
     attributes: dict[tuple[int, ...], list[list[Any]]]
 
 
-def specialise(variant: Variant) -> Specialisation:
-    """As a launch does it: 1 and None are compiled in, multiples of 16 are told.
-
-    Raises:
-        ValueError: The kernel has an argument that the variant does not name.
-    """
+def specialise(launch: Launch) -> Specialisation:
+    """As a launch does it: 1 and None are compiled in, multiples of 16 and alignment are told."""
     told = Specialisation({}, {}, {})
-    for parameter in variant.kernel.params:
-        name = parameter.name
-        if name not in variant.arguments:
-            raise ValueError(f"{variant.key} lacks the argument {name}: name it in {__name__}")
-        value = variant.arguments[name]
+    for parameter in launch.kernel.params:
+        name, value = parameter.name, launch.arguments[parameter.name]
         whole = isinstance(value, int) and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (whole and value == 1):
             told.types[name], told.constants[name] = "constexpr", value
             continue
-        told.types[name] = value if isinstance(value, str) else _number(value)
-        if isinstance(value, str) or (whole and value % 16 == 0):
+        told.types[name] = _type(value)
+        if isinstance(value, Tensor) or (whole and value % 16 == 0):
             told.attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     return told
 
 
-def _number(value: float) -> str:
-    return "i32" if isinstance(value, int) else "fp32"
+def _type(value: Tensor | float) -> str:
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
 
 
-def build(variant: Variant, target: GPUTarget) -> CompiledKernel:
-    """Compile as a launch with these arguments would."""
-    told = specialise(variant)
-    source = ASTSource(variant.kernel, told.types, told.constants, told.attributes)
-    return triton.compile(source, target=target, options=dict(OPTIONS))
+def build(launch: Launch, target: GPUTarget) -> CompiledKernel:
+    """Compile as the launch would; tensors begin at a multiple of 16 bytes, as torch makes them."""
+    told = specialise(launch)
+    source = ASTSource(launch.kernel, told.types, told.constants, told.attributes)
+    return triton.compile(source, target=target, options=launch.options)

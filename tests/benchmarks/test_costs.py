@@ -1,12 +1,10 @@
-"""What counts as worse, the roofline by hand, and arguments as a launch sees them."""
+"""What counts as worse, and the roofline by hand."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.costs import Costs, complaints
-from benchmarks.kernels import Variant, specialise
 
 OLD = Costs(
     kernel="count_bce_kernel.index.fp32",
@@ -110,46 +108,3 @@ def test_a_kernel_without_elements_has_no_roof_and_a_short_line():
 def test_a_line_comes_back_as_it_was():
     uneven = replace(OLD, instructions=20.125)
     assert Costs(**uneven.line()) == uneven
-
-
-def parameter(number, name, *, constant=False, plain=False):
-    return SimpleNamespace(num=number, name=name, is_constexpr=constant, do_not_specialize=plain)
-
-
-def specialised(*given):
-    """`given` are pairs of a parameter and its argument."""
-    kernel = SimpleNamespace(__name__="new_kernel", params=[each for each, _ in given])
-    arguments = {each.name: value for each, value in given if value != "missing"}
-    return specialise(Variant(kernel, "", "fp32", arguments))
-
-
-def test_arguments_are_specialised_as_a_launch_does():
-    told = specialised(
-        (parameter(0, "logits_ptr"), "*bf16"),
-        (parameter(1, "weight_ptr"), None),
-        (parameter(2, "logits_row"), 80),
-        (parameter(3, "logits_col"), 1),
-        (parameter(4, "pred_row"), 4),
-        (parameter(5, "rows", plain=True), 1 << 20),
-        (parameter(6, "tiles", plain=True), 1),
-        (parameter(7, "factor"), 1.0),
-        (parameter(8, "BINS", constant=True), 30),
-        (parameter(9, "INDEX", constant=True), True),
-    )
-    assert told.constants == {"weight_ptr": None, "logits_col": 1, "BINS": 30, "INDEX": True}
-    kept = {name: kind for name, kind in told.types.items() if kind != "constexpr"}
-    assert kept == {
-        "logits_ptr": "*bf16",
-        "logits_row": "i32",
-        "pred_row": "i32",
-        "rows": "i32",
-        "tiles": "i32",
-        "factor": "fp32",
-    }
-    # Multiples of 16, pointers among them; a stride of 4 promises nothing.
-    assert set(told.attributes) == {(0,), (2,)}
-
-
-def test_an_argument_that_the_table_lacks_is_named():
-    with pytest.raises(ValueError, match=r"new_kernel\.fp32 lacks the argument gamma"):
-        specialised((parameter(0, "gamma"), "missing"))

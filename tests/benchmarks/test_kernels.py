@@ -1,0 +1,113 @@
+"""What launchers hand to Triton is written down, and told to the compiler as a launch tells it."""
+
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+from benchmarks.kernels import Launch, Variant, first_launch, specialise
+
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@JITFunction  # compiled even where this process interprets
+def kernel(x_ptr, none_ptr, row, col, factor, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):  # noqa: N803
+    """It is never compiled here."""
+
+
+@JITFunction
+def other_kernel(x_ptr):
+    """Nor is this."""
+
+
+def launcher(x, col=1):
+    kernel[(7,)](x, None, 80, col, factor=1.0, BLOCK_C=4, BLOCK_R=32, num_warps=8)
+    other_kernel[(1,)](x)
+
+
+def test_the_first_launch_is_written_down():
+    x = empty(3)
+    launch = first_launch(launcher, x)
+    assert launch.kernel is kernel
+    assert launch.arguments.pop("x_ptr") is x
+    assert launch.arguments == {
+        "none_ptr": None,
+        "row": 80,
+        "col": 1,
+        "factor": 1.0,
+        "BLOCK_R": 32,
+        "BLOCK_C": 4,
+    }
+    assert launch.options == {"num_warps": 8}
+
+
+def test_a_call_that_launches_nothing_is_an_error():
+    with pytest.raises(ValueError, match="empty launches nothing"):
+        first_launch(empty, 3)
+
+
+def test_a_tile_has_rows_times_columns_or_one_block():
+    launch = first_launch(launcher, empty(3))
+    assert Variant(launch, "", "fp32", 4.0).entries == 32 * 4
+    assert Variant(launch, "", "fp32", 0.0).entries == 0
+    flat = Launch(kernel, {"BLOCK": 2048, "BLOCK_BINS": 32}, {})
+    assert Variant(flat, "", "fp32", 4.0).entries == 2048
+
+
+def test_the_key_names_kernel_variant_and_dtype():
+    launch = Launch(kernel, {}, {})
+    assert Variant(launch, "index", "bf16", 4.0).key == "kernel.index.bf16"
+    assert Variant(launch, "", "bf16", 4.0).key == "kernel.bf16"
+    assert Variant(launch, "", "", 4.0).key == "kernel"
+
+
+def told(value, plain=False):
+    """What the compiler is told of one argument, if it is not of a kind that launches spare."""
+
+    @JITFunction
+    def one(argument):
+        """A kernel of one argument."""
+
+    one.params[0].do_not_specialize = plain
+    found = specialise(Launch(one, {"argument": value}, {}))
+    constants, attributes = found.constants.get("argument", "not compiled in"), found.attributes
+    return found.types["argument"], constants, bool(attributes)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "aligned"),
+    [
+        (empty(1), "*fp32", True),
+        (empty(1, dtype=torch.bfloat16), "*bf16", True),
+        (empty(1, dtype=torch.float16), "*fp16", True),
+        (empty(1, dtype=torch.float64), "*fp64", True),
+        (empty(1, dtype=torch.int64), "*i64", True),
+        (80, "i32", True),
+        (0, "i32", True),
+        (4, "i32", False),  # a row of box deltas promises nothing
+        (2**31 - 1, "i32", False),
+        (2**31, "i64", True),
+        (1.0, "fp32", False),
+    ],
+)
+def test_arguments_are_told_as_a_launch_tells_them(value, kind, aligned):
+    assert told(value) == (kind, "not compiled in", aligned)
+
+
+@pytest.mark.parametrize("value", [1, None])
+def test_one_and_none_are_compiled_in(value):
+    assert told(value) == ("constexpr", value, False)
+
+
+@pytest.mark.parametrize("value", [1, 80])
+def test_nothing_is_told_of_what_must_not_specialise(value):
+    assert told(value, plain=True) == ("i32", "not compiled in", False)
+
+
+def test_constants_are_constants():
+    found = specialise(first_launch(launcher, empty(3), 2))
+    assert found.constants == {"none_ptr": None, "BLOCK_R": 32, "BLOCK_C": 4}
+    # x and row, by position.
+    assert set(found.attributes) == {(0,), (2,)}
