@@ -34,8 +34,9 @@ TYPES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.uint8: "u8",
 }
 
-# What a detector passes: contiguous rows of 80 classes, or of 4 box deltas.
-ROWS, CLASSES, DELTAS = 1 << 20, 80, 4
+# What a detector passes: contiguous rows of 80 classes, or of 4 box deltas; and of 20 classes, into
+# which neither tiles nor wide accesses fit.
+ROWS, CLASSES, FEW_CLASSES, DELTAS = 1 << 20, 80, 20, 4
 
 Arguments = dict[str, Any]
 
@@ -72,12 +73,15 @@ class Variant:
         return ".".join(filter(None, (self.launch.kernel.__name__, self.name, self.dtype)))
 
     @property
-    def entries(self) -> int:
-        """Elements of a tile; 0 for a kernel that does not work on elements."""
-        sizes = {name: v for name, v in self.launch.arguments.items() if name.startswith("BLOCK")}
+    def entries(self) -> float:
+        """Elements of a tile on average, as tiles hang over; 0 where there are no elements."""
+        given = self.launch.arguments
         if not self.moved:
-            return 0
-        return int(sizes.get("BLOCK", 0) or sizes["BLOCK_R"] * sizes["BLOCK_C"])
+            return 0.0
+        if "BLOCK" in given:
+            return float(given["BLOCK"])
+        cols, width = given["cols"], given["BLOCK_C"]
+        return float(given["BLOCK_R"] * cols / triton.cdiv(cols, width))
 
 
 # Name of the variant, bytes an element, launcher, its arguments.
@@ -89,8 +93,13 @@ def calls(dtype: str) -> Iterator[Call]:
     logits, dense = _empty(ROWS, CLASSES, dtype=dtype), _empty(ROWS, CLASSES)
     labels, table, scale, scalar = _empty(ROWS, dtype="i64"), _empty(30), _empty(), _empty()
     size = logits.itemsize
-    for name, target, extra in (("index", labels, 8 / CLASSES), ("dense", dense, 4.0)):
-        data, read = (logits, target, None), size + extra
+    few = _empty(ROWS, FEW_CLASSES, dtype=dtype)
+    for name, values, target, extra in (
+        ("index", logits, labels, 8 / CLASSES),
+        ("index20", few, labels, 8 / FEW_CLASSES),
+        ("dense", logits, dense, 4.0),
+    ):
+        data, read = (values, target, None), size + extra
         loss: tuple[Any, ...] = (*data, table, scale, False, True)
         again = (*data, table, scale, scalar, False)
         yield name, read, binning.count_bce, (*data, 30)

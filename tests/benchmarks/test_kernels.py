@@ -48,12 +48,19 @@ def test_a_call_that_launches_nothing_is_an_error():
         first_launch(empty, 3)
 
 
-def test_a_tile_has_rows_times_columns_or_one_block():
-    launch = first_launch(launcher, empty(3))
-    assert Variant(launch, "", "fp32", 4.0).entries == 32 * 4
-    assert Variant(launch, "", "fp32", 0.0).entries == 0
-    flat = Launch(kernel, {"BLOCK": 2048, "BLOCK_BINS": 32}, {})
-    assert Variant(flat, "", "fp32", 4.0).entries == 2048
+def entries(moved=4.0, **arguments):
+    return Variant(Launch(kernel, arguments, {}), "", "fp32", moved).entries
+
+
+def test_the_elements_of_a_tile():
+    assert entries(BLOCK_R=128, BLOCK_C=16, cols=80) == 128 * 16
+    assert entries(BLOCK=2048, BLOCK_BINS=32) == 2048
+    assert entries(moved=0.0, BLOCK=1024) == 0.0
+
+
+def test_what_hangs_over_is_no_element():
+    # Two tiles of 16 columns hold 20 classes: 10 each on average.
+    assert entries(BLOCK_R=128, BLOCK_C=16, cols=20) == 128 * 10
 
 
 def test_the_key_names_kernel_variant_and_dtype():
