@@ -158,14 +158,14 @@ class GradientDensity(nn.Module):
         return update(*given, persist=self.training, divisor=divisor, factor=factor)
 
     def _update(self, kernels: ModuleType) -> Callable[..., tuple[Tensor, Tensor]]:
+        average: dict[str, Any]
+        average = {"momentum": self.momentum, "ema": self.ema, "max_weight": self.max_weight}
+        if self.method == "streaming":
+            return partial(update_window, bins=self.bins, **average)
         if self.method == "exact":
             # One region, of weight 1, that keeps no average: the entries have their own weights.
-            options: dict[str, Any] = {"momentum": 0.0, "ema": "debiased", "max_weight": None}
-            return partial(kernels.update_density, normalizer="bins", **options)
-        options = {"momentum": self.momentum, "ema": self.ema, "max_weight": self.max_weight}
-        if self.method == "streaming":
-            return partial(update_window, bins=self.bins, **options)
-        return partial(kernels.update_density, normalizer=self.normalizer, **options)
+            average = {"momentum": 0.0, "ema": "debiased", "max_weight": None}
+        return partial(kernels.update_density, normalizer=self.normalizer, **average)
 
     def reset(self) -> None:
         """Forget everything seen."""
