@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.costs import Costs, complaints, measure
@@ -68,23 +68,44 @@ def incomparable(rows: list[Costs], baseline: dict[tuple[str, str], Costs]) -> s
 
 
 def table(rows: Iterable[Costs]) -> str:
-    """The README's table: sm_90, what works on elements."""
-    lines = [
-        "| kernel | instructions | special | bytes a load, a store | registers "
-        "| memory | issue | special | binds |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if row.target != "sm_90" or not row.elements:
-            continue
-        roofs = {name: f"{value / 1e9:.0f}" for name, value in row.roofs.items()}
-        widths = " / ".join(str(width) if width else "none" for width in row.widths.values())
-        special = f"{row.special + row.conversions:.1f}"
-        name = row.kernel.replace("_kernel", "").replace(".", " ")
-        cells = [name, f"{row.instructions:.1f}", special, widths, row.registers, *roofs.values()]
-        cells.append(min(row.roofs, key=row.roofs.__getitem__))
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    """The README's table: sm_90, what works on elements, a cell for all dtypes."""
+    kernels: dict[str, list[Costs]] = {}
+    for row in sorted(rows, key=lambda row: [*DTYPES, ""].index(_dtype(row))):
+        if row.target == "sm_90" and row.elements:
+            name = row.kernel.removesuffix(f".{_dtype(row)}").replace("_kernel", "")
+            kernels.setdefault(name.replace(".", " "), []).append(row)
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for name, found in sorted(kernels.items()):
+        cells = [name, *(_cell(found, show) for show in COLUMNS.values() if show)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _dtype(row: Costs) -> str:
+    last = row.kernel.rpartition(".")[2]
+    return last if last in DTYPES else ""
+
+
+def _cell(rows: list[Costs], show: Callable[[Costs], str]) -> str:
+    """One value where all agree."""
+    return " / ".join(dict.fromkeys(map(show, rows)))
+
+
+def _roof(name: str) -> Callable[[Costs], str]:
+    return lambda row: f"{row.roofs[name] / 1e9:.0f}"
+
+
+COLUMNS: dict[str, Callable[[Costs], str] | None] = {
+    "kernel": None,
+    "instructions": lambda row: f"{row.instructions:.1f}",
+    "special functions": lambda row: f"{row.special + row.conversions:.1f}",
+    "bytes a load, a store": lambda row: ", ".join(str(w) for w in row.widths.values() if w),
+    "registers": lambda row: str(row.registers),
+    "by memory": _roof("memory"),
+    "by issue": _roof("issue"),
+    "by special functions": _roof("special"),
+    "what binds": lambda row: min(row.roofs, key=row.roofs.__getitem__),
+}
 
 
 HEADER = (
