@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-FORMAT_VERSION: Literal[1] = 1
+# 1: float32 inputs, thresholds by policy. 2: `input` and thresholds set by hand.
+FORMAT_VERSION: Literal[2] = 2
 CARD_KEY = "ghm.card"
 
 INPUT = "images"
@@ -39,10 +40,11 @@ class _Frozen(BaseModel):
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
+InputType = Literal["float32", "uint8"]
 
 
 class Preprocessing(_Frozen):
-    """How an RGB image becomes one row of `images`.
+    """How an RGB image becomes what the network sees.
 
     The image keeps its aspect ratio: it is resized (bilinear, antialiased) by
     `min(height / h, width / w)`, laid at the top left, and the rest is filled with `pad_value`.
@@ -80,7 +82,7 @@ class ThresholdCard(_Frozen):
         threshold: The score, a float32, in [0, 1].
         source: `policy` when the policy's own evidence set it, `prior` when the policy's answer
             lay below the class's prior and was lifted to it, `fallback` when there was no
-            evidence for this class.
+            evidence for this class, `manual` when somebody set it by hand.
         support: Positive anchors of the class counted in training.
         ground_truths: Boxes of the class in the held-out images the evidence was taken from.
         precision: Held-out precision at the threshold, None without evidence.
@@ -89,7 +91,7 @@ class ThresholdCard(_Frozen):
 
     name: Annotated[str, Field(min_length=1)]
     threshold: Probability
-    source: Literal["policy", "prior", "fallback"]
+    source: Literal["policy", "prior", "fallback", "manual"]
     support: Count
     ground_truths: Count
     precision: Probability | None = None
@@ -138,12 +140,32 @@ class TrainingCard(_Frozen):
 
 
 class DetectorCard(_Frozen):
-    """Everything that a reader of `detector.onnx` may rely on."""
+    """Everything that a reader of `detector.onnx` may rely on.
 
-    format_version: Literal[1] = FORMAT_VERSION
+    Attributes:
+        format_version: Of the card, 1 or 2; cards are written with the newest.
+        name: What the detector calls itself.
+        architecture: What the network is.
+        backbone: What its features come from.
+        input: What `images` is. `float32`: `[B, 3, height, width]`, prepared by the caller as
+            `preprocessing` says. `uint8`: RGB images as they are, `[B, any height, any width, 3]`,
+            which the graph prepares. Boxes are in pixels of `images` in either case.
+        class_names: In the order of labels.
+        threshold_policy: What chose every threshold whose `source` is not `manual`.
+        thresholds: One entry a class, in the order of labels.
+        iou_threshold: Of two boxes of a class that overlap by more, only the better stays.
+        candidates: Anchors of an image that NMS gets to see, the best.
+        max_detections: Most detections of an image, `M` of the outputs.
+        preprocessing: How an RGB image becomes what the network sees.
+        statistics: What training counted.
+        training: What the weights come from.
+    """
+
+    format_version: Literal[1, 2] = FORMAT_VERSION
     name: Annotated[str, Field(min_length=1)]
     architecture: str
     backbone: str
+    input: InputType = "float32"
     class_names: Annotated[list[str], Field(min_length=1)]
     threshold_policy: str
     thresholds: list[ThresholdCard]

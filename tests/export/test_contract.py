@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from export.contract import CardError, DetectorCard, Preprocessing, ThresholdCard, as_float32
+from export.contract import (
+    FORMAT_VERSION,
+    CardError,
+    DetectorCard,
+    Preprocessing,
+    ThresholdCard,
+    as_float32,
+)
 
 
 def fields(**changes: object) -> dict:
@@ -25,7 +32,7 @@ def fields(**changes: object) -> dict:
         for name, threshold in (("dog", 0.5), ("cat", 0.25))
     ]
     card = {
-        "format_version": 1,
+        "format_version": 2,
         "name": "pets",
         "architecture": "retinanet",
         "backbone": "resnet18",
@@ -96,8 +103,25 @@ def test_any_text_is_a_card_or_a_card_error(text):
 
 
 def test_a_newer_format_says_so_whatever_else_it_holds():
-    with pytest.raises(CardError, match="format_version 2; this package reads up to 1"):
-        DetectorCard.from_json('{"format_version": 2, "news": true}')
+    with pytest.raises(CardError, match="format_version 3; this package reads up to 2"):
+        DetectorCard.from_json('{"format_version": 3, "news": true}')
+
+
+def test_the_first_format_is_still_read():
+    card = read(format_version=1)
+    assert (card.format_version, card.input) == (1, "float32")
+    assert DetectorCard.from_json(card.to_json()) == card
+
+
+def test_a_new_card_is_of_the_newest_format():
+    newest = {name: value for name, value in fields().items() if name != "format_version"}
+    assert DetectorCard.model_validate(newest).format_version == FORMAT_VERSION == 2
+
+
+def test_images_are_of_a_known_type():
+    assert read(input="uint8").input == "uint8"
+    with pytest.raises(CardError, match="not valid at input: .*'float32' or 'uint8'"):
+        read(input="float16")
 
 
 @pytest.mark.parametrize("version", [0, "1", None])
