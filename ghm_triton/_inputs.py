@@ -41,6 +41,19 @@ class RegressionInputs:
     shape: torch.Size
 
 
+@dataclass(frozen=True)
+class SoftmaxInputs:
+    """Logits `[R, C]`, class indices int64 `[R]` (negative ignored), `weight` `[R]` or None.
+
+    And the shape of the indices as the user passed them.
+    """
+
+    logits: Tensor
+    index: Tensor
+    weight: Tensor | None
+    shape: torch.Size
+
+
 def classification_inputs(
     logits: Tensor, target: Tensor, label_weight: Tensor | None, validate: bool | None
 ) -> ClassificationInputs:
@@ -112,6 +125,38 @@ def regression_inputs(
     )
 
 
+def softmax_inputs(
+    logits: Tensor, target: Tensor, label_weight: Tensor | None, validate: bool | None
+) -> SoftmaxInputs:
+    """Check what `ghm_softmax_loss` was given and view it as rows.
+
+    Raises:
+        TypeError: A dtype does not fit.
+        ValueError: A shape or device does not fit, or (validating) a value is out of range.
+    """
+    _require_floating("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., C] with C of at least 1, got {list(logits.shape)}")
+    _require_same_device(logits, target=target, label_weight=label_weight)
+    if target.shape != logits.shape[:-1] or _is_real_valued(target):
+        raise ValueError(
+            f"target must be integer {list(logits.shape[:-1])} (class indices);"
+            f" got {target.dtype} {list(target.shape)}"
+        )
+    look = looks(logits, validate)
+    weight = _broadcast_weight(label_weight, target, look)
+    classes = logits.shape[-1]
+    index = target.reshape(-1).long()
+    if look:
+        _require_classes(index, classes, background=False)
+    return SoftmaxInputs(
+        _rows(logits, classes),
+        index,
+        None if weight is None else weight.reshape(-1),
+        target.shape,
+    )
+
+
 def looks(tensor: Tensor, validate: bool | None) -> bool:
     """Whether to look at values: by default where that waits for no GPU and breaks no graph."""
     if validate is not None:
@@ -167,12 +212,13 @@ def _where_kept(target: Tensor, weight: Tensor | None) -> Tensor:
     return target if weight is None else torch.where(weight > 0, target, torch.zeros_like(target))
 
 
-def _require_classes(index: Tensor, classes: int) -> None:
+def _require_classes(index: Tensor, classes: int, background: bool = True) -> None:
     largest = int(index.max()) if index.numel() else 0
-    if largest > classes:
+    if largest > (classes if background else classes - 1):
+        beside = f"background {classes}, " if background else ""
         raise ValueError(
             f"target holds class index {largest}, but logits have {classes} classes"
-            f" (0..{classes - 1}, background {classes}, negative ignored)"
+            f" (0..{classes - 1}, {beside}negative ignored)"
         )
 
 

@@ -7,9 +7,12 @@ from ghm_triton.ops.binning import count_bce_kernel
 from ghm_triton.ops.operators import (
     count_asl1,
     count_bce,
+    count_softmax,
     update_density,
     weighted_asl1,
     weighted_bce,
+    weighted_focal,
+    weighted_softmax,
 )
 from ghm_triton.reference.binning import RegionCounts
 
@@ -27,7 +30,10 @@ __all__ = [
     "RegionCounts",
     "count_asl1",
     "count_bce",
+    "count_softmax",
     "update_density",
     "weighted_asl1",
     "weighted_bce",
+    "weighted_focal",
+    "weighted_softmax",
 ]

@@ -18,12 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ghm_triton.ops.arithmetic import bce, bce_slope, unit_region
-from ghm_triton.ops.loads import arguments, load_bce
+from ghm_triton.ops.loads import arguments, load_bce, load_outer, store_tile
 from ghm_triton.ops.scaling import sum_partials
 from ghm_triton.ops.tiles import (
     OPTIONS,
-    at,
-    entries,
     first_tile,
     previous_tile,
     strides,
@@ -123,23 +121,19 @@ def bce_kernel(
         if LOSS == "sum":
             total = tl.fma(factor, bce(x, target, INDEX), total)
         if LOSS == "entries":
-            exists = entries(tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
-            loss = factor * bce(x, target, INDEX) * scale
-            losses = at(loss_ptr, tile_r, tile_c, cols, 1, BLOCK_R, BLOCK_C)
-            tl.store(losses, loss, mask=exists)
-        if gradient_ptr is not None:
-            # All in float32, and what comes from outside first: a loss scale must reach a float16
-            # gradient before it is rounded.
-            exists = entries(tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
-            outer = scale
-            if outer_ptr is not None:
-                outers = at(outer_ptr, tile_r, tile_c, outer_row, outer_col, BLOCK_R, BLOCK_C)
-                outer = tl.load(outers, mask=exists, other=0.0).to(tl.float32) * scale
-            gradient = (outer * factor) * slope
-            gradients = at(
-                gradient_ptr, tile_r, tile_c, gradient_row, gradient_col, BLOCK_R, BLOCK_C
+            store_tile(
+                loss_ptr, cols, 1, factor * bce(x, target, INDEX) * scale,
+                tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C,
             )
-            tl.store(gradients, gradient.to(gradient_ptr.dtype.element_ty), mask=exists)
+        if gradient_ptr is not None:
+            outer = load_outer(
+                outer_ptr, outer_row, outer_col, scale,
+                tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C,
+            )
+            store_tile(
+                gradient_ptr, gradient_row, gradient_col, (outer * factor) * slope,
+                tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C,
+            )
         tile_r, tile_c = previous_tile(tile_r, tile_c, step_r, step_c, cols, BLOCK_C)
     if LOSS == "sum":
         tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.ravel(total), axis=0))

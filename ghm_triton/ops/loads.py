@@ -1,4 +1,4 @@
-"""How a tile of inputs is read, and what makes an entry valid."""
+"""How a tile is read and written, and what makes an entry valid."""
 
 from __future__ import annotations
 
@@ -102,4 +102,33 @@ def load_difference(
     )
     d = pred.to(tl.float32) - target.to(tl.float32)
     return tl.where(valid, d, 0.0), weight, valid
+
+
+@triton.jit
+def load_outer(
+    outer_ptr, outer_row, outer_col, scale, tile_r, tile_c, rows, cols,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """What a gradient is multiplied by from outside: `scale`, times what came in where it did.
+
+    In float32, and first of all: a loss scale must reach a float16 gradient before it is rounded.
+    """
+    if outer_ptr is None:
+        outer = scale
+    else:
+        exists = entries(tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
+        outers = at(outer_ptr, tile_r, tile_c, outer_row, outer_col, BLOCK_R, BLOCK_C)
+        outer = tl.load(outers, mask=exists, other=0.0).to(tl.float32) * scale
+    return outer
+
+
+@triton.jit
+def store_tile(
+    pointer, row_stride, col_stride, values, tile_r, tile_c, rows, cols,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """One tile of values `[BLOCK_R, BLOCK_C]`, rounded to the pointer's dtype."""
+    exists = entries(tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
+    pointers = at(pointer, tile_r, tile_c, row_stride, col_stride, BLOCK_R, BLOCK_C)
+    tl.store(pointers, values.to(pointer.dtype.element_ty), mask=exists)
 # fmt: on

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ghm_triton._inputs import ClassificationInputs, RegressionInputs
+from ghm_triton._inputs import ClassificationInputs, RegressionInputs, SoftmaxInputs
 from ghm_triton.backend import interpreting
-from ghm_triton.ops import asl1, bce, binning, density, scaling
+from ghm_triton.ops import asl1, bce, binning, density, focal, scaling, softmax
 from ghm_triton.ops.tiles import MAX_PROGRAMS
 from ghm_triton.reference.binning import RegionCounts
 
@@ -53,6 +53,13 @@ def fake_loss(values: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     *_, reduce, gradient = options
     loss = values.new_empty(() if reduce else values.shape, dtype=torch.float32)
     return loss, torch.empty_like(values) if gradient else values.new_empty(0)
+
+
+def fake_row_loss(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """As `fake_loss`, with an entry a row."""
+    *_, reduce, gradient = options
+    loss = logits.new_empty(() if reduce else logits.shape[:1], dtype=torch.float32)
+    return loss, torch.empty_like(logits) if gradient else logits.new_empty(0)
 
 
 def fake_gradient(values: Tensor, *_: Any) -> Tensor:
@@ -100,24 +107,55 @@ define(
     fake_gradient,
 )
 define(
+    f"count_softmax(Tensor logits, {DATA}, int bins) -> Tensor", softmax.count_softmax, fake_counts
+)
+define(
+    f"weighted_softmax(Tensor logits, {DATA}, {TABLE}, bool weighted, bool reduce, bool gradient)"
+    " -> (Tensor, Tensor)",
+    softmax.weighted_softmax,
+    fake_row_loss,
+)
+define(
+    f"weighted_softmax_backward(Tensor logits, {DATA}, {TABLE}, Tensor grad_loss, bool weighted)"
+    " -> Tensor",
+    softmax.weighted_softmax_backward,
+    fake_gradient,
+)
+define(
+    f"focal(Tensor logits, {DATA}, Tensor scale, float alpha, float gamma, bool weighted,"
+    " bool reduce, bool gradient) -> (Tensor, Tensor)",
+    focal.focal,
+    fake_loss,
+)
+define(
+    f"focal_backward(Tensor logits, {DATA}, Tensor scale, Tensor grad_loss, float alpha,"
+    " float gamma, bool weighted) -> Tensor",
+    focal.focal_backward,
+    fake_gradient,
+)
+define(
     "scale_gradient(Tensor(a!) gradient, Tensor factor) -> ()",
     scaling.scale_gradient,
     lambda *_: None,
 )
 
 
-def differentiate(name: str, again: Callable[..., Tensor], constants: int) -> None:
-    """Register the gradient of a loss with `constants` options between its tensors and `reduce`.
+def differentiate(name: str, again: Callable[..., Tensor], tensors: int, constants: int) -> None:
+    """Register the gradient of a loss: formed with it, or else by `again` from the same inputs.
 
-    It was formed with the loss, or else `again` forms it from the same inputs.
+    Args:
+        name: The operator; its last two arguments are `reduce` and `gradient`.
+        again: Takes the tensors, what comes in, and the constants.
+        tensors: How many of its arguments lead, the differentiable one first.
+        constants: How many follow.
     """
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.formed = inputs[-1]
-        ctx.options = inputs[5 : 5 + constants]
+        ctx.options = inputs[tensors : tensors + constants]
         ctx.arguments = len(inputs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*((output[1],) if ctx.formed else inputs[:5]))
+        ctx.save_for_backward(*((output[1],) if ctx.formed else inputs[:tensors]))
 
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
@@ -140,8 +178,10 @@ def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
     return gradient
 
 
-differentiate("weighted_bce", torch.ops.ghm.weighted_bce_backward, constants=1)
-differentiate("weighted_asl1", torch.ops.ghm.weighted_asl1_backward, constants=2)
+differentiate("weighted_bce", torch.ops.ghm.weighted_bce_backward, tensors=5, constants=1)
+differentiate("weighted_asl1", torch.ops.ghm.weighted_asl1_backward, tensors=5, constants=2)
+differentiate("weighted_softmax", torch.ops.ghm.weighted_softmax_backward, tensors=5, constants=1)
+differentiate("focal", torch.ops.ghm.focal_backward, tensors=4, constants=3)
 
 
 def count_bce(inputs: ClassificationInputs, bins: int) -> RegionCounts:
@@ -205,6 +245,53 @@ def weighted_asl1(
     loss, _ = torch.ops.ghm.weighted_asl1(
         *(inputs.pred, inputs.target, inputs.weight, table, scale),
         *(mu, weighted, reduce, _form_gradient(inputs.pred, reduce)),
+    )
+    return loss
+
+
+def count_softmax(inputs: SoftmaxInputs, bins: int) -> RegionCounts:
+    """As `ghm_triton.reference.count_softmax`, in one pass over the inputs.
+
+    Raises:
+        ValueError: A row does not fit into a tile.
+    """
+    classes = inputs.logits.shape[1]
+    if classes > softmax.MAX_CLASSES:
+        raise ValueError(
+            f"backend='triton' takes up to {softmax.MAX_CLASSES} classes, got {classes};"
+            " use backend='torch'"
+        )
+    counts = torch.ops.ghm.count_softmax(inputs.logits, inputs.index, inputs.weight, bins)
+    return _counts(counts, bins)
+
+
+def weighted_softmax(
+    inputs: SoftmaxInputs, table: Tensor, scale: Tensor, *, weighted: bool, reduce: bool
+) -> Tensor:
+    """As `ghm_triton.reference.weighted_softmax`."""
+    loss: Tensor
+    loss, _ = torch.ops.ghm.weighted_softmax(
+        *(inputs.logits, inputs.index, inputs.weight, table, scale),
+        *(weighted, reduce, _form_gradient(inputs.logits, reduce)),
+    )
+    return loss
+
+
+def weighted_focal(
+    inputs: ClassificationInputs,
+    scale: Tensor,
+    *,
+    alpha: float,
+    gamma: float,
+    weighted: bool,
+    reduce: bool,
+) -> Tensor:
+    """As `ghm_triton.reference.weighted_focal`."""
+    target = inputs.target if inputs.index is None else inputs.index
+    loss: Tensor
+    loss, _ = torch.ops.ghm.focal(
+        *(inputs.logits, target, inputs.weight, scale, alpha, gamma),
+        *(weighted, reduce, _form_gradient(inputs.logits, reduce)),
     )
     return loss
 

@@ -1,0 +1,167 @@
+"""Sigmoid focal loss and its gradient in one pass: the peer, under the same roof.
+
+Memory traffic, bytes an element, with `b` those of a logit (4 float32, 2 float16 and bfloat16):
+`b + 8 / C` with class indices or `b + t` with dense targets of `t` bytes are read, `b` written.
+Without reduction, and in float16, the gradient has a pass of its own, as in `bce.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ghm_triton.ops.arithmetic import LOG2_E, log1p, sigmoid
+from ghm_triton.ops.loads import arguments, load_bce, load_outer, store_tile
+from ghm_triton.ops.scaling import sum_partials
+from ghm_triton.ops.tiles import OPTIONS, first_tile, next_tile, strides, tiling
+
+
+def focal(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    scale: Tensor,
+    alpha: float,
+    gamma: float,
+    weighted: bool,
+    reduce: bool,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss (scalar or `[R, C]`, float32) and, when asked for, the gradient of its sum."""
+    cut = tiling(logits)
+    shape = (cut.programs,) if reduce else logits.shape
+    loss = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    slope = torch.empty_like(logits) if gradient else logits.new_empty(0)
+    with torch.cuda.device_of(logits):
+        focal_kernel[(cut.programs,)](
+            *arguments(logits, target, weight),
+            *(scale, None, 0, 0),
+            *(loss, slope if gradient else None, *strides(slope if gradient else None)),
+            cut.tiles,
+            LOSS="sum" if reduce else "entries",
+            INDEX=target.dim() == 1,
+            WEIGHTED=weighted,
+            ALPHA=alpha,
+            GAMMA=gamma,
+            **cut.constants(logits.shape[1]),
+            **OPTIONS,
+        )
+        return sum_partials(loss, scale) if reduce else loss, slope
+
+
+def focal_backward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    scale: Tensor,
+    grad_loss: Tensor,
+    alpha: float,
+    gamma: float,
+    weighted: bool,
+) -> Tensor:
+    """The gradient of the logits, in their dtype and layout; `grad_loss` is scalar or `[R, C]`."""
+    cut = tiling(logits)
+    slope = torch.empty_like(logits)
+    with torch.cuda.device_of(logits):
+        focal_kernel[(cut.programs,)](
+            *arguments(logits, target, weight),
+            *(scale, grad_loss),
+            *(strides(grad_loss) if grad_loss.dim() else (0, 0)),
+            *(None, slope, *strides(slope)),
+            cut.tiles,
+            LOSS=None,
+            INDEX=target.dim() == 1,
+            WEIGHTED=weighted,
+            ALPHA=alpha,
+            GAMMA=gamma,
+            **cut.constants(logits.shape[1]),
+            **OPTIONS,
+        )
+    return slope
+
+
+# fmt: off
+@triton.jit
+def power(q, GAMMA: tl.constexpr):
+    """`q ** gamma` for q in [0, 1]."""
+    if GAMMA == 0:
+        result = tl.full(q.shape, 1.0, tl.float32)
+    elif GAMMA == 1:
+        result = q
+    elif GAMMA == 2:
+        result = q * q
+    else:
+        result = tl.exp2(GAMMA * tl.log2(q))
+    return result
+
+
+@triton.jit
+def one_side(u, e, GAMMA: tl.constexpr):
+    """`q^gamma * softplus(u)` with `q = sigmoid(u) = 1 - p_t`, and its slope; `e = exp(-|u|)`."""
+    q = sigmoid(u)
+    bce = tl.maximum(u, 0.0) + log1p(e)
+    factor = power(q, GAMMA)
+    return factor * bce, factor * (GAMMA * (1.0 - q) * bce + q)
+
+
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def focal_kernel(
+    logits_ptr, target_ptr, weight_ptr,
+    logits_row, logits_col, target_row, target_col, weight_row, weight_col, rows, cols,
+    scale_ptr, outer_ptr, outer_row, outer_col,
+    loss_ptr, gradient_ptr, gradient_row, gradient_col, tiles,
+    LOSS: tl.constexpr, INDEX: tl.constexpr, WEIGHTED: tl.constexpr,
+    ALPHA: tl.constexpr, GAMMA: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Walk over tiles: the loss (LOSS: "sum" a program, "entries", or None), the gradient, or both.
+
+    With dense targets the two sides are mixed: `t` of the positive's, `1 - t` of the negative's.
+    """
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    scale = tl.load(scale_ptr)
+    tile_r, tile_c = first_tile(tl.program_id(0), cols, BLOCK_C)
+    step_r, step_c = first_tile(tl.num_programs(0), cols, BLOCK_C)
+    for _ in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        x, target, weight, valid, share = load_bce(
+            logits_ptr, target_ptr, weight_ptr,
+            logits_row, logits_col, target_row, target_col, weight_row, weight_col, rows, cols,
+            tile_r, tile_c, INDEX, WHOLE, BLOCK_R, BLOCK_C,
+        )
+        e = tl.exp2(tl.abs(x) * -LOG2_E)
+        if INDEX:
+            loss, slope = one_side(tl.where(target, -x, x), e, GAMMA)
+            factor = tl.where(target, ALPHA, 1.0 - ALPHA)
+            slope = tl.where(target, -slope, slope)
+        else:
+            positive, down = one_side(-x, e, GAMMA)
+            negative, up = one_side(x, e, GAMMA)
+            loss = ALPHA * target * positive + (1.0 - ALPHA) * (1.0 - target) * negative
+            slope = (1.0 - ALPHA) * (1.0 - target) * up - ALPHA * target * down
+            factor = tl.full([BLOCK_R, BLOCK_C], 1.0, tl.float32)
+        if WEIGHTED:
+            factor = factor * weight
+        # A target out of range has a share of NaN.
+        factor = tl.where(valid, factor + share * 0.0, 0.0)
+        if LOSS == "sum":
+            total = tl.fma(factor, loss, total)
+        if LOSS == "entries":
+            store_tile(
+                loss_ptr, cols, 1, factor * loss * scale,
+                tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C,
+            )
+        if gradient_ptr is not None:
+            outer = load_outer(
+                outer_ptr, outer_row, outer_col, scale,
+                tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C,
+            )
+            store_tile(
+                gradient_ptr, gradient_row, gradient_col, (outer * factor) * slope,
+                tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C,
+            )
+        tile_r, tile_c = next_tile(tile_r, tile_c, step_r, step_c, cols, BLOCK_C)
+    if LOSS == "sum":
+        tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.ravel(total), axis=0))
+# fmt: on
