@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from ghm_triton.ops import asl1, bce, binning, density, scaling
+from ghm_triton.ops import asl1, bce, binning, density, focal, scaling, softmax
 from ghm_triton.ops.tiles import MAX_PROGRAMS
 
 TARGETS = {
@@ -106,6 +106,13 @@ def calls(dtype: str) -> Iterator[Call]:
         yield name, read + size, bce.weighted_bce, (*loss, True)
         yield f"{name}-loss", read, bce.weighted_bce, (*loss, False)
         yield f"{name}-gradient", read + size, bce.weighted_bce_backward, again
+        if name != "index20":
+            options = (0.25, 2.0, False, True, True)
+            yield name, read + size, focal.focal, (*data, scale, *options)
+
+    data, read = (logits, labels, None), size + 8 / CLASSES
+    yield "", read, softmax.count_softmax, (*data, 30)
+    yield "", read + size, softmax.weighted_softmax, (*data, table, scale, False, True, True)
 
     pred, deltas, weight = (_empty(ROWS, DELTAS, dtype=dtype) for _ in range(3))
     inputs, table, mu = (pred, deltas, weight), _empty(10), 0.02

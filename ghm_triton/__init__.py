@@ -5,8 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ghm_triton.density import GradientDensity
-    from ghm_triton.functional import focal_loss, ghm_c_loss, ghm_r_loss, gradient_density
-    from ghm_triton.losses import FocalLoss, GHMCLoss, GHMRLoss
+    from ghm_triton.functional import (
+        focal_loss,
+        ghm_c_loss,
+        ghm_r_loss,
+        ghm_softmax_loss,
+        gradient_density,
+    )
+    from ghm_triton.losses import FocalLoss, GHMCLoss, GHMRLoss, GHMSoftmaxLoss
     from ghm_triton.schedule import StrengthSchedule
     from ghm_triton.statistics import ClassStatistics
     from ghm_triton.thresholds import ClassThreshold, ClassThresholds, ThresholdWarning
@@ -22,12 +28,14 @@ _HOMES = {
     "FocalLoss": "losses",
     "GHMCLoss": "losses",
     "GHMRLoss": "losses",
+    "GHMSoftmaxLoss": "losses",
     "GradientDensity": "density",
     "StrengthSchedule": "schedule",
     "ThresholdWarning": "thresholds",
     "focal_loss": "functional",
     "ghm_c_loss": "functional",
     "ghm_r_loss": "functional",
+    "ghm_softmax_loss": "functional",
     "gradient_density": "functional",
 }
 
@@ -38,12 +46,14 @@ __all__ = [
     "FocalLoss",
     "GHMCLoss",
     "GHMRLoss",
+    "GHMSoftmaxLoss",
     "GradientDensity",
     "StrengthSchedule",
     "ThresholdWarning",
     "focal_loss",
     "ghm_c_loss",
     "ghm_r_loss",
+    "ghm_softmax_loss",
     "gradient_density",
 ]
 

@@ -9,6 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+EVEN = 16  # entries of a row, whatever the dtype, that wide accesses fit into
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -78,7 +79,7 @@ def classification_inputs(
     if target.shape == logits.shape and (target.is_floating_point() or target.dtype == torch.bool):
         if look:
             _require_range("target", _where_kept(target.detach(), weight), 0.0, 1.0)
-        classes = _columns(logits)
+        classes = _columns(logits, target, weight)
         dense = _rows(target.detach(), classes)
         return ClassificationInputs(
             _rows(logits, classes), None, dense, _rows(weight, classes), logits.shape
@@ -119,7 +120,7 @@ def regression_inputs(
     _require_same_device(pred, target=target, label_weight=label_weight)
     look = looks(pred, validate)
     weight = _broadcast_weight(label_weight, pred, look)
-    columns = _columns(pred)
+    columns = _columns(pred, target, weight)
     return RegressionInputs(
         _rows(pred, columns), _rows(target.detach(), columns), _rows(weight, columns), pred.shape
     )
@@ -178,8 +179,14 @@ def require_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def _columns(tensor: Tensor) -> int:
-    # A vector is a column: one class, many samples.
+def _columns(tensor: Tensor, *beside: Tensor | None) -> int:
+    """The columns to view an elementwise problem in: those whose rows are aligned, or the last's.
+
+    A vector is a column: one class, many samples.
+    """
+    lying = (other for other in (tensor, *beside) if other is not None)
+    if tensor.numel() % EVEN == 0 and all(other.is_contiguous() for other in lying):
+        return EVEN
     return max(1, tensor.shape[-1]) if tensor.dim() > 1 else 1
 
 

@@ -8,15 +8,13 @@ from torch import Tensor, nn
 from ghm_triton._inputs import require_choice
 from ghm_triton.backend import BACKENDS
 from ghm_triton.density import GradientDensity
-from ghm_triton.functional import (
+from ghm_triton.functional import focal_loss, ghm_c_loss, ghm_r_loss, ghm_softmax_loss
+from ghm_triton.functional.options import (
     DEFAULT_STRENGTH,
     Average,
     Backend,
     Density,
     Reduction,
-    focal_loss,
-    ghm_c_loss,
-    ghm_r_loss,
     require_reduction,
 )
 from ghm_triton.schedule import StrengthSchedule
@@ -167,6 +165,79 @@ class GHMRLoss(nn.Module):
         )
 
 
+class GHMSoftmaxLoss(nn.Module):
+    """Softmax GHM with its moving average: harmonized cross entropy; an extension.
+
+    For classes that exclude each other, as in the second stage of Faster R-CNN. Neither the paper
+    nor its released code has it.
+
+    Args:
+        bins: Unit regions `M`.
+        momentum: Of the moving average of the counts, in [0, 1).
+        strength: As in `GHMCLoss`.
+        loss_weight: Multiplies the loss.
+        density: `unit_region` or `streaming`.
+        normalizer: As in `GHMCLoss`.
+        ema: As in `GHMCLoss`.
+        max_weight: As in `GHMCLoss`.
+        weighted: As in `GHMCLoss`.
+        reduction: `mean`, `sum` or `none`.
+        process_group: As in `GHMCLoss`.
+        backend: `auto`, `triton` or `torch`.
+        validate: As in `ghm_c_loss`.
+    """
+
+    def __init__(
+        self,
+        bins: int = 30,
+        momentum: float = 0.75,
+        strength: float | StrengthSchedule = DEFAULT_STRENGTH,
+        loss_weight: float = 1.0,
+        density: Density = "unit_region",
+        normalizer: str = "valid_bins",
+        ema: str = "debiased",
+        max_weight: float | None = None,
+        weighted: bool = False,
+        reduction: Reduction = "mean",
+        process_group: dist.ProcessGroup | None = None,
+        backend: Backend = "auto",
+        validate: bool | None = None,
+    ) -> None:
+        super().__init__()
+        require_choice("density", density, ("unit_region", "streaming"))
+        self.density = GradientDensity(
+            bins,
+            momentum,
+            strength,
+            normalizer,
+            ema,
+            max_weight,
+            process_group,
+            density=density,
+        )
+        require_reduction(reduction, "valid")
+        require_choice("backend", backend, BACKENDS)
+        self.loss_weight = loss_weight
+        self.weighted = weighted
+        self.reduction: Reduction = reduction
+        self.backend: Backend = backend
+        self.validate = validate
+
+    def forward(self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
+        """The loss; shapes, dtypes and errors as in `ghm_softmax_loss`."""
+        return ghm_softmax_loss(
+            logits,
+            target,
+            label_weight,
+            loss_weight=self.loss_weight,
+            weighted=self.weighted,
+            reduction=self.reduction,
+            state=self.density,
+            backend=self.backend,
+            validate=self.validate,
+        )
+
+
 class FocalLoss(nn.Module):
     """Sigmoid focal loss with the target conventions of `GHMCLoss` (arXiv 1708.02002).
 
@@ -176,6 +247,7 @@ class FocalLoss(nn.Module):
         loss_weight: Multiplies the loss.
         average: `positives` (the paper) or `valid`.
         reduction: `mean`, `sum` or `none`.
+        backend: `auto`, `triton` or `torch`.
     """
 
     def __init__(
@@ -185,23 +257,28 @@ class FocalLoss(nn.Module):
         loss_weight: float = 1.0,
         average: Average = "positives",
         reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         require_reduction(reduction, average)
+        require_choice("backend", backend, BACKENDS)
         self.alpha = alpha
         self.gamma = gamma
         self.loss_weight = loss_weight
         self.average: Average = average
         self.reduction: Reduction = reduction
+        self.backend: Backend = backend
 
     def forward(self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
         """The loss; shapes, dtypes and errors as in `focal_loss`."""
-        return self.loss_weight * focal_loss(
+        return focal_loss(
             logits,
             target,
             label_weight,
             alpha=self.alpha,
             gamma=self.gamma,
             average=self.average,
+            loss_weight=self.loss_weight,
             reduction=self.reduction,
+            backend=self.backend,
         )

@@ -30,12 +30,11 @@ from torch import Tensor, nn
 from ghm_triton._inputs import require_choice
 from ghm_triton.backend import BACKENDS
 from ghm_triton.density import GradientDensity
-from ghm_triton.functional import (
+from ghm_triton.functional import ghm_c_loss, ghm_r_loss
+from ghm_triton.functional.options import (
     Average,
     Backend,
     Reduction,
-    ghm_c_loss,
-    ghm_r_loss,
     require_reduction,
 )
 from ghm_triton.schedule import StrengthSchedule

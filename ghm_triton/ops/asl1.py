@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ghm_triton.ops.arithmetic import asl1, unit_region
-from ghm_triton.ops.loads import arguments, load_difference, load_outer, store_tile
+from ghm_triton.ops.loads import arguments, load_difference, load_outer, outer_strides, store_tile
 from ghm_triton.ops.scaling import sum_partials
 from ghm_triton.ops.tiles import (
     OPTIONS,
+    alignment,
     first_tile,
     previous_tile,
     strides,
@@ -41,17 +42,18 @@ def weighted_asl1(
     shape = (cut.programs,) if reduce else pred.shape
     loss = torch.empty(shape, dtype=torch.float32, device=pred.device)
     slope = torch.empty_like(pred) if gradient else pred.new_empty(0)
+    align = alignment(pred, target, weight, slope)
     with torch.cuda.device_of(pred):
         asl1_kernel[(cut.programs,)](
-            *arguments(pred, target, weight),
-            *(table, scale, None, 0, 0),
-            *(loss, slope if gradient else None, *strides(slope if gradient else None)),
+            *arguments(pred, target, weight, align),
+            *(table, scale, None, None, None),
+            *(loss, slope if gradient else None, *strides(slope if gradient else None, align)),
             cut.tiles,
             LOSS="sum" if reduce else "entries",
             MU=mu,
             WEIGHTED=weighted,
             BINS=table.numel(),
-            **cut.constants(pred.shape[1]),
+            **cut.constants(pred.shape[1], align),
             **OPTIONS,
         )
         return sum_partials(loss, scale) if reduce else loss, slope
@@ -70,18 +72,19 @@ def weighted_asl1_backward(
     """The gradient of the predictions, in their dtype and layout."""
     cut = tiling(pred)
     slope = torch.empty_like(pred)
+    align = alignment(pred, target, weight, slope)
     with torch.cuda.device_of(pred):
         asl1_kernel[(cut.programs,)](
-            *arguments(pred, target, weight),
+            *arguments(pred, target, weight, align),
             *(table, scale, grad_loss),
-            *(strides(grad_loss) if grad_loss.dim() else (0, 0)),
-            *(None, slope, *strides(slope)),
+            *outer_strides(grad_loss),
+            *(None, slope, *strides(slope, align)),
             cut.tiles,
             LOSS=None,
             MU=mu,
             WEIGHTED=weighted,
             BINS=table.numel(),
-            **cut.constants(pred.shape[1]),
+            **cut.constants(pred.shape[1], align),
             **OPTIONS,
         )
     return slope
@@ -95,7 +98,7 @@ def asl1_kernel(
     table_ptr, scale_ptr, outer_ptr, outer_row, outer_col,
     loss_ptr, gradient_ptr, gradient_row, gradient_col, tiles,
     LOSS: tl.constexpr, MU: tl.constexpr, WEIGHTED: tl.constexpr, BINS: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Walk over tiles: the loss (LOSS: "sum" a program, "entries", or None), the gradient, or both.
 
@@ -109,7 +112,7 @@ def asl1_kernel(
         d, weight, valid = load_difference(
             pred_ptr, target_ptr, weight_ptr,
             pred_row, pred_col, target_row, target_col, weight_row, weight_col, rows, cols,
-            tile_r, tile_c, WHOLE, BLOCK_R, BLOCK_C,
+            tile_r, tile_c, WHOLE, ALIGN, BLOCK_R, BLOCK_C,
         )
         entry, slope = asl1(d, MU)
         region = unit_region(tl.abs(slope), BINS)
@@ -121,7 +124,7 @@ def asl1_kernel(
         if LOSS == "entries":
             store_tile(
                 loss_ptr, cols, 1, factor * entry * scale,
-                tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C,
+                tile_r, tile_c, rows, cols, WHOLE, 1, BLOCK_R, BLOCK_C,
             )
         if gradient_ptr is not None:
             outer = load_outer(
@@ -130,7 +133,7 @@ def asl1_kernel(
             )
             store_tile(
                 gradient_ptr, gradient_row, gradient_col, (outer * factor) * slope,
-                tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C,
+                tile_r, tile_c, rows, cols, WHOLE, ALIGN, BLOCK_R, BLOCK_C,
             )
         tile_r, tile_c = previous_tile(tile_r, tile_c, step_r, step_c, cols, BLOCK_C)
     if LOSS == "sum":

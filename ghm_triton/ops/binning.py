@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ghm_triton.ops.arithmetic import asl1, bce_slope, unit_region
 from ghm_triton.ops.loads import arguments, load_bce, load_difference
-from ghm_triton.ops.tiles import MAX_PROGRAMS, OPTIONS, first_tile, next_tile, tiling
+from ghm_triton.ops.tiles import MAX_PROGRAMS, OPTIONS, alignment, first_tile, next_tile, tiling
 
 
 def count_bce(logits: Tensor, target: Tensor, weight: Tensor | None, bins: int) -> Tensor:
@@ -26,16 +26,17 @@ def count_bce(logits: Tensor, target: Tensor, weight: Tensor | None, bins: int) 
         is not finite or out of range; and the bits of float64 partial sums of the targets.
     """
     cut, out = tiling(logits), scratch(bins, logits.device)
+    align = alignment(logits, target, weight)
     with torch.cuda.device_of(logits):
         count_bce_kernel[(cut.programs,)](
-            *arguments(logits, target, weight),
+            *arguments(logits, target, weight, align),
             out,
             out[bins + 1 :].view(torch.float64),
             cut.tiles,
             INDEX=target.dim() == 1,
             BINS=bins,
             BLOCK_BINS=triton.next_power_of_2(bins + 1),
-            **cut.constants(logits.shape[1]),
+            **cut.constants(logits.shape[1], align),
             **OPTIONS,
         )
     return out
@@ -44,16 +45,17 @@ def count_bce(logits: Tensor, target: Tensor, weight: Tensor | None, bins: int) 
 def count_asl1(pred: Tensor, target: Tensor, weight: Tensor | None, bins: int, mu: float) -> Tensor:
     """Count `|d| / sqrt(d^2 + mu^2)`; the result is laid out as that of `count_bce`."""
     cut, out = tiling(pred), scratch(bins, pred.device)
+    align = alignment(pred, target, weight)
     with torch.cuda.device_of(pred):
         count_asl1_kernel[(cut.programs,)](
-            *arguments(pred, target, weight),
+            *arguments(pred, target, weight, align),
             out,
             out[bins + 1 :].view(torch.float64),
             cut.tiles,
             MU=mu,
             BINS=bins,
             BLOCK_BINS=triton.next_power_of_2(bins + 1),
-            **cut.constants(pred.shape[1]),
+            **cut.constants(pred.shape[1], align),
             **OPTIONS,
         )
     return out
@@ -84,7 +86,7 @@ def count_bce_kernel(
     logits_row, logits_col, target_row, target_col, weight_row, weight_col, rows, cols,
     counts_ptr, positives_ptr, tiles,
     INDEX: tl.constexpr, BINS: tl.constexpr, BLOCK_BINS: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Walk over tiles; one histogram and one sum of targets a program."""
     histogram = tl.zeros([BLOCK_BINS], tl.int32)
@@ -95,7 +97,7 @@ def count_bce_kernel(
         x, target, _, valid, share = load_bce(
             logits_ptr, target_ptr, weight_ptr,
             logits_row, logits_col, target_row, target_col, weight_row, weight_col, rows, cols,
-            tile_r, tile_c, INDEX, WHOLE, BLOCK_R, BLOCK_C,
+            tile_r, tile_c, INDEX, WHOLE, ALIGN, BLOCK_R, BLOCK_C,
         )
         slope = bce_slope(x, target, INDEX)
         # What is not counted has a bin of its own: a mask is not known to older Triton.
@@ -114,7 +116,7 @@ def count_asl1_kernel(
     pred_row, pred_col, target_row, target_col, weight_row, weight_col, rows, cols,
     counts_ptr, positives_ptr, tiles,
     MU: tl.constexpr, BINS: tl.constexpr, BLOCK_BINS: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Walk over tiles; one histogram and one number of entries a program."""
     histogram = tl.zeros([BLOCK_BINS], tl.int32)
@@ -125,7 +127,7 @@ def count_asl1_kernel(
         d, _, valid = load_difference(
             pred_ptr, target_ptr, weight_ptr,
             pred_row, pred_col, target_row, target_col, weight_row, weight_col, rows, cols,
-            tile_r, tile_c, WHOLE, BLOCK_R, BLOCK_C,
+            tile_r, tile_c, WHOLE, ALIGN, BLOCK_R, BLOCK_C,
         )
         _, slope = asl1(d, MU)
         region = tl.where(valid, unit_region(tl.abs(slope), BINS), BINS)

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ghm_triton.ops.arithmetic import LOG2_E, log1p, sigmoid
-from ghm_triton.ops.loads import arguments, load_bce, load_outer, store_tile
+from ghm_triton.ops.loads import arguments, load_bce, load_outer, outer_strides, store_tile
 from ghm_triton.ops.scaling import sum_partials
-from ghm_triton.ops.tiles import OPTIONS, first_tile, next_tile, strides, tiling
+from ghm_triton.ops.tiles import OPTIONS, alignment, first_tile, next_tile, strides, tiling
 
 
 def focal(
@@ -34,18 +34,19 @@ def focal(
     shape = (cut.programs,) if reduce else logits.shape
     loss = torch.empty(shape, dtype=torch.float32, device=logits.device)
     slope = torch.empty_like(logits) if gradient else logits.new_empty(0)
+    align = alignment(logits, target, weight, slope)
     with torch.cuda.device_of(logits):
         focal_kernel[(cut.programs,)](
-            *arguments(logits, target, weight),
-            *(scale, None, 0, 0),
-            *(loss, slope if gradient else None, *strides(slope if gradient else None)),
+            *arguments(logits, target, weight, align),
+            *(scale, None, None, None),
+            *(loss, slope if gradient else None, *strides(slope if gradient else None, align)),
             cut.tiles,
             LOSS="sum" if reduce else "entries",
             INDEX=target.dim() == 1,
             WEIGHTED=weighted,
             ALPHA=alpha,
             GAMMA=gamma,
-            **cut.constants(logits.shape[1]),
+            **cut.constants(logits.shape[1], align),
             **OPTIONS,
         )
         return sum_partials(loss, scale) if reduce else loss, slope
@@ -64,19 +65,20 @@ def focal_backward(
     """The gradient of the logits, in their dtype and layout; `grad_loss` is scalar or `[R, C]`."""
     cut = tiling(logits)
     slope = torch.empty_like(logits)
+    align = alignment(logits, target, weight, slope)
     with torch.cuda.device_of(logits):
         focal_kernel[(cut.programs,)](
-            *arguments(logits, target, weight),
+            *arguments(logits, target, weight, align),
             *(scale, grad_loss),
-            *(strides(grad_loss) if grad_loss.dim() else (0, 0)),
-            *(None, slope, *strides(slope)),
+            *outer_strides(grad_loss),
+            *(None, slope, *strides(slope, align)),
             cut.tiles,
             LOSS=None,
             INDEX=target.dim() == 1,
             WEIGHTED=weighted,
             ALPHA=alpha,
             GAMMA=gamma,
-            **cut.constants(logits.shape[1]),
+            **cut.constants(logits.shape[1], align),
             **OPTIONS,
         )
     return slope
@@ -114,7 +116,7 @@ def focal_kernel(
     loss_ptr, gradient_ptr, gradient_row, gradient_col, tiles,
     LOSS: tl.constexpr, INDEX: tl.constexpr, WEIGHTED: tl.constexpr,
     ALPHA: tl.constexpr, GAMMA: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Walk over tiles: the loss (LOSS: "sum" a program, "entries", or None), the gradient, or both.
 
@@ -128,7 +130,7 @@ def focal_kernel(
         x, target, weight, valid, share = load_bce(
             logits_ptr, target_ptr, weight_ptr,
             logits_row, logits_col, target_row, target_col, weight_row, weight_col, rows, cols,
-            tile_r, tile_c, INDEX, WHOLE, BLOCK_R, BLOCK_C,
+            tile_r, tile_c, INDEX, WHOLE, ALIGN, BLOCK_R, BLOCK_C,
         )
         e = tl.exp2(tl.abs(x) * -LOG2_E)
         if INDEX:
@@ -150,7 +152,7 @@ def focal_kernel(
         if LOSS == "entries":
             store_tile(
                 loss_ptr, cols, 1, factor * loss * scale,
-                tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C,
+                tile_r, tile_c, rows, cols, WHOLE, 1, BLOCK_R, BLOCK_C,
             )
         if gradient_ptr is not None:
             outer = load_outer(
@@ -159,7 +161,7 @@ def focal_kernel(
             )
             store_tile(
                 gradient_ptr, gradient_row, gradient_col, (outer * factor) * slope,
-                tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C,
+                tile_r, tile_c, rows, cols, WHOLE, ALIGN, BLOCK_R, BLOCK_C,
             )
         tile_r, tile_c = next_tile(tile_r, tile_c, step_r, step_c, cols, BLOCK_C)
     if LOSS == "sum":

@@ -11,11 +11,11 @@ from ghm_triton.ops.tiles import at, entries, pointer, strides
 Arguments = tuple[Tensor | int | None, ...]
 
 
-def arguments(values: Tensor, target: Tensor, weight: Tensor | None) -> Arguments:
+def arguments(values: Tensor, target: Tensor, weight: Tensor | None, align: int) -> Arguments:
     """The leading arguments of every kernel: pointers, strides, shape."""
     return (
         *(values.detach(), pointer(target), pointer(weight)),
-        *(*strides(values), *strides(target), *strides(weight)),
+        *(*strides(values, align), *strides(target, align), *strides(weight, align)),
         *values.shape,
     )
 
@@ -26,7 +26,8 @@ def load_bce(
     logits_ptr, target_ptr, weight_ptr,
     logits_row, logits_col, target_row, target_col, weight_row, weight_col, rows, cols,
     tile_r, tile_c,
-    INDEX: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    INDEX: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """One tile of logits (float32, 0 where not valid), targets, weights, what is valid; shares.
 
@@ -34,10 +35,10 @@ def load_bce(
     they are NaN where a valid entry's target is out of range.
     """
     exists = entries(tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
-    logits = at(logits_ptr, tile_r, tile_c, logits_row, logits_col, BLOCK_R, BLOCK_C)
+    logits = at(logits_ptr, tile_r, tile_c, logits_row, logits_col, ALIGN, BLOCK_R, BLOCK_C)
     x = tl.load(logits, mask=exists, other=0.0).to(tl.float32)
     weight, valid = load_weight(
-        weight_ptr, weight_row, weight_col, tile_r, tile_c, exists, BLOCK_R, BLOCK_C
+        weight_ptr, weight_row, weight_col, tile_r, tile_c, exists, ALIGN, BLOCK_R, BLOCK_C
     )
     if INDEX:
         label = load_labels(target_ptr, target_row, tile_r, rows, cols, BLOCK_R)
@@ -52,7 +53,7 @@ def load_bce(
             share = tl.where(target, 1.0, 0.0)
         share = tl.where(valid & (label > cols), float("nan"), share)
     else:
-        targets = at(target_ptr, tile_r, tile_c, target_row, target_col, BLOCK_R, BLOCK_C)
+        targets = at(target_ptr, tile_r, tile_c, target_row, target_col, ALIGN, BLOCK_R, BLOCK_C)
         target = tl.where(valid, tl.load(targets, mask=exists, other=0).to(tl.float32), 0.0)
         share = tl.where((target >= 0.0) & (target <= 1.0), target, float("nan"))
     return tl.where(valid, x, 0.0), target, weight, valid, share
@@ -73,13 +74,13 @@ def load_labels(target_ptr, target_row, tile_r, rows, cols, BLOCK_R: tl.constexp
 @triton.jit
 def load_weight(
     weight_ptr, weight_row, weight_col, tile_r, tile_c, exists,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """`label_weight` in float32, and which entries are valid; where there is none, 1 and all."""
     if weight_ptr is None:
         weight, valid = tl.full([BLOCK_R, BLOCK_C], 1.0, tl.float32), exists
     else:
-        weights = at(weight_ptr, tile_r, tile_c, weight_row, weight_col, BLOCK_R, BLOCK_C)
+        weights = at(weight_ptr, tile_r, tile_c, weight_row, weight_col, ALIGN, BLOCK_R, BLOCK_C)
         stored = tl.load(weights, mask=exists, other=0)
         weight, valid = stored.to(tl.float32), exists & (stored > 0)
     return weight, valid
@@ -89,16 +90,17 @@ def load_weight(
 def load_difference(
     pred_ptr, target_ptr, weight_ptr,
     pred_row, pred_col, target_row, target_col, weight_row, weight_col, rows, cols,
-    tile_r, tile_c, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    tile_r, tile_c, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """One tile: `d = pred - target` (float32, 0 where not valid), weights, what is valid."""
     exists = entries(tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
-    preds = at(pred_ptr, tile_r, tile_c, pred_row, pred_col, BLOCK_R, BLOCK_C)
-    targets = at(target_ptr, tile_r, tile_c, target_row, target_col, BLOCK_R, BLOCK_C)
+    preds = at(pred_ptr, tile_r, tile_c, pred_row, pred_col, ALIGN, BLOCK_R, BLOCK_C)
+    targets = at(target_ptr, tile_r, tile_c, target_row, target_col, ALIGN, BLOCK_R, BLOCK_C)
     pred = tl.load(preds, mask=exists, other=0.0)
     target = tl.load(targets, mask=exists, other=0.0)
     weight, valid = load_weight(
-        weight_ptr, weight_row, weight_col, tile_r, tile_c, exists, BLOCK_R, BLOCK_C
+        weight_ptr, weight_row, weight_col, tile_r, tile_c, exists, ALIGN, BLOCK_R, BLOCK_C
     )
     d = pred.to(tl.float32) - target.to(tl.float32)
     return tl.where(valid, d, 0.0), weight, valid
@@ -112,23 +114,31 @@ def load_outer(
     """What a gradient is multiplied by from outside: `scale`, times what came in where it did.
 
     In float32, and first of all: a loss scale must reach a float16 gradient before it is rounded.
+    Without strides what came in is one number.
     """
     if outer_ptr is None:
         outer = scale
+    elif outer_row is None:
+        outer = tl.load(outer_ptr).to(tl.float32) * scale
     else:
         exists = entries(tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
-        outers = at(outer_ptr, tile_r, tile_c, outer_row, outer_col, BLOCK_R, BLOCK_C)
+        outers = at(outer_ptr, tile_r, tile_c, outer_row, outer_col, 1, BLOCK_R, BLOCK_C)
         outer = tl.load(outers, mask=exists, other=0.0).to(tl.float32) * scale
     return outer
 
 
 @triton.jit
 def store_tile(
-    pointer, row_stride, col_stride, values, tile_r, tile_c, rows, cols,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    pointer, row_units, col_stride, values, tile_r, tile_c, rows, cols,
+    WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """One tile of values `[BLOCK_R, BLOCK_C]`, rounded to the pointer's dtype."""
     exists = entries(tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
-    pointers = at(pointer, tile_r, tile_c, row_stride, col_stride, BLOCK_R, BLOCK_C)
+    pointers = at(pointer, tile_r, tile_c, row_units, col_stride, ALIGN, BLOCK_R, BLOCK_C)
     tl.store(pointers, values.to(pointer.dtype.element_ty), mask=exists)
 # fmt: on
+
+
+def outer_strides(grad_loss: Tensor) -> tuple[int | None, int | None]:
+    """Strides for `load_outer`: None for one number."""
+    return strides(grad_loss) if grad_loss.dim() else (None, None)

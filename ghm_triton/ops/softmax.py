@@ -17,9 +17,18 @@ from torch import Tensor
 
 from ghm_triton.ops.arithmetic import LOG2_E, log1p, reciprocal, unit_region
 from ghm_triton.ops.binning import add_counts, scratch
-from ghm_triton.ops.loads import arguments, load_labels, load_outer, store_tile
+from ghm_triton.ops.loads import arguments, load_labels, load_outer, outer_strides, store_tile
 from ghm_triton.ops.scaling import sum_partials
-from ghm_triton.ops.tiles import OPTIONS, TILE, Tiling, at, entries, most_programs, strides
+from ghm_triton.ops.tiles import (
+    OPTIONS,
+    TILE,
+    Tiling,
+    alignment,
+    at,
+    entries,
+    most_programs,
+    strides,
+)
 
 MAX_CLASSES = 4096
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -37,15 +46,16 @@ def row_tiling(logits: Tensor) -> Tiling:
 def count_softmax(logits: Tensor, index: Tensor, weight: Tensor | None, bins: int) -> Tensor:
     """Count `1 - p_y` of the valid rows; the result is laid out as that of `count_bce`."""
     cut, out = row_tiling(logits), scratch(bins, logits.device)
+    align = alignment(logits)
     with torch.cuda.device_of(logits):
         count_softmax_kernel[(cut.programs,)](
-            *arguments(logits, index, weight),
+            *arguments(logits, index, weight, align),
             out,
             out[bins + 1 :].view(torch.float64),
             cut.tiles,
             BINS=bins,
             BLOCK_BINS=triton.next_power_of_2(bins + 1),
-            **cut.constants(logits.shape[1]),
+            **cut.constants(logits.shape[1], align),
             **OPTIONS,
         )
     return out
@@ -67,16 +77,17 @@ def weighted_softmax(
         cut.programs if reduce else len(logits), dtype=torch.float32, device=logits.device
     )
     slope = torch.empty_like(logits) if gradient else logits.new_empty(0)
+    align = alignment(logits, slope)
     with torch.cuda.device_of(logits):
         softmax_kernel[(cut.programs,)](
-            *arguments(logits, index, weight),
-            *(table, scale, None, 0),
-            *(loss, slope if gradient else None, *strides(slope if gradient else None)),
+            *arguments(logits, index, weight, align),
+            *(table, scale, None, None),
+            *(loss, slope if gradient else None, *strides(slope if gradient else None, align)),
             cut.tiles,
             LOSS="sum" if reduce else "entries",
             WEIGHTED=weighted,
             BINS=table.numel(),
-            **cut.constants(logits.shape[1]),
+            **cut.constants(logits.shape[1], align),
             **OPTIONS,
         )
         return sum_partials(loss, scale) if reduce else loss, slope
@@ -94,16 +105,17 @@ def weighted_softmax_backward(
     """The gradient of the logits, in their dtype and layout; `grad_loss` is scalar or `[R]`."""
     cut = row_tiling(logits)
     slope = torch.empty_like(logits)
+    align = alignment(logits, slope)
     with torch.cuda.device_of(logits):
         softmax_kernel[(cut.programs,)](
-            *arguments(logits, index, weight),
-            *(table, scale, grad_loss, grad_loss.stride(0) if grad_loss.dim() else 0),
-            *(None, slope, *strides(slope)),
+            *arguments(logits, index, weight, align),
+            *(table, scale, grad_loss, outer_strides(grad_loss)[0]),
+            *(None, slope, *strides(slope, align)),
             cut.tiles,
             LOSS=None,
             WEIGHTED=weighted,
             BINS=table.numel(),
-            **cut.constants(logits.shape[1]),
+            **cut.constants(logits.shape[1], align),
             **OPTIONS,
         )
     return slope
@@ -114,7 +126,7 @@ def weighted_softmax_backward(
 def load_rows(
     logits_ptr, target_ptr, weight_ptr,
     logits_row, logits_col, target_row, weight_row, rows, cols, tile_r,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Logits (0 in ignored rows, -inf past the last class), classes, weights, validity, harm.
 
@@ -122,14 +134,14 @@ def load_rows(
     """
     first = tl.zeros([], tl.int32)
     exists = entries(tile_r, first, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
-    logits = at(logits_ptr, tile_r, first, logits_row, logits_col, BLOCK_R, BLOCK_C)
+    logits = at(logits_ptr, tile_r, first, logits_row, logits_col, ALIGN, BLOCK_R, BLOCK_C)
     x = tl.load(logits, mask=exists, other=0.0).to(tl.float32)
     label = load_labels(target_ptr, target_row, tile_r, rows, cols, BLOCK_R)
     valid = label >= 0
     if weight_ptr is None:
         weight = tl.full([BLOCK_R, 1], 1.0, tl.float32)
     else:
-        one = at(weight_ptr, tile_r, first, weight_row, 0, BLOCK_R, 1)
+        one = at(weight_ptr, tile_r, first, weight_row, 0, 1, BLOCK_R, 1)
         exists = entries(tile_r, first, rows, cols, True, BLOCK_R, 1)
         weight = tl.load(one, mask=exists, other=0).to(tl.float32)
         valid = valid & (weight > 0)
@@ -158,7 +170,7 @@ def count_softmax_kernel(
     logits_row, logits_col, target_row, target_col, weight_row, weight_col, rows, cols,
     counts_ptr, positives_ptr, tiles,
     BINS: tl.constexpr, BLOCK_BINS: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Walk over tiles; one histogram and one number of rows a program.
 
@@ -172,7 +184,7 @@ def count_softmax_kernel(
         x, label, _, valid, harm = load_rows(
             logits_ptr, target_ptr, weight_ptr,
             logits_row, logits_col, target_row, weight_row, rows, cols, tile_r,
-            WHOLE, BLOCK_R, BLOCK_C,
+            WHOLE, ALIGN, BLOCK_R, BLOCK_C,
         )
         _, _, _, mine, others = softmax_parts(x, label, BLOCK_C)
         region = unit_region(others * reciprocal(mine + others), BINS)
@@ -192,7 +204,7 @@ def softmax_kernel(
     table_ptr, scale_ptr, outer_ptr, outer_row,
     loss_ptr, gradient_ptr, gradient_row, gradient_col, tiles,
     LOSS: tl.constexpr, WEIGHTED: tl.constexpr, BINS: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Walk over tiles: the loss (LOSS: "sum" a program, "entries", or None), the gradient, or both.
 
@@ -206,7 +218,7 @@ def softmax_kernel(
         x, label, weight, valid, _ = load_rows(
             logits_ptr, target_ptr, weight_ptr,
             logits_row, logits_col, target_row, weight_row, rows, cols, tile_r,
-            WHOLE, BLOCK_R, BLOCK_C,
+            WHOLE, ALIGN, BLOCK_R, BLOCK_C,
         )
         own, e, peak, mine, others = softmax_parts(x, label, BLOCK_C)
         inverse = reciprocal(mine + others)
@@ -225,7 +237,7 @@ def softmax_kernel(
             else:
                 store_tile(
                     loss_ptr, 1, 1, factor * loss * scale,
-                    tile_r, first, rows, cols, True, BLOCK_R, 1,
+                    tile_r, first, rows, cols, True, 1, BLOCK_R, 1,
                 )
         if gradient_ptr is not None:
             outer = load_outer(
@@ -234,7 +246,7 @@ def softmax_kernel(
             slope = tl.where(own, -norm, e * inverse)
             store_tile(
                 gradient_ptr, gradient_row, gradient_col, (outer * factor) * slope,
-                tile_r, first, rows, cols, WHOLE, BLOCK_R, BLOCK_C,
+                tile_r, first, rows, cols, WHOLE, ALIGN, BLOCK_R, BLOCK_C,
             )
     if LOSS == "sum":
         tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.ravel(total), axis=0))

@@ -6,6 +6,7 @@ counting read last, in the second-level cache.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -39,16 +40,23 @@ class Tiling(NamedTuple):
     block_c: int
     programs: int
 
-    def constants(self, cols: int) -> dict[str, int | bool]:
-        """The constants of a kernel that walks."""
+    def constants(self, cols: int, align: int) -> dict[str, int | bool]:
+        """The constants of a kernel that walks over `cols` columns."""
         whole = cols % self.block_c == 0
-        return {"WHOLE": whole, "BLOCK_R": self.block_r, "BLOCK_C": self.block_c}
+        return {
+            "WHOLE": whole,
+            "ALIGN": align,
+            "BLOCK_R": self.block_r,
+            "BLOCK_C": self.block_c,
+        }
 
 
 def tiling(tensor: Tensor) -> Tiling:
     """The tiles of a `[R, C]` tensor."""
     rows, cols = tensor.shape
     block_c = min(MAX_BLOCK_C, triton.next_power_of_2(max(1, cols)))
+    while block_c > 4 and triton.cdiv(cols, block_c) * block_c > 1.125 * cols > 18:
+        block_c //= 2  # narrower, so that less of the last tile hangs over
     block_r = TILE // block_c
     tiles = triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c)
     return Tiling(tiles, block_r, block_c, max(1, min(tiles, most_programs(tensor.device))))
@@ -66,6 +74,15 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def alignment(*tensors: Tensor | None) -> int:
+    """The largest power of two up to 16 that divides the row strides of all matrices given.
+
+    Said to the compiler as a constant, so that loads are as wide as it allows; of a number it
+    would only see whether 16 divides it.
+    """
+    return math.gcd(16, *(t.stride(0) for t in tensors if t is not None and t.dim() == 2))
+
+
 def pointer(tensor: Tensor | None) -> Tensor | None:
     """What a kernel is given for `tensor`: booleans as bytes, None as None."""
     if tensor is not None and tensor.dtype == torch.bool:
@@ -73,11 +90,16 @@ def pointer(tensor: Tensor | None) -> Tensor | None:
     return tensor
 
 
-def strides(tensor: Tensor | None) -> tuple[int, int]:
-    """Row and column stride in entries; a vector has one entry a row, None has no strides."""
+def strides(tensor: Tensor | None, align: int = 1) -> tuple[int, int]:
+    """Row stride in units of `align` entries and column stride in entries.
+
+    A vector has one entry a row, and its stride in entries; None has no strides.
+    """
     if tensor is None:
         return 0, 0
-    return (tensor.stride(0), 0) if tensor.dim() == 1 else (tensor.stride(0), tensor.stride(1))
+    if tensor.dim() == 1:
+        return tensor.stride(0), 0
+    return tensor.stride(0) // align, tensor.stride(1)
 
 
 @triton.jit
@@ -127,10 +149,21 @@ def entries(
 
 @triton.jit
 def at(
-    pointer, tile_r, tile_c, row_stride, col_stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    pointer,
+    tile_r,
+    tile_c,
+    row_units,
+    col_stride,
+    ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """Pointers to a tile's entries `[BLOCK_R, BLOCK_C]`; what does not change is left to hoist."""
+    """Pointers to a tile's entries `[BLOCK_R, BLOCK_C]`; what does not change is left to hoist.
+
+    Rows lie `ALIGN * row_units` entries apart: what the compiler knows of their alignment.
+    """
     row = tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
     col = tl.arange(0, BLOCK_C)[None, :].to(tl.int64)
-    corner = tile_r.to(tl.int64) * BLOCK_R * row_stride + tile_c.to(tl.int64) * BLOCK_C * col_stride
-    return (pointer + corner) + (row * row_stride + col * col_stride)
+    corner = tile_r.to(tl.int64) * BLOCK_R * row_units * ALIGN
+    corner += tile_c.to(tl.int64) * BLOCK_C * col_stride
+    return (pointer + corner) + (row * row_units * ALIGN + col * col_stride)

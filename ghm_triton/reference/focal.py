@@ -10,16 +10,18 @@ from ghm_triton.reference.bce import EXACT_UNTIL
 from ghm_triton.reference.binning import compute_dtype, valid_entries
 
 
-def focal_entries(
-    inputs: ClassificationInputs, alpha: float, gamma: float, weighted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Focal loss of every entry.
+def weighted_focal(
+    inputs: ClassificationInputs,
+    scale: Tensor,
+    *,
+    alpha: float,
+    gamma: float,
+    weighted: bool,
+    reduce: bool,
+) -> Tensor:
+    """`scale * sum_i -alpha_t (1 - p_t)^gamma log(p_t)`, differentiable in the logits.
 
-    A target out of range makes its entries NaN.
-
-    Returns:
-        The losses `[R, C]` (0 where ignored), the number of valid entries and the sum of their
-        targets.
+    A target out of range makes its entries NaN. Arguments and result as in `weighted_bce`.
     """
     valid = valid_entries(inputs)
     target = _targets(inputs)
@@ -34,7 +36,22 @@ def focal_entries(
     if weighted and inputs.weight is not None:
         loss = loss * inputs.weight.to(loss.dtype)
     loss = torch.where(valid, loss, 0.0)
-    return loss, valid.sum(), torch.where(valid, target, 0.0).sum()
+    return (loss.sum() if reduce else loss) * scale
+
+
+def entries(inputs: ClassificationInputs) -> Tensor:
+    """How many entries are valid, an integer scalar; with class indices, looked at once a row."""
+    if inputs.weight is None and inputs.index is not None:
+        return (inputs.index >= 0).sum() * inputs.logits.shape[1]
+    return valid_entries(inputs).sum()
+
+
+def positives(inputs: ClassificationInputs) -> Tensor:
+    """The sum of the targets of the valid entries, float64 scalar."""
+    index = inputs.index
+    if inputs.weight is None and index is not None:
+        return ((index >= 0) & (index < inputs.logits.shape[1])).sum().double()
+    return torch.where(valid_entries(inputs), _targets(inputs), 0.0).sum(dtype=torch.float64)
 
 
 def _targets(inputs: ClassificationInputs) -> Tensor:

@@ -1,0 +1,90 @@
+"""Softmax GHM: harmonized cross entropy over exclusive classes, an extension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ghm_triton._inputs import softmax_inputs
+from ghm_triton.backend import select_backend
+from ghm_triton.density import GradientDensity
+from ghm_triton.functional.options import (
+    DEFAULT_STRENGTH,
+    Backend,
+    Reduction,
+    density_for,
+    mean_of,
+    require_reduction,
+)
+from ghm_triton.schedule import StrengthSchedule
+
+
+def ghm_softmax_loss(
+    logits: Tensor,
+    target: Tensor,
+    label_weight: Tensor | None = None,
+    *,
+    bins: int = 30,
+    strength: float | StrengthSchedule = DEFAULT_STRENGTH,
+    normalizer: str = "valid_bins",
+    max_weight: float | None = None,
+    loss_weight: float = 1.0,
+    weighted: bool = False,
+    reduction: Reduction = "mean",
+    state: GradientDensity | None = None,
+    backend: Backend = "auto",
+    validate: bool | None = None,
+) -> Tensor:
+    r"""Softmax GHM: cross entropy, each sample weighted by the inverse density of its gradient.
+
+    .. math:: L = -\frac{1}{N} \sum_i \beta_i^s \log p_{y_i}, \quad
+              \beta_i = \frac{N}{R_{ind(g_i)} \, n}, \quad g_i = 1 - p_{y_i}, \quad
+              p = \mathrm{softmax}(x_i)
+
+    An extension: neither arXiv 1811.05181, which weighs sigmoids, nor its released code has it. The
+    entry is the sample, and `g` the gradient norm of its own class's logit.
+
+    Args:
+        logits: `[..., C]`, float32, float16 or bfloat16, any strides; arithmetic in float32.
+            float64 runs in torch. Background, where there is one, is a class like any other.
+        target: Class indices, integer `logits.shape[:-1]`: `0..C-1`, negative ignored.
+        label_weight: Broadcasts to `target`; 0 ignores a sample, any positive value keeps it.
+        bins: Unit regions `M`.
+        strength: `s` in [0, 1]: 0 is plain cross entropy.
+        normalizer: As in `ghm_c_loss`.
+        max_weight: As in `ghm_c_loss`.
+        loss_weight: As in `ghm_c_loss`.
+        weighted: As in `ghm_c_loss`.
+        reduction: `mean` divides by the valid samples; `sum`; `none` (the shape of `target`).
+        state: As in `ghm_c_loss`; its density must be `unit_region` or `streaming`.
+        backend: As in `ghm_c_loss`. The kernels take up to 4096 classes.
+        validate: As in `ghm_c_loss`.
+
+    Returns:
+        float32 scalar, or the shape of `target`. A non-finite logit in a valid sample makes the
+        loss NaN. Without valid samples the loss is 0.
+
+    Raises:
+        TypeError: A dtype does not fit.
+        ValueError: A shape, device, option or (validating) value does not fit.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.5, 0.5, 3.0]], requires_grad=True)
+        >>> loss = ghm_softmax_loss(logits, torch.tensor([0, 1]))
+        >>> loss.backward()
+    """
+    require_reduction(reduction, "valid")
+    inputs = softmax_inputs(logits, target, label_weight, validate)
+    kernels = select_backend(backend, logits)
+    norms = density_for(state, bins, strength, "unit_region", normalizer, max_weight, logits)
+    if norms.method == "exact":
+        raise ValueError("softmax GHM has density='unit_region' or 'streaming', not 'exact'")
+    with torch.no_grad():
+        counts = norms.gather(kernels.count_softmax(inputs, norms.regions))
+        table, scale = norms.weigh(
+            counts, kernels, *mean_of(reduction, "valid", loss_weight, norms)
+        )
+    loss: Tensor = kernels.weighted_softmax(
+        inputs, table, scale, weighted=weighted, reduce=reduction != "none"
+    )
+    return loss.view(inputs.shape) if reduction == "none" else loss
