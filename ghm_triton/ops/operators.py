@@ -160,7 +160,8 @@ def differentiate(name: str, again: Callable[..., Tensor], tensors: int, constan
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
         if ctx.formed:
-            gradient = _scaled(*ctx.saved_tensors, grad_loss)
+            (formed,) = ctx.saved_tensors
+            gradient = _scaled(formed, grad_loss)
         else:
             gradient = again(*ctx.saved_tensors, grad_loss, *ctx.options)
         return gradient, *(None,) * (ctx.arguments - 1)
