@@ -66,9 +66,7 @@ class _Released(nn.Module):
         )
 
     def _reduction(self, override: Reduction | None) -> Reduction:
-        reduction = self.reduction if override is None else override
-        require_reduction(reduction, self.average)
-        return reduction
+        return self.reduction if override is None else override
 
 
 class GHMC(_Released):
@@ -246,7 +244,7 @@ class GHMR(_Released):
         if reduction == "mean" or label_weight is None:
             return loss
         # As released, `tot` is the sum of the weights, not the number of entries they keep.
-        weight = label_weight.detach().expand(pred.shape)
+        weight = label_weight.detach()
         entries = (weight > 0).sum().clamp(min=1)
         return loss * (weight.sum(dtype=torch.float32).clamp(min=1) / entries)
 
@@ -275,9 +273,7 @@ def register() -> bool:
 def _registry() -> Any:
     try:
         return import_module("mmdet.registry").MODELS
-    except ModuleNotFoundError as error:
-        if error.name != "mmdet.registry":
-            raise
+    except ModuleNotFoundError:
         return import_module("mmdet.models.builder").LOSSES  # MMDetection 2.x
 
 

@@ -104,7 +104,7 @@ class TestFloat16:
         ],
     )
     def test_the_gradient_under_a_loss_scaler(self, backend, device, options, overflows):
-        entries, steps = (4000, STEPS) if backend == "torch" else (512, 20)
+        entries, steps = (4000, STEPS) if backend == "torch" else (512, 4)
         options = {**options, "backend": backend, "device": device, "steps": steps}
         criterion = warmed_up(entries, momentum=0.9, **options)
         criterion.reduction = "mean"
@@ -163,7 +163,7 @@ class TestTraining:
         precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
         return float((precision * hits).sum() / hits.sum())
 
-    @pytest.mark.parametrize("seed", [0, 1, 2])
+    @pytest.mark.parametrize("seed", [0, 1])
     def test_momentum_of_09_breaks_training(self, seed):
         released = self.train(GHMCLoss(10, 0.9, **RELEASED), seed, 0.1)
         default = self.train(GHMCLoss(10, 0.9), seed, 0.1)

@@ -1,5 +1,7 @@
 """MMDetection's GHMC and GHMR, step by step against the released algorithm in float64."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -78,7 +80,7 @@ def regression_batch(paper, generator, n, weights):
     target[0] = 0.0
     weight = torch.randint(0, 2, (rows, 4), generator=generator).float()
     if weights == "fractional":
-        weight *= 0.01 if n == 3 else 0.3  # at 0.01 their sum is below 1, and `tot` is 1
+        weight *= 0.01 if n in (1, 2) else 0.3  # at 0.01 their sum is below 1, and `tot` is 1
     if n == 5:
         weight.zero_()
     return pred, target, weight
@@ -89,7 +91,7 @@ def regression_batch(paper, generator, n, weights):
 def test_ghmc_step_by_step(paper, device, generator, backend, momentum, kind):
     released = Released(paper, 10, momentum)
     criterion = GHMC(10, momentum, True, LOSS_WEIGHT, backend=backend).to(device)
-    for n in range(10):
+    for n in range(8):
         logits, index, weight = classification_batch(paper, generator, n)
         override, reduction = REDUCTIONS[n % 4]
         dense = paper.one_hot(paper.as_numpy(index), CLASSES)
@@ -117,7 +119,7 @@ def test_ghmc_step_by_step(paper, device, generator, backend, momentum, kind):
 def test_ghmr_step_by_step(paper, device, generator, backend, momentum, weights):
     released = Released(paper, 10, momentum)
     criterion = GHMR(0.02, 10, momentum, LOSS_WEIGHT, backend=backend).to(device)
-    for n in range(12):
+    for n in range(8):
         pred, target, weight = regression_batch(paper, generator, n, weights)
         override, reduction = REDUCTIONS[n % 4]
         d = paper.as_numpy(pred) - paper.as_numpy(target)
@@ -132,6 +134,50 @@ def test_ghmr_step_by_step(paper, device, generator, backend, momentum, weights)
 def smoothed(released, momentum, criterion):
     """The average to expect; without momentum there is none to compare."""
     return [np.array(released.state.acc) if momentum else criterion.density.smoothed]
+
+
+class TestSignatures:
+    """MMDetection's, in its order: heads and configurations pass these by position or name."""
+
+    @staticmethod
+    def positional(function):
+        parameters = list(inspect.signature(function).parameters.values())
+        return [
+            (p.name, p.default) if p.default is not p.empty else p.name
+            for p in parameters
+            if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
+        ]
+
+    def test_ghmc(self):
+        assert self.positional(GHMC.__init__) == [
+            ("bins", 10),
+            ("momentum", 0),
+            ("use_sigmoid", True),
+            ("loss_weight", 1.0),
+            ("reduction", "mean"),
+        ]
+        assert self.positional(GHMC.forward) == [
+            "pred",
+            "target",
+            "label_weight",
+            ("reduction_override", None),
+        ]
+
+    def test_ghmr(self):
+        assert self.positional(GHMR.__init__) == [
+            ("mu", 0.02),
+            ("bins", 10),
+            ("momentum", 0),
+            ("loss_weight", 1.0),
+            ("reduction", "mean"),
+        ]
+        assert self.positional(GHMR.forward) == [
+            "pred",
+            "target",
+            "label_weight",
+            ("avg_factor", None),
+            ("reduction_override", None),
+        ]
 
 
 class TestCall:
@@ -204,7 +250,7 @@ class TestCall:
     @pytest.mark.parametrize(
         "options",
         [
-            {"strength": 0.25, "ema": "debiased", "max_weight": 2.0},
+            {"strength": 0.25, "ema": "debiased", "max_weight": 1.1},
             {"strength": 0.5, "normalizer": "bins"},
         ],
     )
@@ -223,6 +269,15 @@ class TestCall:
             assert torch.equal(theirs(logits, index, torch.ones(50)), ours(logits, index))
             deltas, zeros = torch.randn(50, 4), torch.zeros(50, 4)
             assert torch.equal(boxes(deltas, zeros, torch.ones(50, 4)), box(deltas, zeros))
+
+    @pytest.mark.parametrize("loss", [GHMC, GHMR])
+    def test_validation_and_backend_reach_the_loss(self, loss):
+        ones = torch.ones(2, 4)
+        assert loss(validate=False)(ones, ones, -ones) == 0  # nothing is valid
+        with pytest.raises(ValueError, match=r"label_weight must lie in .* got -1 to -1"):
+            loss()(ones, ones, -ones)
+        with pytest.raises(ValueError, match=r"cannot run on a torch.float64 tensor"):
+            loss(backend="triton")(ones.double(), ones, ones)
 
 
 class TestRefuses:
