@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -47,7 +48,8 @@ class GradientDensity(nn.Module):
         ema: `debiased`: the average is divided by `1 - a^t` and empty regions decay. `mmdet`: as
             the released code does, neither.
         max_weight: Upper bound of a weight, or None.
-        process_group: Ranks whose counts are summed; None for this process alone. Not for `exact`.
+        process_group: Ranks whose counts are summed, see below; None for this process alone. Not
+            for `exact`.
         device: Where the state is made; None: torch's default.
         density: `unit_region`, `exact` or `streaming`.
 
@@ -55,6 +57,26 @@ class GradientDensity(nn.Module):
     would, and stores nothing. A batch with a non-finite entry, or with no valid entry, leaves the
     state as it was. The state stays float32 when the module is cast: in float16 a count above
     65,504 would be infinite.
+
+    With a `process_group` of `R` ranks, each with a share of the batch, every rank weighs by the
+    counts of the whole batch and keeps the same average. `mean` is made for gradients that are
+    averaged over ranks, as `DistributedDataParallel` and FSDP do: the mean of the losses is the
+    loss of one process with the whole batch, to rounding. `sum` and `none` belong to the rank's own
+    share: their sum over ranks is that of one process, so what averages gradients divides them by
+    `R`.
+
+    - The group is the one over which the batch is split: `torch.distributed.group.WORLD`, or
+      `mesh["dp"].get_group()` where a mesh has other dimensions.
+    - A call is a collective operation, in evaluation mode too: every rank makes the same calls in
+      the same order, a rank without samples with empty tensors. What is not finite on one rank
+      makes the loss NaN on all; an error (a label out of range) is raised on its own rank only, and
+      leaves the others waiting as any missed collective does.
+    - The module may lie inside `DistributedDataParallel`, which hands out rank 0's buffers before
+      every forward pass: they are equal already. Without a group they are not, and rank 0's win.
+    - Under `fully_shard` (FSDP2) it may lie inside too. Buffers are neither sharded nor cast:
+      counts stay float32 under any `MixedPrecisionPolicy`. A model made on the meta device needs
+      `reset_parameters` after `to_empty`, as its other layers do.
+    - A copy (`copy.deepcopy`, `torch.optim.swa_utils.AveragedModel`) shares the group.
 
     Attributes:
         method: What was given for `density`.
@@ -99,14 +121,16 @@ class GradientDensity(nn.Module):
         self.max_weight = max_weight
         self.process_group = process_group
         self.schedule = strength if isinstance(strength, StrengthSchedule) else None
-        constant = 0.0 if isinstance(strength, StrengthSchedule) else require_strength(strength)
+        self._constant = (
+            0.0 if isinstance(strength, StrengthSchedule) else require_strength(strength)
+        )
         self.register_buffer(
             "smoothed", torch.zeros(self.regions, dtype=torch.float32, device=device)
         )
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
         # A configuration, not a state: it must not come back from an old checkpoint.
         # Filled where it lives: a copy from the host would wait for the device.
-        strength_here = torch.full((), constant, dtype=torch.float32, device=device)
+        strength_here = torch.full((), self._constant, dtype=torch.float32, device=device)
         self.register_buffer("strength", strength_here, persistent=False)
 
     def gather(self, counts: RegionCounts) -> RegionCounts:
@@ -172,6 +196,19 @@ class GradientDensity(nn.Module):
         self.smoothed.zero_()
         self.updates.zero_()
 
+    def reset_parameters(self) -> None:
+        """Fill every buffer anew, as after `to_empty`: `reset`, and the strength as configured."""
+        self.reset()
+        self.strength.fill_(self._constant)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A group stands for processes, which stay the same; it refuses to be copied.
+        memo[id(self.process_group)] = self.process_group
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # What `to`, `half` and `bfloat16` go through: move with the module, but keep float32.
         before = {name: getattr(self, name) for name in ("smoothed", "strength")}
@@ -204,7 +241,7 @@ class GradientDensity(nn.Module):
 
     def extra_repr(self) -> str:
         """The configuration, for `repr`."""
-        strength = self.schedule or float(self.strength)
+        strength = self.schedule or self._constant
         return (
             f"bins={self.bins}, momentum={self.momentum}, strength={strength}, "
             f"normalizer={self.normalizer!r}, ema={self.ema!r}, max_weight={self.max_weight}, "

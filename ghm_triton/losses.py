@@ -39,6 +39,7 @@ class GHMCLoss(nn.Module):
         reduction: `mean`, `sum` or `none`.
         process_group: Ranks that share one density. A loss of `N` ranks, averaged (as DDP does
             with gradients), then equals that of one rank with the whole batch. Not with `exact`.
+            `GradientDensity` tells how to use it with DDP and FSDP2.
         backend: `auto`, `triton` or `torch`.
         validate: As in `ghm_c_loss`.
 

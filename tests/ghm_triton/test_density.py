@@ -42,6 +42,27 @@ def test_to_moves_the_state():
     assert GradientDensity(3, device=torch.device("meta")).strength.device.type == "meta"
 
 
+def test_memory_that_was_never_written_is_filled_anew():
+    density = GradientDensity(3, momentum=0.5, strength=0.3).to("meta")
+    assert "strength=0.3" in repr(density)
+    density.to_empty(device="cpu")
+    for buffer in density.buffers():
+        buffer.fill_(77)
+    density.reset_parameters()
+    assert float(density.strength) == pytest.approx(0.3)
+    assert density.smoothed.tolist() == [0, 0, 0]
+    assert int(density.updates) == 0
+
+
+def test_a_copy_has_an_average_of_its_own():
+    density = GradientDensity(2, momentum=0.5)
+    twin = copy.deepcopy(torch.nn.ModuleList([density, density]))
+    assert twin[0] is twin[1]
+    density.weigh(counts_of([5, 1]), reference)
+    assert not twin[0].smoothed.any()
+    assert weights_of(twin[0], [3, 1]).tolist() == weights_of(GradientDensity(2), [3, 1]).tolist()
+
+
 def test_evaluation_weighs_and_stores_nothing():
     density = GradientDensity(3, momentum=0.5)
     density.weigh(counts_of([5, 1, 0]), reference)

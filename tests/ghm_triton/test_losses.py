@@ -1,16 +1,10 @@
-"""The losses as modules: what they remember, what they forget, and what ranks share."""
+"""The losses as modules: what they remember and what they forget."""
 
 import copy
-import os
-import subprocess
-import sys
-from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from ghm_triton import FocalLoss, GHMCLoss, GHMRLoss, StrengthSchedule, ghm_c_loss
 
@@ -300,74 +294,3 @@ def test_ghm_modules_pass_their_options_on(generator):
         shared["bins"] = 5
         loss = GHMCLoss(momentum=0.0, loss_weight=2.0, **options, **shared)(logits, target, weight)
         assert torch.equal(loss, 2.0 * ghm_c_loss(logits, target, weight, **options, **shared))
-
-
-SHARED = [("valid", "unit_region"), ("positives", "unit_region"), ("valid", "streaming")]
-
-
-class TestProcessGroup:
-    """Two ranks with half of the batch each are one rank with all of it."""
-
-    def test_gloo(self, tmp_path, generator):
-        batches = []
-        for spread in (4.0, 1.0, 2.0):
-            logits = torch.randn(60, 3, generator=generator) * spread
-            index = torch.randint(-1, 4, (60,), generator=generator)
-            index[:30] = index[:30].clamp(max=0)  # ranks see different things
-            batches.append((logits, index))
-        torch.save(batches, tmp_path / "batches.pt")
-        # This file as a script: forking a process that has started threads can hang.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, __file__, str(tmp_path)]
-        running = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
-        assert [process.wait(timeout=100) for process in running] == [0, 0]
-        ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-        for average, density in SHARED:
-            whole = GHMCLoss(strength=0.5, average=average, density=density)
-            for n, (logits, index) in enumerate(batches):
-                loss, slope = step(whole, logits, index)
-                losses, slopes, smoothed = zip(
-                    *(r[average, density][n] for r in ranks), strict=True
-                )
-                # As DDP averages: the mean of the losses, and the gradients of the mean.
-                torch.testing.assert_close(sum(losses) / 2, loss, rtol=1e-6, atol=0)
-                torch.testing.assert_close(torch.cat(slopes) / 2, slope, rtol=1e-6, atol=0)
-                assert torch.equal(smoothed[0], smoothed[1])
-                assert torch.equal(smoothed[0], whole.density.smoothed)
-        # A NaN on one rank is a NaN on all, one with nothing to see as well; no state moves.
-        for rank in ranks:
-            loss, updates = rank["poisoned"]
-            assert loss.isnan()
-            assert int(updates) == 0
-
-
-def rank_main(where: Path, rank: int) -> None:
-    """What one of two ranks does."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{where}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    seen = {}
-    batches = torch.load(where / "batches.pt")
-    half = slice(30 * rank, 30 * rank + 30)
-    for average, density in SHARED:
-        group = dist.group.WORLD
-        criterion = GHMCLoss(strength=0.5, average=average, density=density, process_group=group)
-        seen[average, density] = []
-        for logits, index in batches:
-            loss, slope = step(criterion, logits[half], index[half])
-            seen[average, density].append((loss, slope, criterion.density.smoothed.clone()))
-    criterion = GHMCLoss(process_group=dist.group.WORLD)
-    logits = torch.full((5, 2), torch.nan if rank == 1 else 0.0)
-    loss = criterion(logits, torch.full((5,), 0 if rank == 1 else -1))
-    seen["poisoned"] = (loss, criterion.density.updates.clone())
-    torch.save(seen, where / f"rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    rank_main(Path(sys.argv[1]), int(sys.argv[2]))
