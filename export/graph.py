@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -17,7 +17,7 @@ from onnx import ModelProto, numpy_helper
 from onnxscript import opset18 as op
 
 from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
-from ghm_triton.detection.model import Detector
+from ghm_triton.detection.detector import Detector
 from ghm_triton.detection.postprocess import OUT, DeployedDetector
 
 # onnx writes newer versions by default than runtimes in use accept.
@@ -67,7 +67,6 @@ def _export(deployed: DeployedDetector) -> ModelProto:
     images = torch.zeros(2, 3, *config.image_size)
     thresholds = torch.full((config.num_classes,), 0.5)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    candidates = min(config.candidates, len(deployed.detector.anchors))
     with _quietly():
         program = torch.onnx.export(
             deployed,
@@ -78,7 +77,7 @@ def _export(deployed: DeployedDetector) -> ModelProto:
             dynamo=True,
             opset_version=OPSET,
             external_data=False,
-            custom_translation_table={torch.ops.ghm.nms.default: _non_max_suppression(candidates)},
+            custom_translation_table={torch.ops.ghm.nms.default: _non_max_suppression},
             verbose=False,
         )
     if program is None:
@@ -86,15 +85,11 @@ def _export(deployed: DeployedDetector) -> ModelProto:
     return program.model_proto
 
 
-def _non_max_suppression(candidates: int) -> Callable[..., Any]:
-    """`ghm::nms` in ONNX; it may keep every one of the `candidates` of a class."""
-
-    def translate(boxes: Any, ranks: Any, iou_threshold: Any) -> Any:
-        most: Any = op.Constant(value_ints=[candidates])
-        cut: Any = op.Constant(value_floats=[RANK_CUT])
-        return op.NonMaxSuppression(boxes, ranks, most, iou_threshold, cut)
-
-    return translate
+def _non_max_suppression(boxes: Any, ranks: Any, iou_threshold: Any, most: int) -> Any:
+    """`ghm::nms` in ONNX."""
+    limit: Any = op.Constant(value_ints=[most])
+    cut: Any = op.Constant(value_floats=[RANK_CUT])
+    return op.NonMaxSuppression(boxes, ranks, limit, iou_threshold, cut)
 
 
 def _set_default(model: ModelProto, name: str, values: list[float]) -> None:

@@ -17,7 +17,8 @@ from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, as_floa
 from export.file import DetectorFile
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import Sample
-from ghm_triton.detection.postprocess import DeployedDetector, decode_boxes
+from ghm_triton.detection.detector import Predictions
+from ghm_triton.detection.postprocess import DeployedDetector
 from ghm_triton.detection.transforms import Letterbox
 
 Feeds = dict[str, npt.NDArray[np.float32]]
@@ -82,14 +83,12 @@ class SideBySide:
         """
         inputs = torch.stack([self.letterbox(sample.image)[0] for sample in samples])
         parts = torch.split(inputs, max(batch_sizes))
-        heads = [self.deployed.detector.raw(part) for part in parts]
-        logits = torch.cat([part[0] for part in heads])
-        deltas = torch.cat([part[1] for part in heads])
-        probability = logits.sigmoid()
-        proposals = self._proposals(probability, deltas)
+        predicted = [self.deployed.detector.predict(part) for part in parts]
+        predictions = Predictions(*(torch.cat(output) for output in zip(*predicted, strict=True)))
+        proposals = _proposals(predictions)
         results = {}
-        for setting in self._settings(probability):
-            expected = self._expected(logits, deltas, setting.rules)
+        for setting in self._settings(predictions.scores):
+            expected = self._expected(predictions, setting.rules)
             for size in batch_sizes:
                 result = Comparison(np.zeros(len(self.card.class_names), dtype=np.int64))
                 found = self._found(inputs.numpy(), setting.feeds, size)
@@ -102,17 +101,12 @@ class SideBySide:
                 results[setting.name, size] = result
         return results
 
-    def _proposals(self, probability: Tensor, deltas: Tensor) -> list[Proposals]:
-        anchors: Tensor = self.deployed.detector.anchors
-        boxes = decode_boxes(deltas, anchors, self.deployed.config.image_size).numpy()
-        return [Proposals(*pair) for pair in zip(boxes, probability.numpy(), strict=True)]
-
-    def _settings(self, probability: Tensor) -> Iterator[Setting]:
+    def _settings(self, scores: Tensor) -> Iterator[Setting]:
         """The file's defaults; thresholds that show every class; and another NMS on top."""
         own = np.array(self.card.class_thresholds, dtype=np.float32)
         iou = self.card.iou_threshold
         yield Setting("the file's own thresholds", {}, self._rules(own, iou))
-        shown = self._thresholds_that_show(probability)
+        shown = self._thresholds_that_show(scores)
         feeds: Feeds = {THRESHOLDS_INPUT: shown}
         yield Setting("every class shown", feeds, self._rules(shown, iou))
         other = as_float32(0.3 if iou > 0.4 else 0.6)
@@ -123,22 +117,22 @@ class SideBySide:
         card = self.card
         return Rules(card.class_names, class_thresholds, iou, card.max_detections)
 
-    def _thresholds_that_show(self, probability: Tensor) -> npt.NDArray[np.float32]:
-        """Thresholds that let as many anchors of each class pass as together half fill the answers.
+    def _thresholds_that_show(self, scores: Tensor) -> npt.NDArray[np.float32]:
+        """Thresholds that let as many places of each class pass as together half fill the answers.
 
         Each lies half-way between two scores, so that rounding seldom decides.
         """
-        scores = probability.flatten(0, 1)
-        room = self.card.max_detections * len(probability) // (2 * scores.shape[1])
-        passing = min(max(1, room), len(scores) - 1)
-        best = scores.topk(passing + 1, dim=0).values
+        room = self.card.max_detections * len(scores) // (2 * scores.shape[2])
+        flat = scores.flatten(0, 1)
+        passing = min(max(1, room), len(flat) - 1)
+        best = flat.topk(passing + 1, dim=0).values
         middle: npt.NDArray[np.float32] = best[-2:].mean(dim=0).numpy()
         return middle
 
-    def _expected(self, logits: Tensor, deltas: Tensor, rules: Rules) -> list[Detections]:
+    def _expected(self, predictions: Predictions, rules: Rules) -> list[Detections]:
         thresholds = torch.from_numpy(rules.class_thresholds)
         iou = torch.tensor([rules.iou_threshold])
-        answer = self.deployed.select(logits, deltas, thresholds, iou)
+        answer = self.deployed.select(predictions, thresholds, iou)
         boxes, scores, labels, counts = (part.numpy() for part in answer)
         return [
             Detections(boxes[i, :count], scores[i, :count], labels[i, :count])
@@ -168,6 +162,15 @@ class SideBySide:
         boxes, scores, labels, count = outputs
         found = Detections(boxes[:count], scores[:count], labels[:count])
         return compare(expected, found, proposals, rules, self.tolerance)
+
+
+def _proposals(predictions: Predictions) -> list[Proposals]:
+    """What the checkpoint had to choose from, image by image; a box of one class scores 0 else."""
+    boxes, scores = predictions.boxes, predictions.scores
+    if boxes.shape[2] > 1:
+        scores = scores.unsqueeze(3) * torch.eye(scores.shape[2])
+    pairs = zip(boxes.flatten(1, 2), scores.reshape(len(scores), -1, scores.shape[2]), strict=True)
+    return [Proposals(box.numpy(), score.numpy()) for box, score in pairs]
 
 
 def broken_rules(outputs: Outputs, rules: Rules) -> list[str]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ghm_triton.detection.config import DetectorConfig
-from ghm_triton.detection.model import Detector, build_detector
+from ghm_triton.detection.detector import Detector
+from ghm_triton.detection.model import build_detector
 from ghm_triton.statistics import ClassStatistics
 
 FORMAT = "ghm-triton checkpoint"

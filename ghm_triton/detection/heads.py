@@ -1,4 +1,4 @@
-"""RetinaNet's head with losses over the whole batch, and the choice of those losses."""
+"""What a dense head is trained with, and RetinaNet's head with losses over the whole batch."""
 
 from __future__ import annotations
 
@@ -26,6 +26,26 @@ class HeadLosses:
 
     classification: nn.Module
     regression: nn.Module
+
+
+def assigned_labels(
+    targets: list[dict[str, Tensor]], matched_idxs: list[Tensor], num_classes: int
+) -> Tensor:
+    """Class of every place, int64 `[B, A]`: `num_classes` is background, -1 is ignored.
+
+    Args:
+        targets: One dict an image, with `labels` int64 `[N]`.
+        matched_idxs: For each image the ground truth of every place, int64 `[A]`: -1 for
+            background, `BETWEEN_THRESHOLDS` for neither.
+        num_classes: Foreground classes, `C`.
+    """
+    rows = []
+    for target, matches in zip(targets, matched_idxs, strict=True):
+        row = torch.full_like(matches, num_classes)
+        if len(target["labels"]):
+            row = torch.where(matches >= 0, target["labels"][matches.clamp(min=0)], row)
+        rows.append(row.masked_fill(matches == BETWEEN_THRESHOLDS, -1))
+    return torch.stack(rows)
 
 
 class HarmonizedRetinaNetHead(RetinaNetHead):  # type: ignore[misc]
@@ -96,14 +116,7 @@ class HarmonizedRetinaNetHead(RetinaNetHead):  # type: ignore[misc]
 
     def labels(self, targets: list[dict[str, Tensor]], matched_idxs: list[Tensor]) -> Tensor:
         """Class of every anchor, int64 `[B, A]`: `C` is background, -1 is ignored."""
-        rows = []
-        for target, matches in zip(targets, matched_idxs, strict=True):
-            row = torch.full_like(matches, self.num_classes)
-            foreground = matches >= 0
-            if len(target["labels"]):
-                row = torch.where(foreground, target["labels"][matches.clamp(min=0)], row)
-            rows.append(row.masked_fill(matches == BETWEEN_THRESHOLDS, -1))
-        return torch.stack(rows)
+        return assigned_labels(targets, matched_idxs, self.num_classes)
 
     def _deltas(
         self,

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ghm_triton.detection.data import DetectionDataset
+from ghm_triton.detection.detector import Detector
 from ghm_triton.detection.loader import TrainingView, collate
-from ghm_triton.detection.model import Detector
+from ghm_triton.detection.retinanet import RetinaNetDetector
 from ghm_triton.functional import gradient_density
 from ghm_triton.statistics import SCORE_BINS, ClassStatistics
 from ghm_triton.thresholds import ClassThresholds
@@ -23,13 +24,20 @@ def gradient_norms(detector: Detector, dataset: DetectionDataset, images: int = 
     """`g = |sigmoid(x) - p*|` of every anchor and class that counts, on images of a data set.
 
     Args:
-        detector: The detector; run in evaluation mode.
+        detector: A RetinaNet; run in evaluation mode.
         dataset: Labelled images.
         images: How many of them, from the first.
 
     Returns:
         float32 `[N]`, in [0, 1].
+
+    Raises:
+        ValueError: The detector is another.
     """
+    if not isinstance(detector, RetinaNetDetector):
+        raise ValueError(
+            f"gradient norms are drawn of retinanet, not {detector.config.architecture}"
+        )
     view = TrainingView(dataset, detector.config, (0.0, 0.0))
     norms = []
     detector.eval()

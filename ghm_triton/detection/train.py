@@ -112,7 +112,7 @@ class _Run:
         self.labels_seen = torch.zeros(
             config.num_classes + 2, dtype=torch.int64, device=here.device
         )
-        self.detector.head.observer = self._see_labels
+        self.detector.observe_labels(self._see_labels)
         self.step = 0
         self.pending: list[dict[str, Any]] = []
         if resume:

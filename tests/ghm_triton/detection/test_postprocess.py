@@ -9,6 +9,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from ghm_triton.detection.config import DetectorConfig
+from ghm_triton.detection.detector import Predictions
 from ghm_triton.detection.model import build_detector
 from ghm_triton.detection.postprocess import OUT, DeployedDetector, class_nms, decode_boxes
 
@@ -64,7 +65,7 @@ def test_nms_is_torchvisions_over_images_and_classes(
     boxes = random_boxes(images, count, generator=generator)
     ranks = torch.randn(images, classes, count, generator=generator, dtype=torch.float64)
     ranks[ranks < -0.5] = OUT
-    kept = class_nms(boxes, ranks, torch.tensor([iou]))
+    kept = class_nms(boxes, ranks, torch.tensor([iou]), 60)
     for image in range(images):
         entries = torch.nonzero(ranks[image] > OUT)
         chosen = batched_nms(
@@ -77,11 +78,11 @@ def test_nms_is_torchvisions_over_images_and_classes(
 def test_entries_that_are_out_neither_stand_nor_suppress() -> None:
     boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 10, 10]]])
     ranks = torch.tensor([[[OUT, -90.0, OUT]]])
-    assert class_nms(boxes, ranks, torch.tensor([0.5])).tolist() == [[0, 0, 1]]
+    assert class_nms(boxes, ranks, torch.tensor([0.5]), 3).tolist() == [[0, 0, 1]]
 
 
 def test_nothing_passes() -> None:
-    kept = class_nms(torch.zeros(2, 5, 4), torch.full((2, 3, 5), OUT), torch.tensor([0.5]))
+    kept = class_nms(torch.zeros(2, 5, 4), torch.full((2, 3, 5), OUT), torch.tensor([0.5]), 5)
     assert kept.shape == (0, 3)
     assert kept.dtype == torch.int64
 
@@ -89,7 +90,7 @@ def test_nothing_passes() -> None:
 def test_the_operator_keeps_torch_librarys_rules(generator: torch.Generator) -> None:
     boxes = random_boxes(2, 20, generator=generator).float()
     ranks = torch.randn(2, 3, 20, generator=generator)
-    torch.library.opcheck(class_nms, (boxes, ranks, torch.tensor([0.5])))
+    torch.library.opcheck(class_nms, (boxes, ranks, torch.tensor([0.5]), 5))
 
 
 def deployed(classes: int = 3, candidates: int = 50, max_detections: int = 30) -> DeployedDetector:
@@ -102,6 +103,15 @@ def deployed(classes: int = 3, candidates: int = 50, max_detections: int = 30) -
         max_detections=max_detections,
     )
     return DeployedDetector(build_detector(config).double())
+
+
+def select(
+    deployed: DeployedDetector, logits: Tensor, deltas: Tensor, thresholds: Tensor, iou: Tensor
+) -> tuple[Tensor, ...]:
+    """What stands of these outputs of the network."""
+    boxes = decode_boxes(deltas, deployed.detector.anchors, deployed.config.image_size)
+    predictions = Predictions(boxes.unsqueeze(2), logits.sigmoid(), logits)
+    return deployed.select(predictions, thresholds, iou)
 
 
 def iou_of(a: list[float], b: list[float]) -> float:
@@ -173,8 +183,8 @@ def test_selection_is_its_definition(
     anchors = detector.detector.anchors
     logits = 2 * torch.randn(2, len(anchors), 3, generator=generator, dtype=torch.float64)
     deltas = 0.5 * torch.randn(2, len(anchors), 4, generator=generator, dtype=torch.float64)
-    answer = detector.select(
-        logits, deltas, torch.tensor(thresholds, dtype=torch.float64), torch.tensor([iou])
+    answer = select(
+        detector, logits, deltas, torch.tensor(thresholds, dtype=torch.float64), torch.tensor([iou])
     )
     for image, (boxes, scores, labels, count) in enumerate(zip(*answer, strict=True)):
         expected = by_loops(
@@ -205,7 +215,7 @@ def test_a_score_at_its_threshold_stands() -> None:
     at = logits[0, 7].sigmoid()
     deltas = torch.zeros(1, len(anchors), 4, dtype=torch.float64)
     for threshold, count in ((at, 1), (torch.nextafter(at, torch.ones_like(at)), 0)):
-        assert int(detector.select(logits, deltas, threshold, torch.tensor([0.5]))[3]) == count
+        assert int(select(detector, logits, deltas, threshold, torch.tensor([0.5]))[3]) == count
 
 
 def test_of_two_scores_that_are_equal_in_float32_the_higher_logit_stays() -> None:
@@ -219,7 +229,7 @@ def test_of_two_scores_that_are_equal_in_float32_the_higher_logit_stays() -> Non
     logits[0, 40], logits[0, twin] = 18.0, 18.5
     assert torch.equal(logits[0, 40].sigmoid(), logits[0, twin].sigmoid())
     deltas = torch.zeros(1, len(anchors), 4)
-    boxes, _, _, count = detector.select(logits, deltas, torch.tensor([0.5]), torch.tensor([0.1]))
+    boxes, _, _, count = select(detector, logits, deltas, torch.tensor([0.5]), torch.tensor([0.1]))
     assert int(count) == 1
     assert torch.equal(boxes[0, 0], decode_boxes(deltas[0, twin], anchors[twin], SIZE))
 
@@ -231,7 +241,7 @@ def test_an_anchor_may_show_several_classes() -> None:
     logits[0, 7] = torch.tensor([1.0, 2.0, -5.0])
     deltas = torch.zeros(1, len(anchors), 4, dtype=torch.float64)
     thresholds = torch.full((3,), 0.5, dtype=torch.float64)
-    _, _, labels, count = detector.select(logits, deltas, thresholds, torch.tensor([0.5]))
+    _, _, labels, count = select(detector, logits, deltas, thresholds, torch.tensor([0.5]))
     assert labels[0, : int(count)].tolist() == [1, 0]
 
 
@@ -241,7 +251,7 @@ def test_padding_is_zero_whatever_the_boxes() -> None:
     logits = torch.full((1, len(anchors), 3), -5.0, dtype=torch.float64)
     deltas = torch.full((1, len(anchors), 4), math.nan, dtype=torch.float64)
     thresholds = torch.full((3,), 0.5, dtype=torch.float64)
-    boxes, scores, labels, count = detector.select(logits, deltas, thresholds, torch.tensor([0.5]))
+    boxes, scores, labels, count = select(detector, logits, deltas, thresholds, torch.tensor([0.5]))
     assert int(count) == 0
     assert (labels == -1).all()
     for padding in (boxes, scores):
@@ -255,7 +265,7 @@ def test_scores_that_are_not_numbers_never_stand() -> None:
     logits = torch.full((1, len(anchors), 3), math.nan, dtype=torch.float64)
     deltas = torch.zeros(1, len(anchors), 4, dtype=torch.float64)
     thresholds = torch.zeros(3, dtype=torch.float64)
-    assert int(detector.select(logits, deltas, thresholds, torch.tensor([0.5]))[3]) == 0
+    assert int(select(detector, logits, deltas, thresholds, torch.tensor([0.5]))[3]) == 0
 
 
 def test_the_detector_is_in_evaluation_mode() -> None:
