@@ -90,36 +90,33 @@ Call = tuple[str, float, Callable[..., object], tuple[Any, ...]]
 
 def calls(dtype: str) -> Iterator[Call]:
     """Every launcher that works on elements, as training calls it."""
-    logits, dense = _empty(ROWS, CLASSES, dtype=dtype), _empty(ROWS, CLASSES)
-    labels, table, scale, scalar = _empty(ROWS, dtype="i64"), _empty(30), _empty(), _empty()
+    logits, few = (_empty(ROWS, cols, dtype=dtype) for cols in (CLASSES, FEW_CLASSES))
+    labels, dense = _empty(ROWS, dtype="i64"), _empty(ROWS, CLASSES)
+    table, scale, outer = _empty(30), _empty(), _empty()
     size = logits.itemsize
-    few = _empty(ROWS, FEW_CLASSES, dtype=dtype)
     for name, values, target, extra in (
         ("index", logits, labels, 8 / CLASSES),
         ("index20", few, labels, 8 / FEW_CLASSES),
         ("dense", logits, dense, 4.0),
     ):
         data, read = (values, target, None), size + extra
-        loss: tuple[Any, ...] = (*data, table, scale, False, True)
-        again = (*data, table, scale, scalar, False)
+        weighed = (*data, table, scale, False, True)
         yield name, read, binning.count_bce, (*data, 30)
-        yield name, read + size, bce.weighted_bce, (*loss, True)
-        yield f"{name}-loss", read, bce.weighted_bce, (*loss, False)
-        yield f"{name}-gradient", read + size, bce.weighted_bce_backward, again
+        yield name, read + size, bce.weighted_bce, (*weighed, True)
         if name != "index20":
-            options = (0.25, 2.0, False, True, True)
-            yield name, read + size, focal.focal, (*data, scale, *options)
-
-    data, read = (logits, labels, None), size + 8 / CLASSES
-    yield "", read, softmax.count_softmax, (*data, 30)
-    yield "", read + size, softmax.weighted_softmax, (*data, table, scale, False, True, True)
+            yield name, read + size, focal.focal, (*data, scale, 0.25, 2.0, False, True, True)
+        if name == "index":
+            # In float16 the gradient has a pass of its own.
+            again = (*data, table, scale, outer, False)
+            yield "gradient", read + size, bce.weighted_bce_backward, again
+            yield "", read, softmax.count_softmax, (*data, 30)
+            yield "", read + size, softmax.weighted_softmax, (*weighed, True)
 
     pred, deltas, weight = (_empty(ROWS, DELTAS, dtype=dtype) for _ in range(3))
-    inputs, table, mu = (pred, deltas, weight), _empty(10), 0.02
-    yield "", 3 * size, binning.count_asl1, (*inputs, 10, mu)
-    loss = (*inputs, table, scale, mu, False, True)
-    yield "", 4 * size, asl1.weighted_asl1, (*loss, True)
-    yield "", 2 * size, scaling.scale_gradient, (logits, scalar)
+    pair, mu = (pred, deltas, weight), 0.02
+    yield "", 3 * size, binning.count_asl1, (*pair, 10, mu)
+    yield "", 4 * size, asl1.weighted_asl1, (*pair, _empty(10), scale, mu, False, True, True)
+    yield "", 2 * size, scaling.scale_gradient, (logits, outer)
 
 
 def state_calls() -> Iterator[Call]:
