@@ -37,11 +37,18 @@ example:
         help="overlap from 0 to 1 that NMS allows (default: the checkpoint's)",
     )
     add("--name", help="what the detector calls itself (default: architecture and backbone)")
+    add(
+        "--input",
+        choices=("float32", "uint8", "both"),
+        default="float32",
+        help="images that the file takes: float32, letterboxed and normalised (default); uint8, as"
+        " they are, of any size; or both, the second in a file OUT.uint8.onnx beside the first",
+    )
 
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Carry out `ghm export`."""
-    from export.detector import export_detector
+    from export.detector import export_detector, output_paths
     from ghm_triton.thresholds import ThresholdWarning
 
     with warnings.catch_warnings(record=True) as caught:
@@ -52,14 +59,16 @@ def run_export(arguments: argparse.Namespace) -> int:
             policy=arguments.policy,
             iou_threshold=arguments.iou,
             name=arguments.name,
+            input_type=arguments.input,
         )
     for warning in caught:  # the exporter's own talk stays behind
         if issubclass(warning.category, ThresholdWarning):
             warnings.warn(warning.message, stacklevel=1)
     print(threshold_table(card.threshold_policy, card.thresholds))
-    size = arguments.out.stat().st_size / 1e6
     frame = card.preprocessing
-    print(f"{arguments.out}: {card.name}, {frame.height}x{frame.width} px, {size:.1f} MB")
+    for path in output_paths(arguments.out, arguments.input):
+        size = path.stat().st_size / 1e6
+        print(f"{path}: {card.name}, {frame.height}x{frame.width} px, {size:.1f} MB")
     return 0
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from export.contract import (
-    CARD_KEY,
     DetectorCard,
     Preprocessing,
     StatisticsCard,
@@ -16,13 +15,15 @@ from export.contract import (
     TrainingCard,
     as_float32,
 )
-from export.file import write_atomically
+from export.file import write_detector
 from export.graph import build_graph
+from export.preprocess import accept_uint8
 from ghm_triton.detection.checkpoint import Checkpoint, CheckpointError, sha256_of
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.statistics import ClassStatistics
 from ghm_triton.thresholds import ClassThresholds
 
+INPUT_TYPES = ("float32", "uint8", "both")
 # Of the options that a checkpoint was trained with, those that say what was minimised.
 LOSS_OPTIONS = (
     "cls_loss",
@@ -45,6 +46,7 @@ def export_detector(
     policy: str = "f1",
     iou_threshold: float | None = None,
     name: str | None = None,
+    input_type: Literal["float32", "uint8", "both"] = "float32",
 ) -> DetectorCard:
     """Write a checkpoint's detector as one ONNX file that carries its thresholds and its card.
 
@@ -59,22 +61,27 @@ def export_detector(
         iou_threshold: NMS overlap written as the file's default, in [0, 1]; the checkpoint's own
             where None.
         name: What the detector calls itself; its architecture and backbone where None.
+        input_type: `float32`: the file takes images that its caller letterboxed and normalised;
+            `uint8`: it takes RGB images as they are, see `export.preprocess.accept_uint8`; `both`:
+            `output_path` takes float32, and a second file beside it, see `output_paths`, takes
+            uint8.
 
     Returns:
-        The card in the file.
+        The card in the file at `output_path`.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged or does not say how it was trained.
-        ValueError: The policy, `iou_threshold` or `name` is not valid, or the output is the
-            checkpoint or a folder.
+        ValueError: The policy, `iou_threshold`, `name` or `input_type` is not valid, or the output
+            is the checkpoint or a folder.
         OSError: The file cannot be written.
     """
     checkpoint_path, output_path = Path(checkpoint_path), Path(output_path)
-    if output_path.is_dir():
-        raise ValueError(f"{output_path} is a folder; name a file, such as detector.onnx")
+    if input_type not in INPUT_TYPES:
+        raise ValueError(f"input_type must be one of {', '.join(INPUT_TYPES)}, got {input_type!r}")
     checkpoint = Checkpoint.load(checkpoint_path)
-    if output_path.exists() and output_path.samefile(checkpoint_path):
-        raise ValueError(f"{output_path} is the checkpoint; it would be overwritten")
+    outputs = output_paths(output_path, input_type)
+    for path in outputs:
+        _refuse_output(path, checkpoint_path)
     card = make_card(
         checkpoint,
         sha256_of(checkpoint_path),
@@ -83,10 +90,30 @@ def export_detector(
         name=name,
     )
     model = build_graph(checkpoint.detector(), card.class_thresholds, card.iou_threshold)
-    model.metadata_props.add(key=CARD_KEY, value=card.to_json())
-    output_path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output_path, model.SerializeToString(deterministic=True))
-    return card
+    variants = [] if input_type == "uint8" else [(model, card)]
+    if input_type != "float32":
+        variants.append(accept_uint8(model, card))
+    for path, variant in zip(outputs, variants, strict=True):
+        write_detector(path, *variant)
+    return variants[0][1]
+
+
+def output_paths(path: Path, input_type: str) -> list[Path]:
+    """The files that an export to `path` writes.
+
+    Example:
+        >>> [path.name for path in output_paths(Path("runs/detector.onnx"), "both")]
+        ['detector.onnx', 'detector.uint8.onnx']
+    """
+    second = path.with_name(f"{path.stem}.uint8{path.suffix}")
+    return [path, second] if input_type == "both" else [path]
+
+
+def _refuse_output(path: Path, checkpoint_path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file, such as detector.onnx")
+    if path.exists() and path.samefile(checkpoint_path):
+        raise ValueError(f"{path} is the checkpoint; it would be overwritten")
 
 
 def make_card(

@@ -1,7 +1,7 @@
-"""Reading `detector.onnx`: the card, the digest, and whether the graph keeps the contract.
+"""Reading and writing `detector.onnx`: the card, the digest, whether the graph keeps the contract.
 
-This is the reader's half of the contract: it needs onnx and numpy, never torch. Reading executes
-nothing: the graph is looked at as data, and only then handed to a runtime.
+This needs onnx and numpy, never torch. Reading executes nothing: the graph is looked at as data,
+and only then handed to a runtime. Writing refuses whatever reading would refuse.
 """
 
 from __future__ import annotations
@@ -93,8 +93,50 @@ def read_detector(path: str | Path) -> DetectorFile:
     return DetectorFile(path, card, hashlib.sha256(content).hexdigest(), content)
 
 
+def write_detector(path: str | Path, model: ModelProto, card: DetectorCard) -> None:
+    """Write a graph with its card as one file, once it has passed every check.
+
+    Args:
+        path: The `.onnx` file to write; its folder is made if it is missing. A file that is there
+            is replaced only once the new one is complete.
+        model: The graph, weights inside; a card that is in it is replaced.
+        card: What the file says of itself.
+
+    The same graph and card give the same bytes.
+
+    Raises:
+        CardError: The graph does not do what the card says, or the reader would refuse the file.
+        ValueError: onnx's checker or its strict shape inference refuses the graph.
+        OSError: The file cannot be written.
+    """
+    path, written = Path(path), ModelProto()
+    written.CopyFrom(model)
+    others = [entry for entry in model.metadata_props if entry.key != CARD_KEY]
+    del written.metadata_props[:]
+    written.metadata_props.extend(others)
+    written.metadata_props.add(key=CARD_KEY, value=card.to_json())
+    _check(written)
+    content = written.SerializeToString(deterministic=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
+def _check(model: ModelProto) -> None:
+    """Hold a model that will be written against the contract, and against onnx itself."""
+    _refuse_external_data(model)
+    _check_graph(model.graph, _card(model))
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ValueError(f"not a valid ONNX graph: {error}") from error
+
+
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Write a file that a reader sees whole or not at all, even if the machine stops half-way.
+
+    Where the system has files without a name (Linux), a process that is killed meanwhile leaves
+    nothing behind.
 
     Args:
         path: Where to write. A file that is there is replaced.
@@ -105,18 +147,32 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    # Not tempfile: its files are private, and this one becomes a file like any other.
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    descriptor, unnamed = _open_new(temporary)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+            if unnamed:  # the folder is given so that the link is followed to the file behind it
+                os.link(f"/proc/self/fd/{descriptor}", temporary, src_dir_fd=descriptor)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _open_new(path: Path) -> tuple[int, bool]:
+    """Open a new file for writing: `(descriptor, whether it has no name yet)`.
+
+    Not by tempfile: its files are private, and this one becomes a file like any other.
+    """
+    if hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
+        try:
+            return os.open(path.parent, os.O_WRONLY | os.O_TMPFILE, 0o666), True
+        except OSError:  # a file system without them; what else is wrong, the next line says
+            pass
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), False
 
 
 def _sync_folder(folder: Path) -> None:
@@ -178,14 +234,17 @@ def _check_image_input(graph: GraphProto, card: DetectorCard) -> None:
     if list(required) != [INPUT]:
         raise CardError(f"the graph's inputs are {_names(required)}; there must be one, {INPUT!r}")
     height, width = card.preprocessing.height, card.preprocessing.width
-    wanted = f"float32 [batch, 3, {height}, {width}] with a batch of any size"
-    shape = _shape(required[INPUT])
-    if (
-        required[INPUT].type.tensor_type.elem_type != TensorProto.FLOAT
-        or shape is None
-        or shape != [None, 3, height, width]
-    ):
-        raise CardError(f"input {INPUT!r} is {_describe(required[INPUT])}, not {wanted}")
+    wanted = {
+        "float32": (TensorProto.FLOAT, [None, 3, height, width]),
+        "uint8": (TensorProto.UINT8, [None, None, None, 3]),
+    }[card.input]
+    found = required[INPUT]
+    if (found.type.tensor_type.elem_type, _shape(found)) != wanted:
+        sizes = f"3, {height}, {width}" if card.input == "float32" else "height, width, 3"
+        raise CardError(
+            f"input {INPUT!r} is {_describe(found)}, not {card.input} [batch, {sizes}]"
+            f" with {'a batch' if card.input == 'float32' else 'images'} of any size"
+        )
 
 
 def _check_outputs(graph: GraphProto) -> None:

@@ -120,7 +120,7 @@ def test_a_new_card_is_of_the_newest_format():
 
 def test_images_are_of_a_known_type():
     assert read(input="uint8").input == "uint8"
-    with pytest.raises(CardError, match="not valid at input: .*'float32' or 'uint8'"):
+    with pytest.raises(CardError, match=r"not valid at input: .*'float32' or 'uint8'"):
         read(input="float16")
 
 

@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from PIL import Image
+
+from export.compare import Detections, Proposals, Rules, Tolerance, compare
+from export.contract import IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard, Preprocessing
+from export.file import read_detector
+from export.preprocess import PREFIX, accept_uint8
+from ghm_triton.detection.data import open_dataset
+from service.images import letterbox
+
+Feeds = dict[str, np.ndarray]
+
+
+def session(model: ModelProto) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    content = model.SerializeToString()
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="module")
+def card(detector_path: Path) -> DetectorCard:
+    return read_detector(detector_path).card
+
+
+def with_nodes(nodes: list[NodeProto], frame: tuple[int, int]) -> ModelProto:
+    """A graph that makes `seen` of its images by these nodes; its one box is the whole frame."""
+    height, width = frame
+    info = helper.make_tensor_value_info
+    values = {
+        "corners": np.array([[[0, 0, width, height]]], np.float32),
+        "yes": np.array(True),
+    }
+    graph = helper.make_graph(
+        [*nodes, helper.make_node("Identity", ["corners"], ["boxes"])],
+        "probe",
+        [info("images", TensorProto.FLOAT, ["batch", 3, height, width])],
+        [
+            info("seen", TensorProto.FLOAT, ["batch", 3, height, width]),
+            info("boxes", TensorProto.FLOAT, [1, 1, 4]),
+        ],
+        [numpy_helper.from_array(value, name) for name, value in values.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def probe(card: DetectorCard, height: int, width: int) -> onnxruntime.InferenceSession:
+    """A graph that answers with what it was given: `seen` is what the network would see."""
+    frame = Preprocessing(
+        height=height, width=width, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+    )
+    model = with_nodes([helper.make_node("Identity", ["images"], ["seen"])], (height, width))
+    made, its_card = accept_uint8(model, card.model_copy(update={"preprocessing": frame}))
+    assert (its_card.input, its_card.preprocessing) == ("uint8", frame)
+    return session(made)
+
+
+# Multiples of 8, of 3 alone, a prime beside a power, and one that is a single block.
+FRAMES = [(64, 96), (33, 51), (127, 128), (6, 4)]
+
+
+@pytest.fixture(scope="module")
+def probes(card: DetectorCard) -> dict[tuple[int, int], onnxruntime.InferenceSession]:
+    return {frame: probe(card, *frame) for frame in FRAMES}
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def grey_levels(
+    probe: onnxruntime.InferenceSession, image: np.ndarray, frame: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the graph prepares and what the service does, in grey levels `[3, H, W]`."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    host, _ = letterbox(
+        Image.fromarray(image),
+        Preprocessing(height=frame[0], width=frame[1], mean=mean, std=std),
+    )
+    (ours,) = probe.run(["seen"], {"images": image[None]})
+    scale, shift = (np.array(v)[:, None, None] for v in (std, mean))
+    return 255 * (ours[0] * scale + shift), 255 * (host * scale + shift)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    frame=st.sampled_from(FRAMES), height=st.integers(1, 400), width=st.integers(1, 400), seed=...
+)
+@example(frame=(64, 96), height=64, width=96, seed=0)
+@example(frame=(64, 96), height=1, width=1, seed=0)
+@example(frame=(64, 96), height=1, width=400, seed=0)
+@example(frame=(64, 96), height=400, width=1, seed=0)
+@example(frame=(64, 96), height=85, width=128, seed=0)  # 63.75 rows
+@example(frame=(64, 96), height=37, width=64, seed=0)  # 55.5 rows: Python rounds to even
+@example(frame=(64, 96), height=39, width=64, seed=0)  # 58.5
+def test_any_image_is_prepared_as_the_service_does(probes, frame, height, width, seed: int) -> None:
+    ours, host = grey_levels(probes[frame], noise(height, width, abs(seed)), frame)
+    # Where the filter lies half-way between two levels, float32 and Pillow's fixed point may take
+    # different ones; 1e-3 is what is left of float32 after normalisation and back.
+    assert np.abs(ours - host).max() <= 1 + 1e-3
+
+
+@pytest.mark.parametrize("size", [(48, 64), (640, 481), (97, 301), (1200, 1600), (31, 47)])
+def test_few_grey_levels_differ_at_all(probes, size: tuple[int, int]) -> None:
+    ours, host = grey_levels(probes[64, 96], noise(*size), (64, 96))
+    # Only ties may; in noise few sums are half-way. A forgotten rounding moves every second pixel.
+    assert (np.abs(ours - host) > 0.5).mean() < 0.01
+
+
+def test_an_image_of_the_networks_size_stays_as_it_is(probes) -> None:
+    image = noise(64, 96)
+    ours, _ = grey_levels(probes[64, 96], image, (64, 96))
+    np.testing.assert_array_equal(np.rint(ours), image.transpose(2, 0, 1))
+
+
+def test_channels_stay_in_order_and_padding_is_grey(probes) -> None:
+    image = np.full((64, 48, 3), (250, 120, 10), dtype=np.uint8)
+    ours, _ = grey_levels(probes[64, 96], image, (64, 96))
+    assert np.rint(ours[:, :, :48]).reshape(3, -1).T.tolist() == [[250, 120, 10]] * (64 * 48)
+    assert (np.rint(ours[:, :, 48:]) == 114).all()
+
+
+def test_boxes_come_back_in_pixels_of_the_image(probes) -> None:
+    # The probe's box is the whole frame, most of which is padding below a wide image.
+    for height, width in ((50, 200), (200, 50), (64, 96), (1, 500)):
+        (boxes,) = probes[64, 96].run(["boxes"], {"images": noise(height, width)[None]})
+        assert boxes.tolist() == [[[0, 0, width, height]]]
+
+
+@pytest.fixture(scope="module")
+def both(
+    detector_path: Path,
+) -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession, DetectorCard]:
+    """The exported detector, and the same that takes uint8."""
+    model, card = onnx.load(detector_path), read_detector(detector_path).card
+    return session(model), session(accept_uint8(model, card)[0]), card
+
+
+def split(outputs: list[np.ndarray]) -> list[Detections]:
+    boxes, scores, labels, counts = outputs
+    return [Detections(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts)]
+
+
+def assert_same_detections(
+    both, images: list[Image.Image], feeds: Feeds, score: float = 5e-3
+) -> int:
+    """Every detection of the float32 file, found on the host's canvas, is the uint8 file's."""
+    floats, bytes_, card = both
+    thresholds = feeds.get(THRESHOLDS_INPUT, np.array(card.class_thresholds, np.float32))
+    iou = float(feeds.get(IOU_INPUT, [card.iou_threshold])[0])
+    rules = Rules(card.class_names, thresholds, iou, card.max_detections)
+    nothing = Proposals(np.zeros((0, 4), np.float32), np.zeros((0, len(thresholds)), np.float32))
+    total = 0
+    for image in images:
+        row, geometry = letterbox(image, card.preprocessing)
+        (host,) = split(floats.run(list(OUTPUTS), {"images": row[None], **feeds}))
+        (ours,) = split(bytes_.run(list(OUTPUTS), {"images": np.asarray(image)[None], **feeds}))
+        back = geometry.to_image(host.boxes).astype(np.float32)
+        # 0.1 px of the network's frame, in pixels of an image that is larger. Scores move by what
+        # a grey level does in the few pixels at a tie.
+        grown = max(1.0, image.width / geometry.resized_width)
+        result = compare(
+            Detections(back, host.scores, host.labels),
+            ours,
+            nothing,
+            rules,
+            Tolerance(box=0.1 * grown, score=score),
+        )
+        assert result.mismatches == []
+        total += int(result.matched.sum())
+    return total
+
+
+OVERRIDES = [
+    {},
+    {THRESHOLDS_INPUT: np.array([0.7, 0.4, 0.3], np.float32)},
+    {IOU_INPUT: np.array([0.6], np.float32)},
+]
+
+
+@pytest.mark.parametrize("feeds", OVERRIDES, ids=["defaults", "thresholds", "iou"])
+def test_detections_of_scenes_are_those_of_the_float_file(both, feeds: Feeds) -> None:
+    dataset = open_dataset("digits:held_out_images=6", "test")
+    scenes = [dataset[i].image for i in range(len(dataset))]
+    sizes = [(128, 128), (96, 64), (301, 97), (50, 40), (640, 480), (77, 233)]
+    images = [scene.resize(size) for scene, size in zip(scenes, sizes, strict=True)]
+    assert assert_same_detections(both, images, feeds) > 10
+
+
+def test_where_no_grey_level_differs_detections_are_equal(both, probes) -> None:
+    dataset = open_dataset("digits:held_out_images=1", "test")
+    images = [dataset[0].image.resize(size) for size in ((96, 64), (192, 128), (48, 32), (96, 32))]
+    for image in images:  # these sizes weigh pixels by powers of two, exact everywhere
+        ours, host = grey_levels(probes[64, 96], np.asarray(image), (64, 96))
+        np.testing.assert_array_equal(np.rint(ours), np.rint(host))
+    # The verifier's tolerances; only the last bits of the normalisation may differ.
+    assert assert_same_detections(both, images, {}, score=1e-4) > 10
+
+
+@pytest.fixture(scope="module")
+def cells() -> Iterator[list[Image.Image]]:
+    root = os.environ.get("BCCD_ROOT")
+    if not root:
+        pytest.skip("BCCD_ROOT is not set: no blood cells to detect")
+    dataset = open_dataset(f"voc:{root}", "test")
+    return [dataset[i].image for i in range(0, len(dataset), 3)]
+
+
+@pytest.mark.bccd
+def test_detections_of_blood_cells_are_those_of_the_float_file(both, cells) -> None:
+    assert assert_same_detections(both, cells, {}) > 100
+
+
+@pytest.mark.bccd
+def test_blood_cells_are_prepared_as_the_service_does(probes, cells) -> None:
+    for frame in FRAMES:
+        ours, host = grey_levels(probes[frame], np.asarray(cells[0]), frame)
+        assert np.abs(ours - host).max() <= 1 + 1e-3
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_images_of_a_batch_are_answered_for_alike(both, batch: int) -> None:
+    images = np.stack([noise(50, 70, seed) for seed in range(batch)])
+    together = both[1].run(list(OUTPUTS), {"images": images})
+    for i in range(batch):
+        alone = both[1].run(list(OUTPUTS), {"images": images[i : i + 1]})
+        assert together[3][i] == alone[3][0] > 0
+        np.testing.assert_array_equal(together[2][i], alone[2][0])
+        # Sums of another order where a batch is laid out otherwise.
+        np.testing.assert_allclose(together[1][i], alone[1][0], atol=1e-5)
+
+
+def test_an_answer_is_padded_as_before(both) -> None:
+    nothing = {THRESHOLDS_INPUT: np.full(3, 2.0, np.float32)}
+    boxes, scores, labels, counts = both[1].run(
+        list(OUTPUTS), {"images": noise(20, 30)[None], **nothing}
+    )
+    assert counts.tolist() == [0]
+    assert (labels == -1).all()
+    assert not boxes.any()
+    assert not scores.any()
+
+
+def test_the_graph_passes_the_checker_and_strict_shape_inference(detector_path: Path) -> None:
+    model, card = onnx.load(detector_path), read_detector(detector_path).card
+    made, _ = accept_uint8(model, card)
+    onnx.checker.check_model(made, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(
+        made, check_type=True, strict_mode=True, data_prop=True
+    )
+    shapes = {value.name: value.type.tensor_type.shape for value in inferred.graph.value_info}
+    prepared = [dim.dim_param or dim.dim_value for dim in shapes[f"{PREFIX}prepared"].dim]
+    assert prepared == ["batch", 3, 64, 96]  # static, so that runtimes plan the network ahead
+
+
+def test_the_same_graph_gives_the_same_bytes_and_is_left_alone(detector_path: Path) -> None:
+    model, card = onnx.load(detector_path), read_detector(detector_path).card
+    before = model.SerializeToString(deterministic=True)
+    made = [accept_uint8(model, card)[0].SerializeToString(deterministic=True) for _ in range(2)]
+    assert made[0] == made[1]
+    assert model.SerializeToString(deterministic=True) == before
+
+
+def test_a_detector_that_takes_uint8_is_refused(detector_path: Path) -> None:
+    made = accept_uint8(onnx.load(detector_path), read_detector(detector_path).card)
+    with pytest.raises(ValueError, match="retinanet-tiny takes uint8 images already"):
+        accept_uint8(*made)
+
+
+def test_images_are_renamed_inside_branches_too(card: DetectorCard) -> None:
+    info = helper.make_tensor_value_info
+    branches = [
+        helper.make_graph(
+            [helper.make_node(op, ["images"], [f"{op}_out"])],
+            op,
+            [],
+            [info(f"{op}_out", TensorProto.FLOAT, ["batch", 3, 64, 96])],
+        )
+        for op in ("Neg", "Abs")
+    ]
+    model = with_nodes(
+        [
+            helper.make_node(
+                "If", ["yes"], ["seen"], then_branch=branches[0], else_branch=branches[1]
+            )
+        ],
+        (64, 96),
+    )
+    made, _ = accept_uint8(model, card)
+    onnx.checker.check_model(made, full_check=True)
+    (branch,) = [node for node in made.graph.node if node.op_type == "If"]
+    for attribute in branch.attribute:
+        assert list(attribute.g.node[0].input) == [f"{PREFIX}prepared"]
