@@ -5,28 +5,39 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+ARCHITECTURES = ("retinanet", "fcos", "faster-rcnn")
+CLASSIFIERS = ("sigmoid", "softmax")
 BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """A RetinaNet, described.
+    """A detector, described.
 
     Attributes:
         class_names: The classes in label order, `0..C-1`.
         image_size: `(height, width)` of the network's input in pixels, multiples of 32.
-        backbone: One of `BACKBONES`: torchvision's ResNets with FPN levels P3..P7, or `tiny`, five
-            convolution stages with levels P3..P5, that trains in minutes on two cores.
-        channels: Channels of the FPN and of the head (and the width of `tiny`).
-        head_convs: 3x3 convolutions before each predictor, 1 to 4 (RetinaNet's paper: 4).
-        anchor_scale: Side of the smallest square anchor of a level, in units of its stride.
-        prior: Foreground probability that the classification bias starts from, in (0, 1).
+        backbone: One of `BACKBONES`: torchvision's ResNets with FPN levels P3..P7 (Faster R-CNN:
+            P2..P6), or `tiny`, five convolution stages with levels P3..P5, that trains in minutes
+            on two cores.
+        channels: Width of `tiny`, of its pyramid and head; the ResNets' pyramid has 256.
+        head_convs: 3x3 convolutions before each dense predictor, 1 to 4 (RetinaNet's paper: 4;
+            Faster R-CNN's proposals: 1).
+        anchor_scale: Side of the smallest square anchor of a level, in units of its stride; FCOS
+            has no anchors.
+        prior: Foreground probability that a sigmoid's bias starts from, in (0, 1).
         mean: Channel means subtracted after scaling grey levels to [0, 1].
         std: Channel deviations divided by.
         pad_value: Grey level, 0..255, around a letterboxed image.
         iou_threshold: NMS overlap, in [0, 1].
-        candidates: Anchors kept by score before NMS.
+        candidates: Anchors or points kept by score before NMS; of a Faster R-CNN's level, those
+            kept before the NMS of proposals.
         max_detections: Detections kept after NMS.
+        architecture: One of `ARCHITECTURES`.
+        classifier: `sigmoid`, a probability for every class, or `softmax` with background as a
+            class of its own (Faster R-CNN only).
+        proposals: Regions that Faster R-CNN looks into, an image.
+        region_samples: Regions that it learns from, an image.
     """
 
     class_names: tuple[str, ...]
@@ -43,14 +54,30 @@ class DetectorConfig:
     candidates: int = 1000
     max_detections: int = 100
     architecture: str = "retinanet"
+    classifier: str = "sigmoid"
+    proposals: int = 300
+    region_samples: int = 128
 
     def __post_init__(self) -> None:
         if not self.class_names or len(set(self.class_names)) != len(self.class_names):
             raise ValueError(f"class_names must be distinct and not empty, got {self.class_names}")
-        if self.backbone not in BACKBONES:
+        for name, allowed in (
+            ("architecture", ARCHITECTURES),
+            ("backbone", BACKBONES),
+            ("classifier", CLASSIFIERS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
+                )
+        if self.classifier == "softmax" and self.architecture != "faster-rcnn":
             raise ValueError(
-                f"backbone must be one of {', '.join(BACKBONES)}, got {self.backbone!r}"
+                f"classifier must be sigmoid for {self.architecture}, whose places are mostly"
+                " background; got 'softmax'"
             )
+        for name in ("candidates", "max_detections", "proposals", "region_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if any(side < 32 or side % 32 for side in self.image_size):
             raise ValueError(f"image_size must be multiples of 32, got {self.image_size}")
         if not 0.0 < self.prior < 1.0:

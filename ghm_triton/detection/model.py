@@ -9,10 +9,14 @@ from torch import nn
 
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.detector import Detector
+from ghm_triton.detection.fcos import FCOSDetector
 from ghm_triton.detection.heads import HeadLosses
 from ghm_triton.detection.retinanet import RetinaNetDetector
 
-DETECTORS = {"retinanet": RetinaNetDetector}
+DETECTORS: dict[str, type[RetinaNetDetector | FCOSDetector]] = {
+    "retinanet": RetinaNetDetector,
+    "fcos": FCOSDetector,
+}
 
 
 def build_detector(config: DetectorConfig, losses: HeadLosses | None = None) -> Detector:

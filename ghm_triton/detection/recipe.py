@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torchvision.ops import generalized_box_iou_loss
 
 from ghm_triton.detection.heads import HeadLosses
 from ghm_triton.functional import DEFAULT_STRENGTH
@@ -16,11 +17,18 @@ from ghm_triton.losses import FocalLoss, GHMCLoss, GHMRLoss
 from ghm_triton.schedule import StrengthSchedule, require_strength
 
 CLS_LOSSES = ("ghm", "focal", "ce")
-REG_LOSSES = ("ghm", "sl1")
+REG_LOSSES = ("ghm", "sl1", "giou")
+# What a detector regresses: deltas to anchors and regions, or whole boxes from points.
+DETECTOR_REG_LOSSES = {
+    "retinanet": ("ghm", "sl1"),
+    "fcos": ("giou",),
+    "faster-rcnn": ("ghm", "sl1"),
+}
 OPTIMIZERS = ("adamw", "sgd")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMOOTH_L1_DELTA = 1 / 9
-GHM_R_WEIGHT = 10.0
+# The released RetinaNet configuration's. Faster R-CNN scales its deltas by 10 and 5 instead.
+GHM_R_WEIGHT = {"retinanet": 10.0, "faster-rcnn": 1.0}
 
 
 @dataclass(frozen=True)
@@ -40,10 +48,10 @@ class TrainOptions:
         weight_decay: Decoupled for AdamW.
         clip: Largest norm of the gradient.
         cls_loss: `ghm`, `focal` or `ce`.
-        reg_loss: `ghm` or `sl1` (smooth L1, delta 1/9).
+        reg_loss: `ghm` or `sl1` (smooth L1, delta 1/9) of deltas; FCOS: `giou` of boxes.
         cls_weight: Multiplies the classification loss.
-        reg_weight: Multiplies the regression loss; None: 10 for `ghm` (as the released
-            configuration), 1 for `sl1`.
+        reg_weight: Multiplies the regression loss; None: 10 for `ghm` in RetinaNet (as the
+            released configuration), else 1.
         bins: Unit regions of GHM-C.
         average: What GHM-C and CE divide by: `positives` or `valid`.
         strength: Strength of GHM-C at the first step, in [0, 1].
@@ -133,6 +141,26 @@ class SmoothL1(nn.Module):
         return total / max(1, len(pred))
 
 
+class GeneralizedIoU(nn.Module):
+    """Generalised IoU loss as FCOS trains with: divided by boxes."""
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Boxes `[P, 4]` and `[P, 4]`, x1 y1 x2 y2, to a scalar; 0 for no boxes."""
+        total: Tensor = generalized_box_iou_loss(pred, target, reduction="sum")
+        return total / max(1, len(pred))
+
+
+class SoftmaxCrossEntropy(nn.Module):
+    """Cross entropy of a softmax with background as its first class, as Faster R-CNN trains."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits `[R, 1 + C]` and labels int64 `[R]` (`C` background, -1 ignored) to a scalar."""
+        classes = logits.shape[1]
+        target = torch.where(labels < 0, -1, (labels + 1) % classes)
+        total = nn.functional.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
+        return total / (labels >= 0).sum().clamp(min=1)
+
+
 class Weighted(nn.Module):
     """A loss times a constant."""
 
@@ -146,20 +174,50 @@ class Weighted(nn.Module):
         return result
 
 
-def build_losses(options: TrainOptions, group: ProcessGroup | None = None) -> HeadLosses:
+def build_losses(
+    options: TrainOptions,
+    group: ProcessGroup | None = None,
+    *,
+    architecture: str = "retinanet",
+    classifier: str = "sigmoid",
+) -> HeadLosses:
     """The head's losses as the options name them.
 
     Args:
         options: Of the run.
         group: Processes that share one gradient density.
+        architecture: The detector's, as its configuration names it.
+        classifier: The detector's, likewise.
+
+    Raises:
+        ValueError: The detector cannot learn by a loss that the options name.
     """
+    fitting = DETECTOR_REG_LOSSES[architecture]
+    if options.reg_loss not in fitting:
+        learnt = "whole boxes" if "giou" in fitting else "deltas, coordinate by coordinate"
+        raise ValueError(
+            f"{architecture} regresses {learnt}, so its reg_loss must be"
+            f" {' or '.join(fitting)}; got {options.reg_loss!r}"
+        )
+    if classifier == "softmax" and options.cls_loss != "ce":
+        raise ValueError(
+            "a softmax classifier learns by cls_loss ce; ghm and focal are losses of sigmoids,"
+            f" got {options.cls_loss!r}"
+        )
+    weight = options.reg_weight
+    if weight is None:
+        weight = GHM_R_WEIGHT[architecture] if options.reg_loss == "ghm" else 1.0
     return HeadLosses(
-        Weighted(_classification(options, group), options.cls_weight),
-        Weighted(_regression(options, group), _regression_weight(options)),
+        Weighted(_classification(options, group, classifier), options.cls_weight),
+        Weighted(_regression(options, group), weight),
     )
 
 
-def _classification(options: TrainOptions, group: ProcessGroup | None) -> nn.Module:
+def _classification(
+    options: TrainOptions, group: ProcessGroup | None, classifier: str
+) -> nn.Module:
+    if classifier == "softmax":
+        return SoftmaxCrossEntropy()
     if options.cls_loss == "focal":
         return FocalLoss()
     strength = _strength(options.strength, options.strength_end, options.steps)
@@ -172,16 +230,12 @@ def _classification(options: TrainOptions, group: ProcessGroup | None) -> nn.Mod
 
 
 def _regression(options: TrainOptions, group: ProcessGroup | None) -> nn.Module:
+    if options.reg_loss == "giou":
+        return GeneralizedIoU()
     if options.reg_loss == "sl1":
         return SmoothL1()
     strength = _strength(options.reg_strength, options.reg_strength_end, options.steps)
     return GHMRLoss(strength=strength, process_group=group)
-
-
-def _regression_weight(options: TrainOptions) -> float:
-    if options.reg_weight is not None:
-        return options.reg_weight
-    return GHM_R_WEIGHT if options.reg_loss == "ghm" else 1.0
 
 
 def _strength(start: float, end: float | None, steps: int) -> float | StrengthSchedule:

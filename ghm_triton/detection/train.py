@@ -103,7 +103,9 @@ class _Run:
         if here.leads:
             warn_of_shared_images(self.dataset, self.held_out)
         torch.manual_seed(options.seed)
-        losses = build_losses(options, here.group)
+        losses = build_losses(
+            options, here.group, architecture=config.architecture, classifier=config.classifier
+        )
         self.detector = build_detector(config, losses)
         channels_last(self.detector).to(here.device)
         self.optimizer = build_optimizer(options, self.detector)
