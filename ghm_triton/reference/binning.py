@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ghm_triton._inputs import ClassificationInputs, RegressionInputs
 
+LARGE = 1e18  # a difference whose square float32 still holds; mu adds nothing to it
+
 
 class RegionCounts(NamedTuple):
     """What one batch holds.
@@ -104,8 +106,18 @@ def difference(inputs: RegressionInputs) -> Tensor:
 
 
 def hypotenuse(d: Tensor, mu: float) -> Tensor:
-    """`sqrt(d^2 + mu^2)`, without the overflow of the squares."""
-    return torch.hypot(d, d.new_full((), mu))
+    """`sqrt(d^2 + mu^2)`, without the overflow of the squares.
+
+    Of operations that round alike on every machine, so that it always has the same bits.
+    """
+    large = d.abs() > LARGE
+    length = torch.sqrt(torch.where(large, 0.0, d).square() + squared_width(mu))
+    return torch.where(large, d.abs(), length)
+
+
+def squared_width(mu: float) -> float:
+    """`mu^2`, which float32 must not round to 0: then `d = 0` would have no slope."""
+    return max(mu, 1 / LARGE) ** 2
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -120,9 +132,8 @@ def _dense(inputs: ClassificationInputs) -> Tensor:
 
 
 def _count(norm: Tensor, sound: Tensor, bins: int) -> Tensor:
-    # Other entries fall into one region more, which is cut off: no data-dependent shapes.
+    # Other entries fall into one region more, which is cut off: no data-dependent shapes. And no
+    # bincount, whose shape depends on the data for all that torch knows.
     region = torch.where(sound, unit_region(norm.detach(), bins), bins).flatten()
-    if region.is_cuda:  # bincount would wait for the device
-        counts = torch.zeros(bins + 1, dtype=torch.int64, device=region.device)
-        return counts.scatter_add_(0, region, torch.ones_like(region))[:bins]
-    return torch.bincount(region, minlength=bins + 1)[:bins]
+    counts = torch.zeros(bins + 1, dtype=torch.int64, device=region.device)
+    return counts.scatter_add_(0, region, torch.ones_like(region))[:bins]
