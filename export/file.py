@@ -7,8 +7,6 @@ and only then handed to a runtime. Writing refuses whatever reading would refuse
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -28,6 +26,7 @@ from onnx import (
     numpy_helper,
 )
 
+from export.atomic import write_atomically
 from export.contract import (
     CARD_KEY,
     INPUT,
@@ -130,60 +129,6 @@ def _check(model: ModelProto) -> None:
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ValueError(f"not a valid ONNX graph: {error}") from error
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file that a reader sees whole or not at all, even if the machine stops half-way.
-
-    Where the system has files without a name (Linux), a process that is killed meanwhile leaves
-    nothing behind.
-
-    Args:
-        path: Where to write. A file that is there is replaced.
-        content: The bytes.
-
-    Raises:
-        OSError: The folder is missing or cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    descriptor, unnamed = _open_new(temporary)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            if unnamed:  # the folder is given so that the link is followed to the file behind it
-                os.link(f"/proc/self/fd/{descriptor}", temporary, src_dir_fd=descriptor)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _open_new(path: Path) -> tuple[int, bool]:
-    """Open a new file for writing: `(descriptor, whether it has no name yet)`.
-
-    Not by tempfile: its files are private, and this one becomes a file like any other.
-    """
-    if hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
-        try:
-            return os.open(path.parent, os.O_WRONLY | os.O_TMPFILE, 0o666), True
-        except OSError:  # a file system without them; what else is wrong, the next line says
-            pass
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), False
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` last, where folders can be opened (not on Windows)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path) -> bytes:

@@ -17,7 +17,8 @@ import torch
 import export.detector
 from export.contract import IOU_INPUT, THRESHOLDS_INPUT
 from export.detector import LOSS_OPTIONS, export_detector, make_card, without_folders
-from export.file import read_detector
+from export.file import read_detector, write_detector
+from export.preprocess import accept_uint8
 from ghm_triton.detection.checkpoint import Checkpoint, CheckpointError
 from ghm_triton.detection.recipe import TrainOptions
 from ghm_triton.statistics import ClassStatistics
@@ -66,14 +67,20 @@ def test_the_thresholds_are_the_policys_in_card_and_graph(
 def test_the_same_checkpoint_gives_the_same_bytes(
     detector_path: Path, checkpoint_path: Path, tmp_path: Path
 ) -> None:
-    again = tmp_path / "another_name.onnx"
-    code = "import sys; from export.detector import export_detector; export_detector(*sys.argv[1:])"
+    again, other = tmp_path / "another_name.onnx", tmp_path / "another_name.uint8.onnx"
+    code = (
+        "import sys; from export.detector import export_detector;"
+        "export_detector(*sys.argv[1:], input_type='both')"
+    )
     subprocess.run(
         [sys.executable, "-c", code, checkpoint_path, again],
         check=True,
         env={**os.environ, "PYTHONHASHSEED": "123"},
     )
     assert again.read_bytes() == detector_path.read_bytes()
+    file = read_detector(detector_path)
+    write_detector(tmp_path / "here.onnx", *accept_uint8(onnx.load(detector_path), file.card))
+    assert other.read_bytes() == (tmp_path / "here.onnx").read_bytes()
 
 
 def test_the_file_tells_no_path_of_the_machine(detector_path: Path, checkpoint_path: Path) -> None:
@@ -86,8 +93,47 @@ def test_the_file_tells_no_path_of_the_machine(detector_path: Path, checkpoint_p
     assert re.findall(rb"[\w/.-]+\.py\b", content) == []
 
 
+@pytest.fixture
+def no_tracing(detector_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the graph that was exported before, to save the time."""
+    monkeypatch.setattr(export.detector, "build_graph", lambda *_: onnx.load(detector_path))
+
+
+@pytest.mark.usefixtures("no_tracing")
+@pytest.mark.parametrize(
+    ("input_type", "files"),
+    [
+        ("float32", {"d.onnx": "float32"}),
+        ("uint8", {"d.onnx": "uint8"}),
+        ("both", {"d.onnx": "float32", "d.uint8.onnx": "uint8"}),
+    ],
+)
+def test_one_export_writes_the_variants_asked_for(
+    checkpoint_path: Path, tmp_path: Path, input_type: str, files: dict[str, str]
+) -> None:
+    card = export_detector(checkpoint_path, tmp_path / "d.onnx", input_type=input_type)
+    cards = {path.name: read_detector(path).card for path in tmp_path.iterdir()}
+    assert {name: its.input for name, its in cards.items()} == files
+    assert cards["d.onnx"] == card
+    rest = [its.model_dump(exclude={"input"}) for its in cards.values()]
+    assert all(one == rest[0] for one in rest)
+
+
+def test_an_unknown_input_type_is_named(checkpoint_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one of float32, uint8, both, got 'int8'"):
+        export_detector(checkpoint_path, tmp_path / "d.onnx", input_type="int8")
+
+
+def test_the_second_file_is_no_folder_either(checkpoint_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "d.uint8.onnx").mkdir()
+    with pytest.raises(ValueError, match=r"d\.uint8\.onnx is a folder"):
+        export_detector(checkpoint_path, tmp_path / "d.onnx", input_type="both")
+    assert not (tmp_path / "d.onnx").exists()
+
+
+@pytest.mark.usefixtures("no_tracing")
 def test_an_export_that_fails_half_way_leaves_the_old_file(
-    checkpoint_path: Path, detector_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "detector.onnx"
     path.write_bytes(b"the old file")
@@ -95,9 +141,6 @@ def test_an_export_that_fails_half_way_leaves_the_old_file(
     def fail(descriptor: int) -> None:
         raise OSError("no space left")
 
-    graph = onnx.load(detector_path)  # a graph made before, to save the time
-    del graph.metadata_props[:]
-    monkeypatch.setattr(export.detector, "build_graph", lambda *_: graph)
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space left"):
         export_detector(checkpoint_path, path)

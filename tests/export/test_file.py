@@ -1,6 +1,4 @@
 import hashlib
-import os
-import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +20,7 @@ from export.contract import (
     ThresholdCard,
     TrainingCard,
 )
-from export.file import read_detector, write_atomically
+from export.file import read_detector, write_detector
 
 Edit = Callable[[ModelProto], object]
 
@@ -55,11 +53,20 @@ def make_card() -> DetectorCard:
     )
 
 
+CONSTANTS = {
+    "boxes": np.zeros((1, 1, 4), np.float32),
+    "scores": np.zeros((1, 1), np.float32),
+    "labels": np.full((1, 1), -1),
+    "num_detections": np.zeros(1, np.int64),
+}
+
+
 def make_model() -> ModelProto:
     """The smallest graph with the contract's inputs and outputs. It is never run."""
     info = helper.make_tensor_value_info
+    constant = {name: numpy_helper.from_array(value) for name, value in CONSTANTS.items()}
     graph = helper.make_graph(
-        [helper.make_node("Identity", ["weights"], ["boxes"], name="first")],
+        [helper.make_node("Constant", [], [name], value=constant[name]) for name in CONSTANTS],
         "g",
         [
             info("images", TensorProto.FLOAT, ["batch", 3, 8, 16]),
@@ -75,7 +82,6 @@ def make_model() -> ModelProto:
         [
             numpy_helper.from_array(np.array([0.5, 0.5], np.float32), "class_thresholds"),
             numpy_helper.from_array(np.array([0.6], np.float32), "iou_threshold"),
-            numpy_helper.from_array(np.zeros((1, 1, 4), np.float32), "weights"),
         ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
@@ -212,6 +218,37 @@ def test_what_breaks_the_contract_is_refused_in_a_sentence(read, tmp_path, edit,
     assert "\n" not in str(caught.value)
 
 
+def uint8_card() -> str:
+    return make_card().model_copy(update={"input": "uint8"}).to_json()
+
+
+def test_images_may_be_uint8_of_any_size(read):
+    def edit(model: ModelProto) -> None:
+        retype("input", "images", TensorProto.UINT8, ["b", "h", "w", 3])(model)
+        set_card(uint8_card())(model)
+
+    assert read(edit).card.input == "uint8"
+
+
+@pytest.mark.parametrize(
+    ("element", "shape"),
+    [
+        (TensorProto.UINT8, ["b", 8, 16, 3]),
+        (TensorProto.UINT8, ["b", 3, "h", "w"]),
+        (TensorProto.UINT8, [1, "h", "w", 3]),
+        (TensorProto.FLOAT, ["b", 3, 8, 16]),
+    ],
+)
+def test_uint8_images_of_another_layout_are_refused(read, element, shape):
+    def edit(model: ModelProto) -> None:
+        retype("input", "images", element, shape)(model)
+        set_card(uint8_card())(model)
+
+    message = r"not uint8 \[batch, height, width, 3\] with images of any size"
+    with pytest.raises(CardError, match=message):
+        read(edit)
+
+
 def test_both_initializers_gone(read):
     def edit(model: ModelProto) -> None:
         for field in ("input", "initializer"):
@@ -233,7 +270,7 @@ def external_tensor() -> TensorProto:
 
 
 def node_with(attribute: object) -> onnx.NodeProto:
-    return helper.make_node("If", ["weights"], ["y"], then_branch=attribute)
+    return helper.make_node("If", ["boxes"], ["y"], then_branch=attribute)
 
 
 @pytest.mark.parametrize(
@@ -331,35 +368,41 @@ def test_reading_imports_no_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_writes_and_replaces(tmp_path):
-    path = tmp_path / "x.onnx"
-    for content in (b"first", b"second and longer"):
-        write_atomically(path, content)
-        assert path.read_bytes() == content
-    assert list(tmp_path.iterdir()) == [path]
+def without_card() -> ModelProto:
+    model = make_model()
+    model.metadata_props[0].key = "author"
+    return model
 
 
-def test_what_cannot_be_written_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
-    path = tmp_path / "x.onnx"
-    write_atomically(path, b"old")
+def test_a_written_detector_is_read_again(tmp_path):
+    path = tmp_path / "made" / "x.onnx"
+    write_detector(path, without_card(), make_card())
+    content = path.read_bytes()
+    assert read_detector(path).card == make_card()
+    write_detector(path, onnx.load(path), make_card())  # its old card makes way for the new
+    assert path.read_bytes() == content
+    assert [entry.key for entry in onnx.load(path).metadata_props] == ["author", CARD_KEY]
 
-    def no_space(descriptor: int) -> None:
-        raise OSError("no space left on device")
 
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="no space left"):
-        write_atomically(path, b"new")
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        (replace("iou_threshold", np.array([0.5], np.float32)), CardError, "iou_threshold is 0.5"),
+        (lambda m: m.graph.initializer.append(external_tensor()), CardError, "'far' is kept in"),
+        (retype("output", "boxes", TensorProto.FLOAT, [1, 2, 4]), ValueError, "not a valid ONNX"),
+        (lambda m: m.ClearField("opset_import"), ValueError, "not a valid ONNX graph"),
+        (
+            lambda m: m.graph.node.append(helper.make_node("Relu", ["nowhere"], ["y"])),
+            ValueError,
+            "not a valid ONNX graph.*nowhere",
+        ),
+    ],
+)
+def test_what_the_reader_or_onnx_would_refuse_is_not_written(tmp_path, edit, error, message):
+    model, path = make_model(), tmp_path / "x.onnx"
+    path.write_bytes(b"old")
+    edit(model)
+    with pytest.raises(error, match=f"(?s){message}"):
+        write_detector(path, model, make_card())
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_written_file_has_the_permissions_of_any_other(tmp_path):
-    (tmp_path / "any").write_bytes(b"")
-    write_atomically(tmp_path / "x", b"")
-    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("any", "x")}
-    assert len(modes) == 1
-
-
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        write_atomically(tmp_path / "none" / "x", b"")
