@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import ghm_triton
 from benchmarks import peers
-from ghm_triton import FocalLoss, GHMCLoss, GHMRLoss
+from ghm_triton import FocalLoss, GHMCLoss, GHMRLoss, GHMSoftmaxLoss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLASSES = 80
@@ -159,10 +157,19 @@ def _classification(case: Case) -> Iterator[Offer]:
     yield Contender("bce", lambda: peers.bce, dense=True), True
     yield Contender("ghm_c released", peers.ReleasedGHMC, capturable=False), False
     yield from _ours("focal", FocalLoss, case)
+    yield from _windows(case)
     if case.target == "index":
         yield Contender(f"{peers.FOCAL} one-hot", lambda: peers.one_hot_focal), case.thorough
     else:
         yield Contender(peers.FOCAL, lambda: peers.focal), case.thorough
+
+
+def _windows(case: Case) -> Iterator[Offer]:
+    """The paper's sliding window, where it does not take too long."""
+    if case.device == "cuda" and case.thorough:
+        for density in ("streaming", "exact"):
+            make = _on(case, GHMCLoss, backend="triton", strength=1.0, density=density)
+            yield Contender(f"ghm_c triton {density}", make, capturable=False), False
 
 
 def _regression(case: Case) -> Iterator[Offer]:
@@ -172,17 +179,13 @@ def _regression(case: Case) -> Iterator[Offer]:
 
 
 def _softmax(case: Case) -> Iterator[Offer]:
-    yield from _ours("ghm_softmax", ghm_triton.GHMSoftmaxLoss, case)
+    yield from _ours("ghm_softmax", GHMSoftmaxLoss, case)
     yield Contender("cross_entropy", nn.CrossEntropyLoss), True
 
 
 def _ours(name: str, module: type[nn.Module], case: Case) -> Iterator[Offer]:
-    released = {"ema": "mmdet", "normalizer": "valid_bins", "strength": 1.0}
-    known = inspect.signature(module).parameters
-    if "backend" not in known:  # TODO: FocalLoss is getting one
-        yield Contender(f"{name} torch", _on(case, module), capturable=False), case.thorough
-        return
-    options = {key: value for key, value in released.items() if key in known}
+    released: dict[str, Any] = {"ema": "mmdet", "normalizer": "valid_bins", "strength": 1.0}
+    options = {} if module is FocalLoss else released
     if case.device == "cuda":
         yield (
             Contender(f"{name} triton", _on(case, module, backend="triton", **options)),
@@ -201,9 +204,8 @@ TASKS: tuple[tuple[str, str], ...] = (
     ("classification", "index"),
     ("classification", "dense"),
     ("regression", "dense"),
+    ("softmax", "index"),
 )
-if hasattr(ghm_triton, "GHMSoftmaxLoss"):  # TODO: it is being written
-    TASKS = (*TASKS, ("softmax", "index"))
 USUAL = ("float32", "bfloat16")
 Plan = tuple[tuple[tuple[int, ...], tuple[str, ...], tuple[tuple[str, str], ...]], ...]
 # Sizes, dtypes and tasks; those that decide first, so that a run that is cut off has them.

@@ -12,7 +12,6 @@ status is 1 if anything differed or failed.
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,14 +40,13 @@ def trials(backend: Backend) -> Iterator[tuple[str, str, Trial]]:
     """Name, kind of target and loss, each without a memory of earlier calls."""
     for target in ("index", "dense"):
         yield "ghm_c", target, partial(ghm_triton.ghm_c_loss, strength=1.0, backend=backend)
-        yield "focal", target, _focal(backend)
+        yield "focal", target, partial(ghm_triton.focal_loss, backend=backend)
+    yield (
+        "ghm_softmax",
+        "class",
+        partial(ghm_triton.ghm_softmax_loss, strength=1.0, backend=backend),
+    )
     yield "ghm_r", "boxes", partial(ghm_triton.ghm_r_loss, strength=1.0, backend=backend)
-
-
-def _focal(backend: Backend) -> Trial:
-    known = inspect.signature(ghm_triton.focal_loss).parameters
-    options: Any = {"backend": backend} if "backend" in known else {}  # TODO: it is being written
-    return partial(ghm_triton.focal_loss, **options)
 
 
 def inputs(shape: tuple[int, int], dtype: str, target: str, device: str) -> tuple[Tensor, Tensor]:
@@ -62,7 +60,7 @@ def inputs(shape: tuple[int, int], dtype: str, target: str, device: str) -> tupl
     if target == "dense":
         return pred, torch.rand(shape, **make).to(DTYPES[dtype])
     if target == "class":
-        return pred, torch.randint(0, columns, (rows,), **make)
+        return pred, torch.randint(-1, columns, (rows,), **make)
     return pred, torch.randint(-1, columns + 1, (rows,), **make)
 
 

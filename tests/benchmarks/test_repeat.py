@@ -80,7 +80,7 @@ def test_rows_and_what_they_say(tmp_path, monkeypatch, capsys):
 
     trials = [
         ("steady", "boxes", steady),
-        ("flickers", "boxes", flickering(3, lambda pred: pred.sum())),
+        ("flickers", "boxes", flickering(3, torch.sum)),
         ("broken", "boxes", broken),
     ]
     monkeypatch.setattr(repeat, "trials", lambda _: trials)
@@ -93,6 +93,11 @@ def test_rows_and_what_they_say(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "flickers" in said
     assert "steady" not in said
+
+    for odd in (flickering(3, torch.sum), broken):
+        monkeypatch.setattr(repeat, "trials", lambda _, odd=odd: [("odd", "boxes", odd)])
+        assert not repeat.run("cpu", 5, [(1, 4)], Rows(tmp_path / "odd.jsonl", ORIGIN), limit=100)
+    monkeypatch.setattr(repeat, "trials", lambda _: trials)
 
     count = len(read(path))  # what was the same is not repeated; what was not is
     repeat.run("cpu", 5, [(3, 4)], Rows(path, ORIGIN), limit=100)

@@ -28,8 +28,8 @@ def test_median_spread_and_calls():
 
 def test_ratios_compare_turn_with_turn():
     """Noise that hits a whole round hits both: it is no part of the ratio."""
-    mine = Timing(((2.0, 2.0, 90.0), (40.0,), (2.0,)))
-    theirs = Timing(((1.0,), (20.0,), (1.0, 1.0)))
+    mine = Timing(((2.0, 2.0, 90.0), (40.0,), (2.0, 70.0, 2.0)))
+    theirs = Timing(((1.0,), (20.0, 20.0, 99.0), (1.0, 1.0)))
     assert mine.ratio(theirs) == 2.0
     assert theirs.ratio(mine) == 0.5
     with pytest.raises(ValueError, match="zip"):
