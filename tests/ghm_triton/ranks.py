@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ghm_triton import GHMCLoss, GHMRLoss, GradientDensity, StrengthSchedule
+from ghm_triton import GHMCLoss, GHMRLoss, GHMSoftmaxLoss, GradientDensity, StrengthSchedule
 from ghm_triton.reference import RegionCounts
 
 OUTER = 3.7
@@ -54,6 +54,7 @@ LOSSES = {
     "regression": (GHMRLoss, "deltas", {"strength": 1.0, "loss_weight": 10.0}),
     "regression sum": (GHMRLoss, "deltas", {"reduction": "sum"}),
     "regression streaming": (GHMRLoss, "deltas", {"density": "streaming", "strength": 1.0}),
+    "softmax": (GHMSoftmaxLoss, "classes", {"strength": 1.0}),
 }
 
 
@@ -67,8 +68,8 @@ def batch(kind: str, n: int) -> list[Tensor]:
     if kind == "deltas":
         return [values * 0.02, torch.randn(shape, generator=generator) * 0.02]
     index = torch.randint(-1, CLASSES + 1, shape[:1], generator=generator)
-    if kind == "index":
-        return [values, index]
+    if kind in ("index", "classes"):  # a softmax has a background of its own, the last
+        return [values, index.clamp(max=CLASSES - (kind == "classes"))]
     dense = torch.rand(shape, generator=generator)
     if kind == "dense":
         return [values, dense]

@@ -14,7 +14,7 @@ SPEC = importlib.util.spec_from_file_location("ranks", SCRIPT)
 ranks = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(ranks)
 
-POISONED = ["index", "streaming", "none", "regression"]
+POISONED = ["index", "streaming", "none", "regression", "softmax"]
 SHARES = [
     *(f"steps:{name}" for name in ranks.LOSSES),
     *(f"poisoned:{name} by {value}" for name in POISONED for value in ranks.POISON),
@@ -29,7 +29,7 @@ JOBS = {
     ("torch", 4): [*SHARES, *MODELS, "two groups"],
     # The kernels differ in what is counted, not in how it is shared. Their interpreter is slow.
     ("triton", 2): [
-        *(f"steps:{name}" for name in ("index positives", "streaming", "regression")),
+        *(f"steps:{name}" for name in ("index positives", "streaming", "regression", "softmax")),
         *(f"poisoned:{name} by nan" for name in ("index", "regression")),
     ],
 }
