@@ -1,4 +1,4 @@
-"""`ghm export` and `ghm verify`."""
+"""`ghm export`, `ghm inspect`, `ghm thresholds set` and `ghm verify`."""
 
 from __future__ import annotations
 
@@ -72,6 +72,89 @@ def run_export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def configure_inspect(parser: argparse.ArgumentParser) -> None:
+    """Describe `ghm inspect`."""
+    parser.description = """\
+Print what an ONNX detector says of itself: every class with its threshold, where that comes from
+and how precise it was on held-out images; what it takes and gives; what it was trained with. The
+file is checked against its contract first, and nothing in it is run.
+
+example:
+  ghm inspect detector.onnx"""
+    parser.add_argument("file", type=Path, help="a .onnx file that ghm export wrote")
+    parser.add_argument("--json", action="store_true", help="print the card as it is in the file")
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    """Carry out `ghm inspect`."""
+    from export.file import read_detector
+    from export.inspect import describe
+
+    file = read_detector(arguments.file)
+    print(file.card.to_json() if arguments.json else describe(file))
+    return 0
+
+
+def configure_set(parser: argparse.ArgumentParser) -> None:
+    """Describe `ghm thresholds set`."""
+    parser.description = """\
+Write an ONNX detector anew with thresholds set by hand, in its card and in its graph together: for
+runtimes where a call cannot override them. The card says which were set by hand, with the held-out
+precision and recall there. What is not named stays as it is.
+
+example:
+  ghm thresholds set detector.onnx --class WBC=0.4 --class RBC=0.5 --out strict.onnx"""
+    add = parser.add_argument
+    add("file", type=Path, help="a .onnx file that ghm export wrote")
+    add(
+        "--class",
+        dest="classes",
+        action="append",
+        default=[],
+        type=class_threshold,
+        metavar="NAME=SCORE",
+        help="the score from 0 to 1 that a detection of a class must reach; may be repeated",
+    )
+    add("--all", type=float, metavar="SCORE", help="the score of every class not named")
+    add("--iou", type=float, metavar="IOU", help="overlap from 0 to 1 that NMS allows")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", type=Path, metavar="ONNX", help="the file to write")
+    place.add_argument("--in-place", action="store_true", help="replace the file itself")
+
+
+def class_threshold(text: str) -> tuple[str, float]:
+    """`WBC=0.4` as `("WBC", 0.4)`; a name may have a `=` in it."""
+    name, _, score = text.rpartition("=")
+    try:
+        value = float(score)
+    except ValueError:
+        name = ""
+    if not name:
+        raise argparse.ArgumentTypeError(f"expected NAME=SCORE such as WBC=0.4, got {text!r}")
+    return name, value
+
+
+def run_set(arguments: argparse.Namespace) -> int:
+    """Carry out `ghm thresholds set`."""
+    from export.thresholds import rewrite_thresholds
+
+    names = [name for name, _ in arguments.classes]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"class {twice[0]!r} is set twice")
+    out = arguments.file if arguments.in_place else arguments.out
+    card = rewrite_thresholds(
+        arguments.file,
+        out,
+        dict(arguments.classes),
+        every=arguments.all,
+        iou_threshold=arguments.iou,
+    )
+    print(threshold_table(card.threshold_policy, card.thresholds))
+    print(f"{out}: IoU {card.iou_threshold:.4g}")
+    return 0
+
+
 def configure_verify(parser: argparse.ArgumentParser) -> None:
     """Describe `ghm verify`."""
     parser.description = """\
@@ -109,6 +192,20 @@ def run_verify(arguments: argparse.Namespace) -> int:
 COMMANDS = (
     Command(
         "export", "write a checkpoint as an ONNX detector", configure_export, run_export, "export"
+    ),
+    Command(
+        "inspect",
+        "what an ONNX detector says of itself",
+        configure_inspect,
+        run_inspect,
+        "export",
+    ),
+    Command(
+        "thresholds set",
+        "set thresholds of an ONNX detector by hand",
+        configure_set,
+        run_set,
+        "export",
     ),
     Command(
         "verify",

@@ -17,7 +17,18 @@ from ghm_triton.detection.commands import EVAL, THRESHOLDS, TRAIN
 COMMANDS = (TRAIN, EVAL, THRESHOLDS, DEMO)
 
 GROUP = "ghm.commands"
-ORDER = ("train", "eval", "thresholds", "export", "verify", "predict", "serve", "demo")
+ORDER = (
+    "train",
+    "eval",
+    "thresholds",
+    "export",
+    "inspect",
+    "thresholds set",
+    "verify",
+    "predict",
+    "serve",
+    "demo",
+)
 
 
 def gather() -> list[Command]:
@@ -30,16 +41,33 @@ def gather() -> list[Command]:
     return sorted(found, key=lambda command: (rank.get(command.name, len(rank)), command.name))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes the words of a command of two, such as `thresholds set`, for one."""
+
+    pairs: frozenset[str] = frozenset()
+
+    def parse_known_args(  # type: ignore[override]  # typeshed overloads by the namespace's class
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = list(sys.argv[1:] if args is None else args)
+        if " ".join(words[:2]) in self.pairs:
+            words[:2] = [" ".join(words[:2])]
+        return super().parse_known_args(words, namespace)
+
+
 def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     """The parser of `ghm` with a subcommand each."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ghm",
         description="Train detectors with harmonized losses, turn what training counted into"
         " thresholds, ship them inside an ONNX file and serve it.",
         epilog="A first run from end to end, in minutes: ghm demo",
     )
     parser.add_argument("--version", action="version", version=f"ghm-triton {__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.pairs = frozenset(command.name for command in commands if " " in command.name)
+    subparsers = parser.add_subparsers(
+        metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser
+    )
     for command in commands:
         subparser = subparsers.add_parser(
             command.name,

@@ -15,7 +15,7 @@ class Command:
     and work without the command's packages: whatever is heavy is imported inside `run`.
 
     Attributes:
-        name: What is typed after `ghm`.
+        name: What is typed after `ghm`; one word, or two, such as `thresholds set`.
         help: One line for the list of commands.
         configure: Adds the description, the arguments and an example to the command's parser.
         run: Does the work and returns the exit status: 0 for success.

@@ -22,7 +22,7 @@ class Evidence(Protocol):
 
     @property
     def source(self) -> str:
-        """`policy`, `prior` or `fallback`."""
+        """`policy`, `prior`, `fallback` or `manual`."""
 
     @property
     def support(self) -> int:
@@ -45,9 +45,10 @@ def threshold_table(policy: str, entries: Iterable[Evidence]) -> str:
     """One line a class: its threshold, where that comes from, and the evidence.
 
     Args:
-        policy: What chose the thresholds.
+        policy: What chose the thresholds that were not set by hand.
         entries: The classes in order.
     """
+    entries = list(entries)
     rows = [
         (
             entry.name,
@@ -60,7 +61,9 @@ def threshold_table(policy: str, entries: Iterable[Evidence]) -> str:
         )
         for entry in entries
     ]
-    return f"thresholds by policy {policy!r}\n{_aligned([HEAD, *rows])}"
+    by_hand = any(entry.source == "manual" for entry in entries)
+    title = f"thresholds by policy {policy!r}{', or by hand (manual)' if by_hand else ''}"
+    return f"{title}\n{_aligned([HEAD, *rows])}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -174,7 +174,9 @@ policies:
   fixed=0.5      one number for every class
 
 example:
-  ghm thresholds runs/digits/checkpoint.pt --policy precision=0.9 --plot thresholds.png"""
+  ghm thresholds runs/digits/checkpoint.pt --policy precision=0.9 --plot thresholds.png
+
+Thresholds of a file that was exported before are set by hand with ghm thresholds set."""
     add = parser.add_argument
     add("checkpoint", type=Path, help="checkpoint.pt of a training run")
     add("--policy", default="f1", help="how to choose (default: f1)")

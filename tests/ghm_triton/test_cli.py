@@ -7,7 +7,8 @@ import pytest
 from ghm_triton import __version__, cli
 from ghm_triton.command import Command
 
-NAMES = ["train", "eval", "thresholds", "export", "verify", "predict", "serve", "demo"]
+NAMES = ["train", "eval", "thresholds", "export", "inspect", "thresholds set", "verify"]
+NAMES += ["predict", "serve", "demo"]
 
 
 def test_every_package_offers_its_commands_in_the_order_of_the_road():
@@ -40,6 +41,23 @@ def test_version(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out.strip() == f"ghm-triton {__version__}"
+
+
+def test_a_command_of_two_words_is_not_the_command_of_its_first():
+    seen = []
+
+    def command(name):
+        def configure(parser):
+            parser.add_argument("file")
+
+        return Command(name, name, configure, lambda _: seen.append(name) or 0, "train")
+
+    parser = cli.build_parser([command("thresholds"), command("thresholds set")])
+    for words in (["thresholds", "set", "x.onnx"], ["thresholds", "x.pt"], ["thresholds", "./set"]):
+        arguments = parser.parse_args(words)
+        arguments.command.run(arguments)
+        assert arguments.file == words[-1]
+    assert seen == ["thresholds set", "thresholds", "thresholds"]
 
 
 def failing(error: Exception) -> Command:

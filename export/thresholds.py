@@ -1,0 +1,154 @@
+"""Thresholds set by hand: into the card with their evidence, and into the graph beside it.
+
+For runtimes that cannot override an initializer, and for whoever wants another operating point to
+travel with the file. Needs onnx and numpy, never torch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto, numpy_helper
+
+from export.contract import (
+    FORMAT_VERSION,
+    IOU_INPUT,
+    THRESHOLDS_INPUT,
+    DetectorCard,
+    StatisticsCard,
+    ThresholdCard,
+    as_float32,
+)
+from export.file import read_detector, write_detector
+
+
+def set_thresholds(
+    card: DetectorCard,
+    classes: Mapping[str, float] | None = None,
+    *,
+    every: float | None = None,
+    iou_threshold: float | None = None,
+) -> DetectorCard:
+    """A card with thresholds set by hand.
+
+    Their `source` becomes `manual`, and their precision and recall are those that the card's score
+    histograms show at the new threshold. What is not set keeps its threshold and its source.
+
+    Args:
+        card: The card; it is not changed.
+        classes: Thresholds in [0, 1] by class name; rounded to float32.
+        every: The threshold of every class that `classes` leaves out; as they were where None.
+        iou_threshold: The overlap that NMS allows, in [0, 1]; as it was where None.
+
+    Raises:
+        ValueError: Nothing is set, a class is unknown, or a number is NaN or not in [0, 1].
+    """
+    classes = classes or {}
+    if not classes and every is None and iou_threshold is None:
+        raise ValueError("nothing to set: name a class, a threshold for all, or an IoU threshold")
+    unknown = [name for name in classes if name not in card.class_names]
+    if unknown:
+        raise ValueError(f"unknown class {unknown[0]!r}; known: {', '.join(card.class_names)}")
+    for name, value in classes.items():
+        _require_probability(f"the threshold of class {name!r}", value)
+    if every is not None:
+        _require_probability("the threshold of all classes", every)
+    iou = card.iou_threshold
+    if iou_threshold is not None:
+        _require_probability("iou_threshold", iou_threshold)
+        iou = as_float32(iou_threshold)
+    chosen: dict[str, float | None] = dict.fromkeys(card.class_names, every)
+    chosen.update(classes)
+    entries = []
+    for label, entry in enumerate(card.thresholds):
+        score = chosen[entry.name]
+        entries.append(entry if score is None else _by_hand(entry, label, score, card.statistics))
+    changes = {"thresholds": entries, "iou_threshold": iou, "format_version": FORMAT_VERSION}
+    return DetectorCard.model_validate({**dict(card), **changes})
+
+
+def rewrite_thresholds(
+    path: str | Path,
+    output_path: str | Path,
+    classes: Mapping[str, float] | None = None,
+    *,
+    every: float | None = None,
+    iou_threshold: float | None = None,
+) -> DetectorCard:
+    """Write a detector's file anew with thresholds set by hand, in card and graph together.
+
+    Args:
+        path: A detector's file.
+        output_path: Where to write; may be `path`. A file that is there is replaced only once the
+            new one is complete.
+        classes: As for `set_thresholds`.
+        every: As for `set_thresholds`.
+        iou_threshold: As for `set_thresholds`.
+
+    Returns:
+        The card in the new file.
+
+    Raises:
+        CardError: The file breaks its contract.
+        ValueError: As for `set_thresholds`, or the output is a folder.
+        OSError: A file cannot be read or written.
+    """
+    file, output_path = read_detector(path), Path(output_path)
+    if output_path.is_dir():
+        raise ValueError(f"{output_path} is a folder; name a file, such as detector.onnx")
+    card = set_thresholds(file.card, classes, every=every, iou_threshold=iou_threshold)
+    model = onnx.load_model_from_string(file.content)
+    _set_default(model, THRESHOLDS_INPUT, card.class_thresholds)
+    _set_default(model, IOU_INPUT, [card.iou_threshold])
+    write_detector(output_path, model, card)
+    return card
+
+
+def evidence(statistics: StatisticsCard, label: int, threshold: float) -> dict[str, float | None]:
+    """Held-out precision and recall of a class at a threshold, from its score histograms.
+
+    A threshold between two edges of bins is credited with the bins wholly above it, as it is when
+    a policy chooses it.
+
+    Args:
+        statistics: The card's.
+        label: The class, `0..C-1`.
+        threshold: A float32.
+
+    Returns:
+        `precision`, None when nothing scores so high; `recall`, None without held-out boxes.
+    """
+    matched, unmatched = statistics.positive_scores[label], statistics.negative_scores[label]
+    hits, misses = _at_least(matched, threshold), _at_least(unmatched, threshold)
+    boxes = statistics.ground_truths[label]
+    return {
+        "precision": hits / (hits + misses) if hits + misses else None,
+        "recall": hits / boxes if boxes else None,
+    }
+
+
+def _at_least(histogram: Sequence[int], threshold: float) -> int:
+    edges = [as_float32(k / len(histogram)) for k in range(len(histogram))]
+    return sum(histogram[bisect_left(edges, threshold) :])
+
+
+def _by_hand(
+    entry: ThresholdCard, label: int, value: float, statistics: StatisticsCard
+) -> ThresholdCard:
+    threshold = as_float32(value)
+    found = evidence(statistics, label, threshold)
+    return entry.model_copy(update={"threshold": threshold, "source": "manual", **found})
+
+
+def _require_probability(what: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:  # written so that NaN is outside
+        raise ValueError(f"{what} must lie in [0, 1], got {value}")
+
+
+def _set_default(model: ModelProto, name: str, values: Sequence[float]) -> None:
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(np.array(values, dtype=np.float32), name))

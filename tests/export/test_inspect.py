@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+from export.file import DetectorFile, read_detector, write_detector
+from export.inspect import LINE, describe
+from export.preprocess import accept_uint8
+from export.thresholds import rewrite_thresholds
+from ghm_triton.cli import main
+
+
+@pytest.fixture(scope="module")
+def file(detector_path: Path) -> DetectorFile:
+    return read_detector(detector_path)
+
+
+@pytest.fixture(scope="module")
+def facts(file: DetectorFile) -> dict[str, str]:
+    """What the table says, by its first column."""
+    return parse(describe(file))
+
+
+def parse(text: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for line in text.partition("\n\n")[0].splitlines()[1:]:
+        name, rest = line[2:13].strip(), line[13:].strip()
+        if name:
+            found[name] = rest
+        else:
+            found[list(found)[-1]] += f" {rest}"
+    return found
+
+
+def test_the_file_itself(file: DetectorFile, facts: dict[str, str]) -> None:
+    size, digest = len(file.content), hashlib.sha256(file.content).hexdigest()
+    assert describe(file).startswith(f"{file.path}: retinanet-tiny\n")
+    assert facts["file"] == f"{size / 1e6:.2f} MB, sha256 {digest}"
+    assert facts["format"] == "ONNX IR 10, opset 18; card 2"
+    weights = sum(
+        tensor.ByteSize()
+        for tensor in onnx.load(file.path).graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    )
+    assert facts["graph"].endswith(f"nodes, weights float32 {weights / 1e6:.2f} MB")
+
+
+def test_what_it_takes_and_gives(facts: dict[str, str]) -> None:
+    assert facts["input"] == "images float32 [B, 3, 64, 96], which the caller prepares"
+    assert "RGB letterboxed to 64 x 96 (height x width)" in facts["prepared"]
+    assert facts["normalised"].endswith("mean 0.4 0.5 0.6, std 0.229 0.224 0.225")
+    assert facts["output"].endswith("in pixels of `images`; at most 150 an image")
+    assert facts["NMS"] == "IoU 0.3, by class, over 400 candidates"
+
+
+def test_what_it_comes_from(file: DetectorFile, facts: dict[str, str]) -> None:
+    training, counted = file.card.training, file.card.statistics
+    assert facts["network"] == "retinanet, backbone tiny"
+    assert facts["trained on"] == "voc:cells, 1000 steps, seed 0"
+    assert "cls_loss ghm" in facts["losses"]
+    assert "strength 0.25" in facts["losses"]
+    assert "None" not in facts["losses"]  # an option that was not given
+    assert facts["versions"] == "torch 2.15.0"
+    assert facts["checkpoint"] == f"sha256 {training.checkpoint_sha256}"
+    told = f"{counted.anchors:,} anchors and {sum(counted.positives):,} positives in training"
+    assert facts["evidence"] == f"{told}, {sum(counted.ground_truths):,} held-out boxes"
+
+
+def test_every_class_with_its_threshold_and_evidence(file: DetectorFile) -> None:
+    title, head, _, *rows = describe(file).partition("\n\n")[2].splitlines()
+    assert title == "thresholds by policy 'f1'"
+    assert " ".join(head.split()) == "class threshold from positives held-out precision recall"
+    for entry, row in zip(file.card.thresholds, rows, strict=True):
+        numbers = [f"{entry.threshold:.4f}", entry.source, str(entry.support)]
+        numbers += [str(entry.ground_truths), f"{100 * entry.precision:.1f}", "%"]
+        assert row.split() == [entry.name, *numbers, f"{100 * entry.recall:.1f}", "%"]
+
+
+def test_lines_fit_a_terminal(file: DetectorFile) -> None:
+    lines = describe(file).splitlines()[1:]  # the first is a path
+    assert max(map(len, lines)) <= LINE
+
+
+def test_the_other_variant_and_hands_on_thresholds_are_told(
+    file: DetectorFile, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.onnx"
+    write_detector(path, *accept_uint8(onnx.load(file.path), file.card))
+    rewrite_thresholds(path, path, {"green": 0.125})
+    text = describe(read_detector(path))
+    assert parse(text)["input"].startswith("images uint8 [B, height, width, 3] of any size, RGB")
+    assert "thresholds by policy 'f1', or by hand (manual)" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("green")]
+    assert row.split()[:3] == ["green", "0.1250", "manual"]
+
+
+def test_json_is_the_card_as_it_is_in_the_file(
+    file: DetectorFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(file.path), "--json"]) == 0
+    printed = capsys.readouterr().out
+    (entry,) = onnx.load(file.path).metadata_props
+    assert printed == entry.value + "\n"
+    assert json.loads(printed)["class_names"] == ["red", "green", "blue"]
+
+
+def test_a_file_that_breaks_the_contract_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.onnx"
+    path.write_bytes(b"something else")
+    assert main(["inspect", str(path)]) == 2
+    assert capsys.readouterr().err == f"ghm: {path}: not an ONNX file, or cut short\n"
+
+
+def test_inspecting_imports_no_torch(file: DetectorFile) -> None:
+    code = (
+        "import sys; from ghm_triton.cli import main; main(['inspect', sys.argv[1]]);"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, file.path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(str(file.path))
+    assert done.stdout.endswith("\nFalse\n")

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from onnx import numpy_helper
+
+from export.contract import (
+    CARD_KEY,
+    IOU_INPUT,
+    OUTPUTS,
+    THRESHOLDS_INPUT,
+    DetectorCard,
+    StatisticsCard,
+    as_float32,
+)
+from export.file import read_detector
+from export.thresholds import evidence, rewrite_thresholds, set_thresholds
+from ghm_triton.cli import main
+from ghm_triton.detection.checkpoint import Checkpoint
+from ghm_triton.thresholds import ClassThresholds, ThresholdWarning
+
+
+@pytest.fixture(scope="module")
+def card(detector_path: Path) -> DetectorCard:
+    return read_detector(detector_path).card
+
+
+@given(threshold=st.floats(0, 1))
+@example(threshold=0.0)
+@example(threshold=1.0)
+@example(threshold=0.005)  # an edge of the histograms, and its neighbours
+@example(threshold=float(np.nextafter(np.float32(0.615), np.float32(0))))
+@example(threshold=0.615)
+@example(threshold=float(np.nextafter(np.float32(0.615), np.float32(1))))
+def test_the_evidence_is_what_a_policy_would_give(
+    card: DetectorCard, checkpoint: Checkpoint, threshold: float
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ThresholdWarning)
+        chosen = ClassThresholds.from_statistics(checkpoint.statistics, f"fixed={threshold!r}")
+    by_hand = set_thresholds(card, every=threshold).thresholds
+    for ours, theirs in zip(by_hand, chosen, strict=True):
+        assert ours.model_dump(exclude={"source"}) == {
+            name: value for name, value in vars(theirs).items() if name != "source"
+        }
+
+
+def test_a_class_without_evidence_has_none() -> None:
+    statistics = StatisticsCard(
+        anchors=1,
+        positives=[1, 1],
+        ground_truths=[0, 4],
+        positive_scores=[[0, 0], [1, 0]],
+        negative_scores=[[0, 0], [1, 0]],
+    )
+    assert evidence(statistics, 0, 0.0) == {"precision": None, "recall": None}
+    assert evidence(statistics, 1, 0.5) == {"precision": None, "recall": 0.0}
+    assert evidence(statistics, 1, 0.0) == {"precision": 0.5, "recall": 0.25}
+    assert evidence(statistics.model_copy(update={"positive_scores": [[], []]}), 1, 0.0) == {
+        "precision": 0.0,
+        "recall": 0.0,
+    }
+
+
+def test_only_what_is_named_changes(card: DetectorCard) -> None:
+    changed = set_thresholds(card, {"green": 0.4})
+    before, after = ([e.model_dump() for e in one.thresholds] for one in (card, changed))
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert (after[1]["threshold"], after[1]["source"]) == (as_float32(0.4), "manual")
+    assert after[1]["support"] == before[1]["support"] > 0
+    rest = {"thresholds", "format_version"}
+    assert changed.model_dump(exclude=rest) == card.model_dump(exclude=rest)
+    assert DetectorCard.from_json(changed.to_json()) == changed
+
+
+def test_a_class_named_wins_over_all(card: DetectorCard) -> None:
+    changed = set_thresholds(card, {"blue": 0.75}, every=0.25, iou_threshold=0.6)
+    assert changed.class_thresholds == [0.25, 0.25, 0.75]
+    assert [entry.source for entry in changed.thresholds] == ["manual"] * 3
+    assert changed.iou_threshold == as_float32(0.6)
+
+
+def test_a_card_of_the_first_format_becomes_one_of_the_newest(card: DetectorCard) -> None:
+    old = card.model_copy(update={"format_version": 1})
+    assert set_thresholds(old, every=0.5).format_version == 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({}, "nothing to set"),
+        ({"classes": {}}, "nothing to set"),
+        ({"classes": {"pink": 0.5}}, "unknown class 'pink'; known: red, green, blue"),
+        ({"classes": {"red": 1.5}}, r"class 'red' must lie in \[0, 1\], got 1.5"),
+        ({"classes": {"red": float("nan")}}, "class 'red' must lie in .*, got nan"),
+        ({"every": -0.5}, "all classes must lie in .*, got -0.5"),
+        ({"every": 0.5, "iou_threshold": 2.0}, "iou_threshold must lie in .*, got 2.0"),
+    ],
+)
+def test_what_cannot_be_set_is_named(card: DetectorCard, wanted: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        set_thresholds(card, **wanted)
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def test_the_new_file_answers_by_its_new_thresholds(detector_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new.onnx"
+    before = detector_path.read_bytes()
+    card = rewrite_thresholds(detector_path, path, {"red": 0.2, "blue": 0.9}, iou_threshold=0.7)
+    assert detector_path.read_bytes() == before
+    assert read_detector(path).card == card
+    images = np.random.default_rng(0).normal(size=(2, 3, 64, 96)).astype(np.float32)
+    # What a call overrides in the old file is what the new one does by itself.
+    feeds = {
+        THRESHOLDS_INPUT: np.array(card.class_thresholds, np.float32),
+        IOU_INPUT: np.array([0.7], np.float32),
+    }
+    wanted = session(detector_path).run(list(OUTPUTS), {"images": images, **feeds})
+    found = session(path).run(list(OUTPUTS), {"images": images})
+    assert found[3].min() > 10
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_nothing_but_card_and_defaults_changes(detector_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new.onnx"
+    rewrite_thresholds(detector_path, path, every=0.5, iou_threshold=0.7)
+    models = [onnx.load(detector_path), onnx.load(path)]
+    for model in models:
+        values = {tensor.name: tensor for tensor in model.graph.initializer}
+        for name, value in ((THRESHOLDS_INPUT, [0.1, 0.2, 0.3]), (IOU_INPUT, [0.4])):
+            values[name].CopyFrom(numpy_helper.from_array(np.array(value, np.float32), name))
+        del model.metadata_props[:]
+    assert models[0] == models[1]
+
+
+def test_the_same_wish_gives_the_same_bytes(detector_path: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    for path in paths:
+        rewrite_thresholds(detector_path, path, {"red": 0.1}, every=0.3)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    rewrite_thresholds(paths[0], paths[0], {"red": 0.1}, every=0.3)  # once more, in place
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def ghm(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def test_by_command(
+    detector_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new.onnx"
+    wish = ("--class", "red=0.4", "--class", "blue=0.5", "--all", 0.3, "--iou", 0.55)
+    assert ghm("thresholds", "set", detector_path, *wish, "--out", out) == 0
+    card = read_detector(out).card
+    assert card.class_thresholds == [as_float32(0.4), as_float32(0.3), 0.5]
+    assert card.iou_threshold == as_float32(0.55)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "thresholds by policy 'f1', or by hand (manual)"
+    assert lines[3].split()[:3] == ["red", "0.4000", "manual"]
+    assert lines[-1] == f"{out}: IoU 0.55"
+
+
+def test_in_place_by_command(detector_path: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(detector_path, tmp_path / "x.onnx"))
+    assert ghm("thresholds", "set", path, "--all", 0.5, "--in-place") == 0
+    assert read_detector(path).card.class_thresholds == [0.5] * 3
+    assert ghm("thresholds", "set", path, "--all", 0.25, "--out", path) == 0
+    assert read_detector(path).card.class_thresholds == [0.25] * 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        (["--class", "pink=0.5"], "unknown class 'pink'; known: red, green, blue"),
+        (["--class", "red=nan"], "class 'red' must lie in [0, 1], got nan"),
+        (["--class", "red=0.5", "--class", "red=0.6"], "class 'red' is set twice"),
+        ([], "nothing to set"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(
+    detector_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    wish: list[str],
+    said: str,
+) -> None:
+    assert ghm("thresholds", "set", detector_path, *wish, "--out", tmp_path / "x.onnx") == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--class", "red", "--in-place"], "expected NAME=SCORE such as WBC=0.4, got 'red'"),
+        (["--class", "red=high", "--in-place"], "expected NAME=SCORE such as WBC=0.4"),
+        (["--class", "=0.5", "--in-place"], "expected NAME=SCORE such as WBC=0.4"),
+        (["--all", "0.5"], "one of the arguments --out --in-place is required"),
+        (["--all", "0.5", "--in-place", "--out", "y"], "not allowed with argument"),
+    ],
+)
+def test_what_is_mistyped_is_said_with_the_usage(
+    detector_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        ghm("thresholds", "set", detector_path, *words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_is_not_a_file_to_write(detector_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        rewrite_thresholds(detector_path, tmp_path, every=0.5)
+
+
+def test_setting_imports_no_torch(detector_path: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from export.thresholds import rewrite_thresholds;"
+        "rewrite_thresholds(*sys.argv[1:], every=0.5); print('torch' in sys.modules)"
+    )
+    out = tmp_path / "new.onnx"
+    done = subprocess.run(
+        [sys.executable, "-c", code, detector_path, out],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.stdout == "False\n"
+    assert CARD_KEY in {entry.key for entry in onnx.load(out).metadata_props}
