@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.compiler import CompiledKernel
 
 from benchmarks.disassembly import AMDGCN, SASS, Counts, count, read_amdgcn, read_sass
@@ -118,7 +122,9 @@ def measure(variant: Variant, target: str) -> tuple[Costs, Counts]:
     """
     backend = TARGETS[target]
     compiled = build(variant.launch, backend)
-    usage, counts = _read_amd(compiled) if backend.backend == "hip" else _read_cuda(compiled)
+    usage, counts = (
+        _read_amd(compiled) if backend.backend == "hip" else _read_cuda(compiled, backend)
+    )
     costs = {"kernel": variant.key, "target": target, "outside": counts.outside, **usage}
     if not variant.entries:
         return Costs(**costs), counts
@@ -146,23 +152,29 @@ def measure(variant: Variant, target: str) -> tuple[Costs, Counts]:
     )
 
 
-def _read_cuda(compiled: CompiledKernel) -> tuple[dict[str, Any], Counts]:
-    binary = compiled.asm["cubin"]
+def _read_cuda(compiled: CompiledKernel, backend: GPUTarget) -> tuple[dict[str, Any], Counts]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+        file.write(compiled.asm["cubin"])
         file.flush()
         printed = _run("cuobjdump", "--dump-resource-usage", file.name)
         code = _run("nvdisasm", "-ndf", "--print-code", "--print-line-info-inline", file.name)
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
-    ptxas = re.search(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)", binary)
-    version = ptxas[1].decode() if ptxas else "unknown"
     usage = {
-        "compiler": f"triton {triton.__version__}, ptxas {version}",
+        "compiler": f"triton {triton.__version__}, ptxas {_ptxas(backend.arch)}",
         "registers": used["REG"],
         "spilled_bytes": used["STACK"] + used["LOCAL"],
         "shared_bytes": int(compiled.metadata.shared),
     }
     return usage, count(read_sass(code), SASS)
+
+
+@cache
+def _ptxas(arch: int) -> str:
+    """The version of the assembler; older Triton has but one."""
+    ask = get_ptxas_version
+    printed = ask(arch) if inspect.signature(ask).parameters else ask()
+    found = re.search(r"\bV(\d[\d.]*\d)", printed)
+    return found[1] if found else "unknown"
 
 
 def _read_amd(compiled: CompiledKernel) -> tuple[dict[str, Any], Counts]:

@@ -92,7 +92,8 @@ def _cell(rows: list[Costs], show: Callable[[Costs], str]) -> str:
 
 
 def _roof(name: str) -> Callable[[Costs], str]:
-    return lambda row: f"{row.roofs[name] / 1e9:.0f}"
+    """In 10^9 elements a second; a dash where nothing bounds them."""
+    return lambda row: f"{row.roofs[name] / 1e9:.0f}".replace("inf", "-")
 
 
 COLUMNS: dict[str, Callable[[Costs], str] | None] = {
@@ -101,10 +102,10 @@ COLUMNS: dict[str, Callable[[Costs], str] | None] = {
     "special functions": lambda row: f"{row.special + row.conversions:.1f}",
     "bytes a load, a store": lambda row: ", ".join(str(w) for w in row.widths.values() if w),
     "registers": lambda row: str(row.registers),
-    "by memory": _roof("memory"),
-    "by issue": _roof("issue"),
-    "by special functions": _roof("special"),
-    "what binds": lambda row: min(row.roofs, key=row.roofs.__getitem__),
+    "memory": _roof("memory"),
+    "issue": _roof("issue"),
+    "special": _roof("special"),
+    "binds": lambda row: min(row.roofs, key=row.roofs.__getitem__),
 }
 
 

@@ -1,0 +1,171 @@
+"""Every kernel compiles for GPUs that are not here, spills nothing and did not get worse."""
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import ghm_triton.ops
+from benchmarks.costs import Costs
+from benchmarks.kernels import TARGETS
+from benchmarks.sass import (
+    BASELINE,
+    DTYPES,
+    check,
+    compare,
+    incomparable,
+    parse,
+    read,
+    table,
+    update,
+    write,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(cache, *arguments):
+    """In a process of its own: this one may interpret. With an empty cache: it must compile."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.sass", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "TRITON_CACHE_DIR": str(cache)},
+        cwd=ROOT,
+    )
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Every kernel measured on every target, all targets at once."""
+    folder = tmp_path_factory.mktemp("sass")
+    running = {}
+    for target in TARGETS:
+        written = folder / f"{target}.jsonl"
+        command = ("--targets", target, "--update", "--baseline", written)
+        running[target] = (start(folder / target, *command), written)
+    found = {}
+    for target, (process, written) in running.items():
+        _, complaint = process.communicate()
+        found[target] = (process.returncode, complaint, written)
+    return found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_kernel_got_worse(reports, target):
+    status, complaint, written = reports[target]
+    assert status == 0, complaint
+    rows = list(read(written).values())
+    baseline = read(BASELINE)
+    # Said aloud: of other compilers than the baseline's only spills and widths are compared.
+    assert check(rows, baseline, whole=True) == [], incomparable(rows, baseline)
+
+
+def test_every_kernel_is_measured(reports):
+    """Whatever is named `..._kernel` in the kernels' modules."""
+    modules = pkgutil.iter_modules(ghm_triton.ops.__path__, "ghm_triton.ops.")
+    names = {
+        name
+        for module in modules
+        for name in vars(importlib.import_module(module.name))
+        if name.endswith("_kernel")
+    }
+    *_, written = reports["sm_90"]
+    assert {kernel.split(".")[0] for kernel, _ in read(written)} == names
+
+
+ROW = Costs("sum_partials_kernel", "sm_90", "triton 0.1", 8, 0, 64, 0)
+
+
+def test_the_command_fails_and_names_what_got_worse(tmp_path, reports):
+    *_, written = reports["sm_90"]
+    found = read(written)["sum_partials_kernel", "sm_90"]
+    baseline = tmp_path / "baseline.jsonl"
+    write(baseline, [replace(found, registers=8)])
+    only = ("--targets", "sm_90", "--kernels", "sum_partials")
+    process = start(written.with_suffix(""), *only, "--check", "--baseline", baseline)
+    printed, complaint = process.communicate()
+    assert process.returncode == 1
+    expected = f"sum_partials_kernel on sm_90: registers rose from 8 to {found.registers}\n"
+    assert complaint.startswith(expected)
+    assert "sum_partials_kernel" in printed
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Of a check of everything, against a baseline of one row."""
+    path = tmp_path / "baseline.jsonl"
+    write(path, [ROW])
+    return parse(["--check", "--baseline", str(path)])
+
+
+def test_nothing_is_said_when_nothing_changed(options, capsys):
+    assert compare([ROW], options) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_it_is_said_when_compilers_differ(options, capsys):
+    assert compare([replace(ROW, compiler="triton 0.2", registers=99)], options) == 0
+    expected = "the baseline is of triton 0.1, not triton 0.2: only spills and widths are checked\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_kernel_that_is_gone_is_named(options, capsys):
+    other = replace(ROW, kernel="old_kernel")
+    elsewhere = replace(other, target="sm_80")  # not asked for
+    write(options.baseline, [elsewhere, ROW, other])
+    assert compare([ROW], options) == 1
+    said, *_ = capsys.readouterr().err.splitlines()
+    assert said == "old_kernel on sm_90 is only in the baseline"
+    options.kernels = ["sum_partials"]
+    assert compare([ROW], options) == 0
+
+
+def test_an_update_replaces_what_was_measured_and_drops_what_is_gone(options):
+    other, elsewhere = replace(ROW, kernel="old_kernel"), replace(ROW, target="sm_80")
+    write(options.baseline, [ROW, other, elsewhere])
+    new = replace(ROW, registers=9)
+    options.targets, options.kernels = ["sm_90"], ["sum_partials"]
+    update([new], options)
+    assert list(read(options.baseline).values()) == [elsewhere, other, new]
+    options.kernels = None
+    update([new], options)
+    assert list(read(options.baseline).values()) == [elsewhere, new]
+
+
+def test_the_table_shows_what_binds():
+    row = Costs(
+        *("count_bce_kernel.index.fp32", "sm_90", "triton 0.1", 40, 0, 128, 100),
+        *(4.0, 8.0, 20.0, 2.0, 1.0, {"16": 2, "8": 2}, {}),
+    )
+    half = replace(row, kernel="count_bce_kernel.index.bf16", moved=2.0, stores={"4": 1})
+    header, _, *shown = table(
+        [half, ROW, row, replace(row, target="sm_80", registers=99)]
+    ).splitlines()
+    assert header.startswith(
+        "| kernel | instructions | special functions | bytes a load, a store |"
+    )
+    expected = "| count_bce index | 20.0 | 3.0 | 16 / 16, 4 | 40 | 750 / 1500 | 1436 | 1197 "
+    assert shown == [expected + "| memory / special |"]
+
+
+AIMS = {"count_bce_kernel.index": 25, "count_asl1_kernel": 25}
+AIMS |= dict.fromkeys(("bce_kernel.index", "bce_kernel.dense", "asl1_kernel"), 45)
+
+
+@pytest.mark.parametrize("kernel", AIMS)
+def test_on_sm_90_few_instructions_suffice(kernel):
+    baseline = read(BASELINE)
+    for dtype in DTYPES:
+        assert baseline[f"{kernel}.{dtype}", "sm_90"].instructions <= AIMS[kernel]
+
+
+def test_the_readme_shows_the_baseline():
+    assert table(read(BASELINE).values()) in (ROOT / "README.md").read_text()
