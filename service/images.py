@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from export.contract import Preprocessing
+from export.contract import DetectorCard, Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WebP", "BMP", "TIFF", "GIF")
 
@@ -139,10 +140,32 @@ def decode(content: bytes, max_pixels: int) -> Image.Image:
         raise DamagedImageError(f"the {kind} image is damaged: {_reason(error)}") from error
 
 
+def prepare(image: Image.Image, card: DetectorCard) -> tuple[npt.NDArray[Any], Geometry]:
+    """Make an image a row of the model's input, whichever kind of input its card says.
+
+    A graph that takes uint8 images of any size gets them letterboxed all the same, which it then
+    leaves as they are: so images of many sizes share a batch, and a large one takes its memory
+    once. The answers are those of the graph that takes float32.
+
+    Args:
+        image: Mode RGB.
+        card: The model's.
+
+    Returns:
+        float32 `[3, H, W]` or uint8 `[H, W, 3]`, and the geometry that takes boxes back to the
+        image.
+
+    Raises:
+        ValueError: The image is not RGB.
+    """
+    fit = canvas if card.input == "uint8" else letterbox
+    return fit(image, card.preprocessing)
+
+
 def letterbox(
     image: Image.Image, preprocessing: Preprocessing
 ) -> tuple[npt.NDArray[np.float32], Geometry]:
-    """Make an image a row of the model's input, as the card says.
+    """Letterbox and normalise an image, as the card says.
 
     Args:
         image: Mode RGB.
@@ -154,18 +177,35 @@ def letterbox(
     Raises:
         ValueError: The image is not RGB.
     """
+    pixels, geometry = canvas(image, preprocessing)
+    mean = np.array(preprocessing.mean, dtype=np.float32)
+    std = np.array(preprocessing.std, dtype=np.float32)
+    normalized = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+    return np.ascontiguousarray(normalized.transpose(2, 0, 1)), geometry
+
+
+def canvas(
+    image: Image.Image, preprocessing: Preprocessing
+) -> tuple[npt.NDArray[np.uint8], Geometry]:
+    """Letterbox an image, as the card says, and leave its grey levels.
+
+    Args:
+        image: Mode RGB.
+        preprocessing: The card's.
+
+    Returns:
+        uint8 `[H, W, 3]`, and the geometry that takes boxes back to the image.
+
+    Raises:
+        ValueError: The image is not RGB.
+    """
     if image.mode != "RGB":
         raise ValueError(f"the image's mode must be RGB, got {image.mode}")
     size = preprocessing.resized(image.width, image.height)
     background = (preprocessing.pad_value,) * 3
-    canvas = Image.new("RGB", (preprocessing.width, preprocessing.height), background)
-    canvas.paste(image.resize(size, Image.Resampling.BILINEAR), (0, 0))
-    pixels = np.asarray(canvas).astype(np.float32)
-    mean = np.array(preprocessing.mean, dtype=np.float32)
-    std = np.array(preprocessing.std, dtype=np.float32)
-    normalized = (pixels / np.float32(255) - mean) / std
-    row = np.ascontiguousarray(normalized.transpose(2, 0, 1))
-    return row, Geometry(image.width, image.height, *size)
+    frame = Image.new("RGB", (preprocessing.width, preprocessing.height), background)
+    frame.paste(image.resize(size, Image.Resampling.BILINEAR), (0, 0))
+    return np.asarray(frame), Geometry(image.width, image.height, *size)
 
 
 def _kind(content: bytes) -> str:

@@ -36,7 +36,7 @@ class Detections:
     """What was found in one image, best first.
 
     Attributes:
-        boxes: float32 `[N, 4]`, x1, y1, x2, y2 in pixels of the model's input.
+        boxes: float32 `[N, 4]`, x1, y1, x2, y2 in pixels of the images that the model was given.
         scores: float32 `[N]`, in [0, 1], falling.
         labels: int64 `[N]`, indices into the card's class names.
     """
@@ -78,20 +78,24 @@ class ServedModel:
         Raises:
             ModelError: The graph does not run, or not as the contract says.
         """
-        size = self.card.preprocessing
-        self.detect(np.zeros((1, 3, size.height, size.width), dtype=np.float32))
+        height, width = self.card.preprocessing.height, self.card.preprocessing.width
+        if self.card.input == "uint8":
+            self.detect(np.zeros((1, height, width, 3), dtype=np.uint8))
+        else:
+            self.detect(np.zeros((1, 3, height, width), dtype=np.float32))
         self.warm = True
 
     def detect(
         self,
-        batch: npt.NDArray[np.float32],
+        batch: npt.NDArray[Any],
         class_thresholds: npt.NDArray[np.float32] | None = None,
         iou_threshold: float | None = None,
     ) -> list[Detections]:
         """Find objects in a batch of images.
 
         Args:
-            batch: float32 `[B, 3, H, W]`, prepared as the card says (`service.images.letterbox`).
+            batch: Images as the card's `input` says: float32 `[B, 3, H, W]`, prepared
+                (`service.images.letterbox`), or uint8 RGB `[B, height, width, 3]` of any size.
             class_thresholds: float32 `[C]`, the score that a detection of each class must reach;
                 the card's where None. `OFF` switches a class off.
             iou_threshold: Of two boxes of a class that overlap by more, the lesser falls, in
@@ -106,7 +110,7 @@ class ServedModel:
                 contract says.
         """
         self._check_batch(batch)
-        feeds = {INPUT: batch}
+        feeds: dict[str, npt.NDArray[Any]] = {INPUT: batch}
         if class_thresholds is not None:
             feeds[THRESHOLDS_INPUT] = self._checked_thresholds(class_thresholds)
         if iou_threshold is not None:
@@ -122,17 +126,22 @@ class ServedModel:
             for i in range(len(batch))
         ]
 
-    def _check_batch(self, batch: npt.NDArray[np.float32]) -> None:
-        wanted = (3, self.card.preprocessing.height, self.card.preprocessing.width)
-        if batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != wanted:
+    def _check_batch(self, batch: npt.NDArray[Any]) -> None:
+        size = self.card.preprocessing
+        if self.card.input == "uint8":
+            wanted, fits = "height, width, 3", batch.shape[3:] == (3,) and 0 not in batch.shape[1:]
+        else:
+            wanted = f"3, {size.height}, {size.width}"
+            fits = batch.shape[1:] == (3, size.height, size.width)
+        if batch.dtype != self.card.input or not fits:
             raise ValueError(
-                f"images must be float32 [B, {', '.join(map(str, wanted))}],"
+                f"images must be {self.card.input} [B, {wanted}],"
                 f" got {batch.dtype} {list(batch.shape)}"
             )
         if len(batch) == 0:
             raise ValueError("images is an empty batch")
-        if not np.isfinite(batch).all():  # the graph would silently find nothing
-            raise ValueError("images holds NaN or infinity")
+        if self.card.input == "float32" and not np.isfinite(batch).all():
+            raise ValueError("images holds NaN or infinity")  # the graph would find nothing
 
     def _checked_thresholds(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if values.dtype != np.float32 or values.shape != self._thresholds.shape:

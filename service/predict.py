@@ -73,14 +73,14 @@ def _predict_one(
     model: ServedModel, wanted: Wanted, path: Path, arguments: argparse.Namespace
 ) -> None:
     from service.answers import image_answer
-    from service.images import ImageError, decode, letterbox
+    from service.images import ImageError, decode, prepare
     from service.settings import MOST_PIXELS
 
     try:
         image = decode(path.read_bytes(), MOST_PIXELS)
     except ImageError as error:
         raise ValueError(f"{path}: {error}") from error
-    row, geometry = letterbox(image, model.card.preprocessing)
+    row, geometry = prepare(image, model.card)
     found = model.detect(row[None], wanted.class_thresholds, wanted.iou_threshold)[0]
     answer = image_answer(geometry, found, wanted, model.card)
     if arguments.json:

@@ -12,7 +12,7 @@ import orjson
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
-from export.contract import Preprocessing
+from export.contract import DetectorCard
 from service.answers import image_answer
 from service.body import Upload, read_upload
 from service.images import (
@@ -22,7 +22,7 @@ from service.images import (
     ImageTooLargeError,
     UnsupportedImageError,
     decode,
-    letterbox,
+    prepare,
 )
 from service.model import Detections, ServedModel
 from service.options import Wanted, form_properties, parse_options, query_parameters, resolve
@@ -112,7 +112,7 @@ async def detect(request: Request) -> Response:
 
 async def _prepare(
     service: ServiceState, model: ServedModel, upload: Upload, timer: _Timer
-) -> tuple[npt.NDArray[np.float32], list[Geometry]]:
+) -> tuple[npt.NDArray[Any], list[Geometry]]:
     """Decode and letterbox every image, off the event loop."""
     rows = []
     timer.parts["decode_ms"] = 0.0
@@ -122,7 +122,7 @@ async def _prepare(
             name,
             content,
             service.settings.max_pixels,
-            model.card.preprocessing,
+            model.card,
             limiter=service.decoders,
         )
         rows.append((row, geometry))
@@ -131,21 +131,21 @@ async def _prepare(
 
 
 def _decode_one(
-    name: str, content: bytes, max_pixels: int, preprocessing: Preprocessing
-) -> tuple[npt.NDArray[np.float32], Geometry, float]:
+    name: str, content: bytes, max_pixels: int, card: DetectorCard
+) -> tuple[npt.NDArray[Any], Geometry, float]:
     started = perf_counter()
     try:
         image = decode(content, max_pixels)
     except ImageError as error:
         raise ProblemError(_STATUS[type(error)], f"{name}: {error}") from error
-    row, geometry = letterbox(image, preprocessing)
+    row, geometry = prepare(image, card)
     return row, geometry, (perf_counter() - started) * 1000
 
 
 async def _infer(
     service: ServiceState,
     model: ServedModel,
-    batch: npt.NDArray[np.float32],
+    batch: npt.NDArray[Any],
     wanted: Wanted,
     timer: _Timer,
 ) -> list[Detections]:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from PIL import Image
 from starlette.testclient import TestClient
 
+import export.file
 from export.contract import (
     CARD_KEY,
     INPUT,
@@ -27,6 +29,8 @@ from export.contract import (
     TrainingCard,
     as_float32,
 )
+from export.file import read_detector
+from export.preprocess import accept_uint8
 from service.app import create_app, load_model
 from service.model import ServedModel
 from service.schemas import ProblemDetails
@@ -230,6 +234,22 @@ def write_detector(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def detector(write_detector) -> Path:
     return write_detector()
+
+
+@pytest.fixture(scope="session")
+def uint8_detector(detector: Path) -> Path:
+    """The same detector, with letterbox and normalisation inside its graph."""
+    path = detector.with_name("colours.uint8.onnx")
+    model, card = accept_uint8(onnx.load(detector), read_detector(detector).card)
+    export.file.write_detector(path, model, card)
+    return path
+
+
+@pytest.fixture(scope="session")
+def uint8_model(uint8_detector: Path) -> ServedModel:
+    model = ServedModel(read_detector(uint8_detector), provider="cpu")
+    model.warm_up()
+    return model
 
 
 @pytest.fixture(scope="session")

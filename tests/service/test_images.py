@@ -15,8 +15,10 @@ from service.images import (
     ImageError,
     ImageTooLargeError,
     UnsupportedImageError,
+    canvas,
     decode,
     letterbox,
+    prepare,
 )
 
 LIMIT = 1_000_000
@@ -274,9 +276,30 @@ def test_letterbox_keeps_channels_apart():
     assert row[:, 0, 0] == pytest.approx([0.5 / 0.2, -0.4 / 0.25, -0.3 / 0.3], abs=1e-6)  # float32
 
 
-def test_letterbox_refuses_other_modes():
+@pytest.mark.parametrize("fit", [letterbox, canvas])
+def test_letterbox_refuses_other_modes(fit):
     with pytest.raises(ValueError, match="got L"):
-        letterbox(Image.new("L", (4, 4)), PREPROCESSING)
+        fit(Image.new("L", (4, 4)), PREPROCESSING)
+
+
+def test_an_image_is_prepared_for_what_the_model_takes(card):
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (33, 77, 3), dtype=np.uint8))
+    for kind, fit in (("float32", letterbox), ("uint8", canvas)):
+        row, geometry = prepare(image, card.model_copy(update={"input": kind}))
+        wanted, its_geometry = fit(image, card.preprocessing)
+        assert row.dtype == kind
+        np.testing.assert_array_equal(row, wanted)
+        assert geometry == its_geometry
+
+
+def test_the_canvas_is_what_is_normalised():
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (33, 77, 3), dtype=np.uint8))
+    pixels, _ = canvas(image, PREPROCESSING)
+    assert (pixels.shape, pixels.dtype) == ((64, 96, 3), np.uint8)
+    normalised = (pixels / 255 - PREPROCESSING.mean) / PREPROCESSING.std
+    # Three float32 roundings of numbers up to 1 / 0.2 = 5.
+    row, _ = letterbox(image, PREPROCESSING)
+    np.testing.assert_allclose(row, normalised.transpose(2, 0, 1), atol=3 * 5 * 2**-24, rtol=0)
 
 
 @given(

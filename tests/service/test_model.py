@@ -10,6 +10,8 @@ from service.model import CPU, CUDA, OFF, ModelError, ServedModel
 
 PATCHES = {(16, 16, 32, 32): "#ff0000", (64, 16, 80, 32): "#00d000", (32, 40, 48, 56): "#0000ff"}
 
+FOUND = {(0, (16, 16, 32, 32)), (1, (64, 16, 80, 32)), (2, (32, 40, 48, 56))}
+
 
 @pytest.fixture(scope="module")
 def batch(scene, card):
@@ -25,11 +27,7 @@ def found(detections) -> set[tuple[int, tuple[float, ...]]]:
 
 def test_finds_what_is_there(model, batch):
     first, second = model.detect(batch)
-    assert found(first) == {
-        (0, (16, 16, 32, 32)),
-        (1, (64, 16, 80, 32)),
-        (2, (32, 40, 48, 56)),
-    }
+    assert found(first) == FOUND
     assert len(second.scores) == 0
     assert (np.diff(first.scores) <= 0).all()
     assert first.boxes.dtype == first.scores.dtype == np.float32
@@ -103,8 +101,41 @@ def test_iou_that_cannot_be_is_refused(model, batch, iou):
         model.detect(batch, iou_threshold=iou)
 
 
-def test_warm_up(detector):
-    fresh = ServedModel(read_detector(detector), provider="cpu")
+def test_uint8_images_are_answered_for_as_prepared_ones(model, uint8_model, scene, batch):
+    images = np.stack([np.asarray(scene(96, 64, patches)) for patches in (PATCHES, {})])
+    for ours, theirs in zip(uint8_model.detect(images), model.detect(batch), strict=True):
+        np.testing.assert_array_equal(ours.labels, theirs.labels)
+        np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+        np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-6)  # float32
+
+
+def test_boxes_of_uint8_images_are_in_their_own_pixels(uint8_model, scene):
+    image = scene(96, 64, PATCHES).resize((384, 256))
+    (answer,) = uint8_model.detect(np.asarray(image)[None])
+    expected = {(label, tuple(4 * x for x in box)) for label, box in FOUND}
+    assert found(answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 3, 64, 96), "u1"),
+        ((1, 64, 96, 4), "u1"),
+        ((64, 96, 3), "u1"),
+        ((1, 64, 96, 3), "f4"),
+        ((0, 64, 96, 3), "u1"),
+        ((1, 0, 96, 3), "u1"),
+        ((1, 64, 0, 3), "u1"),
+    ],
+)
+def test_uint8_images_of_another_shape_or_type_are_refused(uint8_model, shape, dtype):
+    with pytest.raises(ValueError, match=r"must be uint8 \[B, height, width, 3\]|empty batch"):
+        uint8_model.detect(np.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize("variant", ["detector", "uint8_detector"])
+def test_warm_up(request, variant):
+    fresh = ServedModel(read_detector(request.getfixturevalue(variant)), provider="cpu")
     assert not fresh.warm
     fresh.warm_up()
     assert fresh.warm

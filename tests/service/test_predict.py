@@ -29,6 +29,18 @@ def test_predict_answers_what_the_service_answers(options, detector, photo, clie
     assert ours["detections"]
 
 
+def test_predict_takes_either_variant(detector, uint8_detector, photo, capsys):
+    answers = []
+    for path in (detector, uint8_detector):
+        assert predict(path, photo, "--json") == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    ours, theirs = (
+        [(found["class"], found["box"]) for found in one["detections"]] for one in answers
+    )
+    assert ours == theirs
+    assert len(ours) == 3
+
+
 def without_model(answer: dict[str, object]) -> dict[str, object]:
     return {"detections": answer["detections"]}
 

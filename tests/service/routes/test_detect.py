@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -7,6 +8,7 @@ from starlette.testclient import TestClient
 from service.app import create_app
 from service.images import decode, letterbox
 from service.schemas import DetectManyResponse, DetectResponse
+from service.settings import Settings
 
 URL = "/v1/detect"
 
@@ -141,3 +143,21 @@ def test_before_the_model_is_ready_503(settings, problem):
 def test_no_bytes_and_no_options_break_the_service(client, head, tail, query):
     response = client.post(URL, content=head + tail, params=query)
     assert response.status_code in (200, 400, 413, 415, 422), response.text
+
+
+def test_both_variants_of_a_detector_answer_alike(
+    client, uint8_detector, uint8_model, encode, image
+):
+    told = Settings(model=uint8_detector, threads=1, provider="cpu")
+    sizes = [(192, 128), (96, 64), (77, 233), (640, 480), (50, 40)]
+    files = [("files", encode(image.resize(size))) for size in sizes]  # of many sizes, one batch
+    options = {"threshold": "0.05", "iou": "0.9"}
+    with TestClient(create_app(told, uint8_model)) as other:
+        answers = [one.post("/v1/detect", files=files, data=options) for one in (client, other)]
+    ours, theirs = (answer.json()["results"] for answer in answers)
+    assert sum(len(result["detections"]) for result in ours) > 20
+    for mine, its in zip(ours, theirs, strict=True):
+        assert mine["image"] == its["image"]
+        for a, b in zip(mine["detections"], its["detections"], strict=True):
+            assert a.pop("score") == pytest.approx(b.pop("score"), abs=1e-6)  # float32
+            assert a == b
