@@ -347,5 +347,6 @@ def main(rank: int, folder: Path, size: int, device: str, backend: str, jobs: li
 if __name__ == "__main__":
     where, count, device, backend, *jobs = sys.argv[1:]
     given = (Path(where), int(count), device, backend, jobs)
-    # Forked, so that torch is imported once; no thread has been started yet.
-    mp.start_processes(main, args=given, nprocs=int(count), start_method="fork")
+    # Forked, so that torch is imported once; no thread has been started yet. CUDA cannot be.
+    method = "fork" if device == "cpu" else "spawn"
+    mp.start_processes(main, args=given, nprocs=int(count), start_method=method)

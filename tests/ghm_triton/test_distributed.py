@@ -41,14 +41,14 @@ ROUNDING64 = {"rtol": 1e-11, "atol": 1e-13}
 
 
 def jobs_of(kind):
-    """For a test of each job of a kind, where it runs."""
+    """For a test of each job of a kind, with either number of processes."""
     return pytest.mark.parametrize(
-        ("backend", "size", "name"),
+        ("size", "name"),
         [
-            pytest.param(backend, size, name, marks=[pytest.mark.kernels] * (backend == "triton"))
+            (size, name)
             for (backend, size), names in JOBS.items()
             for name in names
-            if name.startswith(kind)
+            if backend == "torch" and name.startswith(kind)
         ],
     )
 
@@ -90,49 +90,62 @@ def run(folder, size, backend, device):
 
 
 @jobs_of("steps")
-def test_ranks_are_one_process_with_the_whole_batch(
-    processes, request, device, backend, size, name
-):
+def test_ranks_are_one_process_with_the_whole_batch(processes, size, name):
     """Shares of equal rows, of unequal rows, of no rows: loss, gradient and state at each step."""
-    if backend == "triton":
-        request.getfixturevalue("kernels_run")
-    by_rank = processes(size, name, backend)
-    name = name.removeprefix("steps:")
+    check_steps(processes(size, name), name)
+
+
+@jobs_of("poisoned")
+def test_a_bad_value_on_one_rank_is_seen_by_all(processes, size, name):
+    """Rank 0 has no rows at all in that step, and its loss is NaN like the others'."""
+    check_poisoned(processes(size, name), name)
+
+
+@pytest.mark.kernels
+@pytest.mark.usefixtures("kernels_run")
+def test_kernels_share_as_well(processes, device):
+    for name in JOBS["triton", 2]:
+        found = processes(2, name, "triton")
+        if name.startswith("steps"):
+            check_steps(found, name, "triton", str(device))
+        else:
+            check_poisoned(found, name)
+
+
+def check_steps(by_rank, name, backend="torch", device="cpu"):
+    size, name = len(by_rank), name.removeprefix("steps:")
     options = ranks.LOSSES[name][2]
-    where = str(device) if backend == "triton" else "cpu"
-    whole = ranks.several_steps(name, None, 0, 1, backend, where)
+    whole = ranks.several_steps(name, None, 0, 1, backend, device)
     for n, truth in enumerate(whole):
         steps = [found[n] for found in by_rank]
         # What averages over ranks gives a mean; a sum and entries are the rank's own.
         each = size if options.get("reduction", "mean") == "mean" else 1
         losses = [step["loss"] for step in steps]
-        if options.get("reduction") == "none":
-            torch.testing.assert_close(torch.cat(losses), truth["loss"], **ROUNDING)
-        else:
-            torch.testing.assert_close(sum(losses) / each, truth["loss"], **ROUNDING)
-        slopes = torch.cat([step["slope"] for step in steps])
-        torch.testing.assert_close(slopes / each, truth["slope"], **ROUNDING)
-        for step in steps:
-            assert torch.equal(step["smoothed"], truth["smoothed"])
-            assert int(step["updates"]) == n + 1
+        loss = torch.cat(losses) if options.get("reduction") == "none" else sum(losses) / each
+        slope = torch.cat([step["slope"] for step in steps]) / each
+        torch.testing.assert_close(loss, truth["loss"], **ROUNDING, msg=said(name, n))
+        torch.testing.assert_close(slope, truth["slope"], **ROUNDING, msg=said(name, n))
+        for rank, step in enumerate(steps):
+            assert torch.equal(step["smoothed"], truth["smoothed"]), (name, n, rank)
+            assert int(step["updates"]) == n + 1, (name, n, rank)
 
 
-@jobs_of("poisoned")
-def test_a_bad_value_on_one_rank_is_seen_by_all(processes, request, backend, size, name):
-    """Rank 0 has no rows at all in that step, and its loss is NaN like the others'."""
-    if backend == "triton":
-        request.getfixturevalue("kernels_run")
-    for found in processes(size, name, backend):
-        good, bad, after = found
-        assert bad["loss"].isnan().all()
-        assert good["loss"].isfinite().all()
-        assert torch.equal(bad["smoothed"], good["smoothed"])
-        assert [int(step["updates"]) for step in found] == [1, 1, 2]
+def said(name, n):
+    """What goes before the message of a comparison."""
+    return lambda message: f"{name}, step {n}: {message}"
+
+
+def check_poisoned(by_rank, name):
+    for rank, (good, bad, after) in enumerate(by_rank):
+        where = f"{name}, rank {rank}"
+        assert good["loss"].isfinite().all(), where
+        assert bad["loss"].isnan().all(), where
+        assert torch.equal(bad["smoothed"], good["smoothed"]), where
+        assert [int(step["updates"]) for step in (good, bad, after)] == [1, 1, 2], where
         # The same batch again: its average is what it was, and so are its losses, to rounding.
         torch.testing.assert_close(after["loss"], good["loss"], **ROUNDING)
-    if "none" not in name:
-        assert processes(size, name, backend)[0][1]["slope"].shape == (0, ranks.CLASSES)
-    assert processes(size, name, backend)[-1][1]["slope"].isnan().any()
+    assert by_rank[0][1]["slope"].shape == (0, ranks.CLASSES)
+    assert by_rank[-1][1]["slope"].isnan().any()
 
 
 def test_only_ranks_of_the_group_share(processes):
