@@ -61,6 +61,14 @@ def build_backbone(config: DetectorConfig) -> tuple[nn.Module, tuple[int, ...]]:
     """
     if config.backbone == "tiny":
         return TinyBackbone(config.channels), (8, 16, 32)
+    if config.architecture == "faster-rcnn":  # P2..P6, the last a subsampled P5
+        backbone = resnet_fpn_backbone(
+            backbone_name=config.backbone,
+            weights=None,
+            norm_layer=nn.BatchNorm2d,
+            trainable_layers=5,
+        )
+        return backbone, (4, 8, 16, 32, 64)
     backbone = resnet_fpn_backbone(
         backbone_name=config.backbone,
         weights=None,

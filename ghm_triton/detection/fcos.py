@@ -16,7 +16,12 @@ from ghm_triton.detection.anchors import level_sizes, make_anchors
 from ghm_triton.detection.backbones import build_backbone
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.detector import Detector, Predictions
-from ghm_triton.detection.heads import BETWEEN_THRESHOLDS, HeadLosses, assigned_labels
+from ghm_triton.detection.heads import (
+    BETWEEN_THRESHOLDS,
+    HeadLosses,
+    assigned_labels,
+    start_loud,
+)
 from ghm_triton.detection.postprocess import clip_boxes
 
 CHANNELS_A_GROUP = 8  # of the head's group norms: 32 groups of 256 channels, as torchvision's
@@ -59,6 +64,8 @@ class HarmonizedFCOSHead(FCOSHead):  # type: ignore[misc]
             in_channels, 1, num_classes, convs, prior, norm
         )
         self.regression_head = FCOSRegressionHead(in_channels, 1, convs, norm)
+        for branch in (self.classification_head, self.regression_head):
+            start_loud(branch.conv)
         self.num_classes = num_classes
         self.classification_loss = losses.classification if losses else None
         self.regression_loss = losses.regression if losses else None

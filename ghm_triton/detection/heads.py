@@ -28,6 +28,17 @@ class HeadLosses:
     regression: nn.Module
 
 
+def start_loud(layers: nn.Module) -> None:
+    """Draw convolutions for training from scratch: He et al. (2015), before a ReLU.
+
+    torchvision's standard deviation of 0.01 suits pretrained features; from scratch it silences
+    the gradient, and under a norm it lets the first steps turn the weights round.
+    """
+    for layer in layers.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+
+
 def assigned_labels(
     targets: list[dict[str, Tensor]], matched_idxs: list[Tensor], num_classes: int
 ) -> Tensor:
@@ -78,10 +89,7 @@ class HarmonizedRetinaNetHead(RetinaNetHead):  # type: ignore[misc]
         super().__init__(in_channels, num_anchors, num_classes)
         for branch in (self.classification_head, self.regression_head):
             branch.conv = branch.conv[:convs]
-            for layer in branch.conv.modules():
-                if isinstance(layer, nn.Conv2d):
-                    # std 0.01 suits pretrained features; from scratch it silences the gradient.
-                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            start_loud(branch.conv)
         self.num_classes = num_classes
         self.classification_loss = losses.classification if losses else None
         self.regression_loss = losses.regression if losses else None

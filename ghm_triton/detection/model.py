@@ -9,13 +9,15 @@ from torch import nn
 
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.detector import Detector
+from ghm_triton.detection.faster_rcnn import FasterRCNNDetector
 from ghm_triton.detection.fcos import FCOSDetector
 from ghm_triton.detection.heads import HeadLosses
 from ghm_triton.detection.retinanet import RetinaNetDetector
 
-DETECTORS: dict[str, type[RetinaNetDetector | FCOSDetector]] = {
+DETECTORS: dict[str, type[RetinaNetDetector | FCOSDetector | FasterRCNNDetector]] = {
     "retinanet": RetinaNetDetector,
     "fcos": FCOSDetector,
+    "faster-rcnn": FasterRCNNDetector,
 }
 
 

@@ -1,0 +1,205 @@
+"""Faster R-CNN: torchvision's, with losses that see every sampled region of the batch at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+from ghm_triton.detection.backbones import build_backbone
+from ghm_triton.detection.config import DetectorConfig
+from ghm_triton.detection.detector import Detector, Predictions
+from ghm_triton.detection.heads import HeadLosses
+from ghm_triton.detection.postprocess import OUT, decode_boxes
+from ghm_triton.detection.rpn import ProposalNetwork
+
+COARSEST_STRIDE = 32  # that regions are pooled from
+CELLS, SAMPLES_A_CELL = 7, 2
+WIDTH = 4  # of the two hidden layers, in channels: 1024 for 256, as torchvision's
+REGION_IOU, POSITIVE_SHARE = 0.5, 0.25
+SMALLEST_SIDE = 0.01  # pixels: torchvision shows no box that is thinner
+
+
+class FasterRCNNDetector(Detector):
+    """Faster R-CNN on images of one fixed, letterboxed size.
+
+    Built of torchvision's proposal network, RoIAlign and box head, under the names that its
+    `FasterRCNN` gives them, so that a softmax detector's weights are a torchvision model's.
+
+    A softmax classifier has background as its first class; sigmoids have none. Every class has
+    its own box.
+
+    Args:
+        config: What to build.
+        losses: The region head's losses; None for a detector that will not be trained. The
+            proposal network's are torchvision's.
+    """
+
+    roi_heads: RoIHeads
+    rpn: ProposalNetwork
+
+    def __init__(self, config: DetectorConfig, losses: HeadLosses | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone, strides = build_backbone(config)
+        channels = int(self.backbone.out_channels)  # type: ignore[arg-type]
+        self.pooled_strides = [s for s in strides if s <= COARSEST_STRIDE]
+        self.background = int(config.classifier == "softmax")  # outputs before the first class
+        self.rpn = ProposalNetwork(channels, strides, config)
+        predictor = FastRCNNPredictor(WIDTH * channels, self.background + config.num_classes)
+        if not self.background:
+            nn.init.constant_(predictor.cls_score.bias, math.log(config.prior / (1 - config.prior)))
+        self.roi_heads = RoIHeads(
+            MultiScaleRoIAlign(
+                [str(level) for level in range(len(self.pooled_strides))], CELLS, SAMPLES_A_CELL
+            ),
+            TwoMLPHead(channels * CELLS**2, WIDTH * channels),
+            predictor,
+            REGION_IOU,
+            REGION_IOU,
+            config.region_samples,
+            POSITIVE_SHARE,
+            None,
+            0.0,
+            config.iou_threshold,
+            config.max_detections,
+        )
+        self.classification_loss = losses.classification if losses else None
+        self.regression_loss = losses.regression if losses else None
+        self.observer: Callable[[Tensor], None] | None = None
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Pyramid levels `[B, channels, h, w]` under the names `0`, `1`, ..., finest first."""
+        self.require_size(images)
+        return {str(level): x for level, x in enumerate(self.backbone(images).values())}
+
+    def classify(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled regions `[R, channels, 7, 7]` to logits `[R, S]` and deltas `[R, C, 4]`.
+
+        `S` is `C`, or for a softmax `1 + C`.
+        """
+        logits, deltas = self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))
+        return logits, deltas.reshape(deltas.shape[0], -1, 4)[:, self.background :]
+
+    def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The training losses: the regions', and `rpn_objectness` and `rpn_box` of the proposals.
+
+        Raises:
+            RuntimeError: The detector was built without losses, or is in evaluation mode, where
+                torchvision's proposal network has no losses.
+        """
+        if self.classification_loss is None or self.regression_loss is None:
+            raise RuntimeError("this detector was built without losses; pass HeadLosses(...)")
+        if not self.training:
+            raise RuntimeError("this detector has losses in training mode only; call train()")
+        features, sizes = self.features(images), [self.config.image_size] * len(images)
+        proposals, rpn_losses = self.rpn(ImageList(images, sizes), features, targets)
+        regions, _, sampled, goals = self.roi_heads.select_training_samples(
+            proposals, [_background_first(target) for target in targets]
+        )
+        classes = self.config.num_classes
+        labels = torch.cat(sampled)
+        labels = torch.where(labels > 0, labels - 1, classes)
+        if self.observer is not None:
+            self.observer(labels)
+        logits, deltas = self.classify(self.roi_heads.box_roi_pool(features, regions, sizes))
+        own = torch.nonzero(labels < classes).squeeze(1)
+        predicted = deltas[own, labels[own]].float()
+        return {
+            "classification": self.classification_loss(logits, labels),
+            "bbox_regression": self.regression_loss(predicted, torch.cat(goals)[own]),
+            "rpn_objectness": rpn_losses["loss_objectness"],
+            "rpn_box": rpn_losses["loss_rpn_box_reg"],
+        }
+
+    def predict(self, images: Tensor) -> Predictions:
+        """Boxes and scores of every proposal; every class has a box of its own."""
+        features = self.features(images)
+        proposals, exist = self.rpn.propose(list(features.values()))
+        logits, deltas = self.classify(self.pool(features, proposals, exist))
+        logits = logits.float().reshape(*exist.shape, -1)
+        deltas = deltas.float().reshape(*exist.shape, -1, 4)
+        weights = torch.tensor(self.roi_heads.box_coder.weights, device=deltas.device)
+        boxes = decode_boxes(deltas / weights, proposals.unsqueeze(2), self.config.image_size)
+        if self.background:
+            scores, ranks = torch.softmax(logits, dim=2)[..., 1:], softmax_logits(logits)[..., 1:]
+        else:
+            scores, ranks = torch.sigmoid(logits), logits
+        solid = (boxes[..., 2:] - boxes[..., :2]).amin(dim=3) >= SMALLEST_SIDE
+        stands = solid & exist.unsqueeze(2)
+        return Predictions(boxes, torch.where(stands, scores, 0.0), torch.where(stands, ranks, OUT))
+
+    def pool(self, features: dict[str, Tensor], proposals: Tensor, exist: Tensor) -> Tensor:
+        """RoIAlign of every proposal on its level of the pyramid, without a loop over the batch.
+
+        Args:
+            features: As `features` gives them.
+            proposals: `[B, K, 4]` in input pixels.
+            exist: bool `[B, K]`.
+
+        Returns:
+            `[B * K, channels, 7, 7]`, as torchvision's `MultiScaleRoIAlign`; 0 for no proposal.
+        """
+        batch, count = exist.shape
+        image = torch.arange(batch, device=proposals.device).to(proposals.dtype)
+        owner = image.view(-1, 1, 1).expand(batch, count, 1)
+        regions = torch.cat([owner, proposals], dim=2).flatten(0, 1)
+        levels = torch.where(exist.flatten(), self.pyramid_levels(regions[:, 1:]), -1)
+        channels = features["0"].shape[1]
+        pooled = regions.new_zeros(batch * count, channels, CELLS, CELLS)
+        for level, stride in enumerate(self.pooled_strides):
+            own = torch.nonzero(levels == level).squeeze(1)
+            level_features = features[str(level)].to(regions.dtype)
+            cells = roi_align(level_features, regions[own], CELLS, 1 / stride, SAMPLES_A_CELL)
+            pooled = pooled.index_put((own,), cells)
+        return pooled
+
+    def pyramid_levels(self, boxes: Tensor) -> Tensor:
+        """Which level boxes `[R, 4]` are pooled from, int64 `[R]`.
+
+        The formula of the FPN paper, `floor(4 + log2(sqrt(area) / 224))`, in comparisons, which
+        every runtime rounds alike.
+        """
+        pooler = self.roi_heads.box_roi_pool
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+        level = torch.zeros_like(area, dtype=torch.int64)
+        for stride in self.pooled_strides[1:]:
+            # torchvision's mapper adds 1e-6, so that 224 itself is surely on its level.
+            growth = 2 ** (math.log2(stride) - pooler.canonical_level - 1e-6)
+            level = level + (area >= (pooler.canonical_scale * growth) ** 2)
+        return level
+
+    def observe_labels(self, observer: Callable[[Tensor], None]) -> None:
+        """Have `observer` called with the label of every sampled region, `[R]`."""
+        self.observer = observer
+
+
+def softmax_logits(logits: Tensor) -> Tensor:
+    """`log(p / (1 - p))` of every class of a softmax, without the rounding of `p` near 1.
+
+    Args:
+        logits: `[..., S]`, of two classes or more.
+    """
+    classes = torch.arange(logits.shape[-1], device=logits.device)
+    best = classes == logits.argmax(dim=-1, keepdim=True)
+    # Of the best class, 1 - p is what the others share ...
+    others = logits.masked_fill(best, OUT)
+    most = others.amax(dim=-1, keepdim=True)
+    against = most + torch.log(torch.exp(others - most).sum(dim=-1, keepdim=True))
+    # ... and of any other, p is at most a half.
+    log_p = torch.log_softmax(logits, dim=-1)
+    return torch.where(best, logits - against, log_p - torch.log(1 - torch.exp(log_p)))
+
+
+def _background_first(target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A target as torchvision's region head wants it: 0 is background, -1 is never sampled."""
+    labels = target["labels"] + 1
+    if "ignore" in target:
+        labels = labels.masked_fill(target["ignore"], -1)
+    return {"boxes": target["boxes"], "labels": labels}

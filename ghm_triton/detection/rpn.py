@@ -1,0 +1,126 @@
+"""Where to look: torchvision's region proposal network, and its proposals for a whole batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.rpn import (
+    RegionProposalNetwork,
+    RPNHead,
+    concat_box_prediction_layers,
+)
+
+from ghm_triton.detection.anchors import ASPECT_RATIOS, level_sizes, make_anchors
+from ghm_triton.detection.config import DetectorConfig
+from ghm_triton.detection.heads import start_loud
+from ghm_triton.detection.postprocess import OUT, decode_boxes, suppress
+
+FOREGROUND_IOU, BACKGROUND_IOU = 0.7, 0.3
+SAMPLES, POSITIVE_SHARE = 256, 0.5  # anchors of an image that the losses see
+PROPOSALS_IN_TRAINING = 2000
+NMS_IOU = 0.7
+
+
+class ProposalHead(RPNHead):  # type: ignore[misc]
+    """`RPNHead` in float32 whatever the autocast: half of its bits cannot say where a pixel is.
+
+    Args:
+        channels: Of the pyramid.
+        convs: 3x3 convolutions before the predictors.
+    """
+
+    def __init__(self, channels: int, convs: int) -> None:
+        super().__init__(channels, len(ASPECT_RATIOS), convs)
+        start_loud(self.conv)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Objectness `[B, a, h, w]` and deltas `[B, 4a, h, w]` of every level."""
+        objectness, deltas = super().forward(features)
+        return [x.float() for x in objectness], [x.float() for x in deltas]
+
+
+class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
+    """torchvision's sampled RPN on images of one fixed size.
+
+    Its training is torchvision's, except that ignored boxes are neither object nor background;
+    for another assignment or loss, override `assign_targets_to_anchors` or `compute_loss`.
+
+    Args:
+        channels: Of the pyramid.
+        strides: Of its levels, finest first.
+        config: The detector's.
+    """
+
+    anchors: Tensor
+    same_level: Tensor
+
+    def __init__(self, channels: int, strides: tuple[int, ...], config: DetectorConfig) -> None:
+        sizes = tuple((config.anchor_scale * s,) for s in strides)
+        super().__init__(
+            AnchorGenerator(sizes, (ASPECT_RATIOS,) * len(sizes)),
+            ProposalHead(channels, config.head_convs),
+            FOREGROUND_IOU,
+            BACKGROUND_IOU,
+            SAMPLES,
+            POSITIVE_SHARE,
+            {"training": PROPOSALS_IN_TRAINING, "testing": config.candidates},
+            {"training": PROPOSALS_IN_TRAINING, "testing": config.proposals},
+            NMS_IOU,
+        )
+        self.config = config
+        self.level_anchors = [
+            len(ASPECT_RATIOS) * h * w for h, w in level_sizes(config.image_size, strides)
+        ]
+        counts = torch.tensor(self.level_anchors).clamp(max=config.candidates)
+        levels = torch.arange(len(strides))
+        same_level = levels[:, None] == levels.repeat_interleave(counts)
+        anchors = make_anchors(self.anchor_generator, config.image_size, strides)
+        self.register_buffer("anchors", anchors, persistent=False)
+        self.register_buffer("same_level", same_level, persistent=False)
+
+    def propose(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The regions to look into, without a loop over the batch.
+
+        The best anchors of each level are moved, thinned out by NMS within their level, and the
+        best of all levels stay: what torchvision's `filter_proposals` does in evaluation mode,
+        ranked by logit.
+
+        Args:
+            features: Pyramid levels `[B, channels, h, w]`, finest first.
+
+        Returns:
+            Boxes `[B, K, 4]` in input pixels, zero where there are fewer, and whether each is a
+            proposal, bool `[B, K]`.
+        """
+        objectness, deltas = concat_box_prediction_layers(*self.head(features))
+        batch = features[0].shape[0]
+        ranks, deltas = objectness.reshape(batch, -1), deltas.reshape(batch, -1, 4)
+        best, start = [], 0
+        for level in ranks.split(self.level_anchors, dim=1):
+            count = min(self.config.candidates, level.shape[1])
+            best.append(level.topk(count, dim=1).indices + start)
+            start += level.shape[1]
+        picked = torch.cat(best, dim=1)
+        image = torch.arange(batch, device=picked.device).unsqueeze(1)
+        boxes = decode_boxes(deltas[image, picked], self.anchors[picked], self.config.image_size)
+        solid = (boxes[..., 2:] - boxes[..., :2]).amin(dim=2) >= self.min_size
+        own = solid.unsqueeze(1) & self.same_level
+        # A level is a class to NMS; entries of other levels take no part.
+        ranks = torch.where(own, ranks[image, picked].unsqueeze(1), OUT)
+        iou = torch.full((1,), self.nms_thresh, device=ranks.device)
+        found, _, levels, _ = suppress(
+            boxes.unsqueeze(1), ranks, ranks, iou, min(self.config.proposals, picked.shape[1])
+        )
+        return found, levels >= 0
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Which anchors are objects (1), background (0) or neither (-1), and their boxes."""
+        labels, boxes = super().assign_targets_to_anchors(anchors, targets)
+        for row, own, target in zip(labels, anchors, targets, strict=True):
+            if "ignore" in target and bool(target["ignore"].any()):
+                nearest = self.box_similarity(target["boxes"], own).argmax(dim=0)
+                row[(row == 1) & target["ignore"][nearest]] = -1
+        return labels, boxes
