@@ -56,8 +56,10 @@ def test_memory_that_was_never_written_is_filled_anew():
 
 def test_a_copy_has_an_average_of_its_own():
     density = GradientDensity(2, momentum=0.5)
+    density.register_forward_hook(density.extra_repr)  # bound to what is being copied
     twin = copy.deepcopy(torch.nn.ModuleList([density, density]))
     assert twin[0] is twin[1]
+    assert next(iter(twin[0]._forward_hooks.values())).__self__ is twin[0]
     density.weigh(counts_of([5, 1]), reference)
     assert not twin[0].smoothed.any()
     assert weights_of(twin[0], [3, 1]).tolist() == weights_of(GradientDensity(2), [3, 1]).tolist()
