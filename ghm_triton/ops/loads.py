@@ -67,7 +67,7 @@ def load_labels(target_ptr, target_row, tile_r, rows, cols, BLOCK_R: tl.constexp
     exists = row < tl.minimum(rows - first, BLOCK_R).to(tl.int32)
     pointers = target_ptr + first * target_row + row.to(tl.int64) * target_row
     label = tl.load(pointers, mask=exists, other=-1)
-    within = tl.minimum(label.to(tl.uint64), (cols + 1).to(tl.uint64)).to(tl.int32)
+    within = tl.minimum(label.to(tl.uint64), cols + 1).to(tl.int32)
     return tl.where(label < 0, -1, within)[:, None]
 
 
