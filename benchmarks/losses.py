@@ -124,7 +124,7 @@ def main() -> None:
     compiler = options.compiler or ("aot_eager" if options.quick else "inductor" if gpu else "none")
     settings = Settings(
         seconds=options.seconds or (0.01 if options.quick else 0.06 if gpu else 1.0),
-        rounds=options.rounds or (2 if options.quick else 3 if gpu else 15),
+        rounds=options.rounds or (2 if options.quick else 3 if gpu else 40),
         compiler=None if compiler == "none" else compiler,
     )
     sizes = options.sizes or ([QUICK] if options.quick else None)

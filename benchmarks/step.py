@@ -68,8 +68,7 @@ class Released(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """As `PlainBCE`."""
         labels = labels.flatten()
-        background = labels.where(labels >= 0, logits.shape[-1])
-        return self.loss(logits.flatten(0, 1), background, (labels >= 0).float())
+        return self.loss(logits.flatten(0, 1), labels, (labels >= 0).float())
 
 
 class ReleasedRegression(nn.Module):
