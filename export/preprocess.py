@@ -1,9 +1,13 @@
 """Images as they are, `uint8 [B, H, W, 3]`: letterbox and normalisation inside the graph.
 
 What is put before a detector's graph computes what the card's `preprocessing` says and the service
-does on the host, with Pillow's arithmetic: the triangle filter, antialiased, one axis after the
-other, each rounded to a grey level. It is written in operators that every runtime computes alike.
-`Resize` is not one of them: some runtimes ignore its `antialias`.
+does on the host: the triangle filter, antialiased, along each row and then each column, in Pillow's
+fixed-point arithmetic. So the grey levels are Pillow's; of images more than twice as tall as wide,
+whose columns Pillow 13 resizes first, they are within one of them. It is written in operators that
+every runtime computes alike. `Resize` is not one of them: some ignore its `antialias`.
+
+A runtime without float64, such as OpenVINO, may resize an image one pixel wider or narrower when
+its scaled side lies half-way between two pixels.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ PREFIX = "uint8/"  # of every name that is added
 # Neighbouring output pixels share one window of input pixels. Where more share it, more zeros are
 # multiplied; where fewer do, more pixels are copied.
 MOST_IN_BLOCK = 8
+FLOAT, DOUBLE = TensorProto.FLOAT, TensorProto.DOUBLE
+DIGIT = 2**11  # Pillow's weights have two such digits behind the point
 
 
 def accept_uint8(model: ModelProto, card: DetectorCard) -> tuple[ModelProto, DetectorCard]:
@@ -69,25 +75,56 @@ def _preparation(frame: Preprocessing) -> list[NodeProto]:
     height, width = frame.height, frame.width
     return _nodes(
         f"""
+        {_CONSTANTS}
+        {_sizes(height, width)}
+        # [B, width, 3 * height] is resized along its second axis, then [B, height, 3 * W].
+        columns = Transpose <perm = [0, 2, 3, 1]> (images)
+        flat_last = Constant <value_ints = [0, 0, -1]> ()
+        flat_columns = Reshape (columns, flat_last)
+        {_resize("x", "flat_columns", "width", width)}
+        by_column = Constant <value_ints = [0, {width}, 3, -1]> ()
+        wide = Reshape (x_resized, by_column)
+        rows = Transpose <perm = [0, 3, 2, 1]> (wide)
+        flat_rows_shape = Constant <value_ints = [0, 0, {3 * width}]> ()
+        flat_rows = Reshape (rows, flat_rows_shape)
+        {_resize("y", "flat_rows", "height", height)}
+        by_row = Constant <value_ints = [0, {height}, 3, {width}]> ()
+        tall = Reshape (y_resized, by_row)
+        levels = Transpose <perm = [0, 2, 1, 3]> (tall)
+        {_pad_and_normalise(frame)}
+        """
+    )
+
+
+_CONSTANTS = f"""
         zero = Constant <value_int = 0> ()
         one = Constant <value_int = 1> ()
         two = Constant <value_int = 2> ()
         half = Constant <value_float = 0.5> ()
         second_axis = Constant <value_ints = [1]> ()
         third_axis = Constant <value_ints = [2]> ()
+        digit = Constant <value_int = {DIGIT}> ()
+        real_digit = Constant <value = double {{{DIGIT}}}> ()
+        real_half = Constant <value = double {{0.5}}> ()
+        first_place = Constant <value_float = {1 / DIGIT}> ()
+        second_place = Constant <value_float = {1 / DIGIT**2}> ()
+"""
 
-        # The size that keeps the aspect ratio: float64, as the service computes it.
+
+def _sizes(height: int, width: int) -> str:
+    """The size of the images, and the one in the frame: in float64, as the service computes it."""
+    return f"""
         height_row = Shape <start = 1, end = 2> (images)
         width_row = Shape <start = 2, end = 3> (images)
         height = Squeeze (height_row)
         width = Squeeze (width_row)
         frame_height = Constant <value = double {{{height}}}> ()
         frame_width = Constant <value = double {{{width}}}> ()
-        real_height = Cast <to = {TensorProto.DOUBLE}> (height)
-        real_width = Cast <to = {TensorProto.DOUBLE}> (width)
-        y_ratio = Div (frame_height, real_height)
-        x_ratio = Div (frame_width, real_width)
-        scale = Min (x_ratio, y_ratio)
+        real_height = Cast <to = {DOUBLE}> (height)
+        real_width = Cast <to = {DOUBLE}> (width)
+        height_scale = Div (frame_height, real_height)
+        width_scale = Div (frame_width, real_width)
+        scale = Min (width_scale, height_scale)
         scaled_height = Mul (real_height, scale)
         scaled_width = Mul (real_width, scale)
         rounded_height = Round (scaled_height)
@@ -96,52 +133,29 @@ def _preparation(frame: Preprocessing) -> list[NodeProto]:
         whole_width = Cast <to = {TensorProto.INT64}> (rounded_width)
         resized_height = Max (whole_height, one)
         resized_width = Max (whole_width, one)
-
-        # [B, width, 3 * height] is resized along its second axis, then [B, height, 3 * W].
-        columns = Transpose <perm = [0, 2, 3, 1]> (images)
-        rows_of_columns = Constant <value_ints = [0, 0, -1]> ()
-        flat_columns = Reshape (columns, rows_of_columns)
-        {_resize("x", "flat_columns", "width", width)}
-        by_column = Constant <value_ints = [0, {width}, 3, -1]> ()
-        wide = Reshape (x_resized, by_column)
-        rows = Transpose <perm = [0, 3, 2, 1]> (wide)
-        rows_of_rows = Constant <value_ints = [0, 0, {3 * width}]> ()
-        flat_rows = Reshape (rows, rows_of_rows)
-        {_resize("y", "flat_rows", "height", height)}
-        by_row = Constant <value_ints = [0, {height}, 3, {width}]> ()
-        tall = Reshape (y_resized, by_row)
-        grey = Transpose <perm = [0, 2, 1, 3]> (tall)
-
-        # What the image does not reach is padding.
-        every_row = Constant <value = int64[{height}, 1] {{{_numbers(range(height))}}}> ()
-        every_column = Constant <value = int64[{width}] {{{_numbers(range(width))}}}> ()
-        row_inside = Less (every_row, resized_height)
-        column_inside = Less (every_column, resized_width)
-        inside = And (row_inside, column_inside)
-        padding = Constant <value_float = {float(frame.pad_value)}> ()
-        padded = Where (inside, grey, padding)
-
-        white = Constant <value_float = 255.0> ()
-        mean = Constant <value = float[3, 1, 1] {{{_numbers(frame.mean)}}}> ()
-        std = Constant <value = float[3, 1, 1] {{{_numbers(frame.std)}}}> ()
-        light = Div (padded, white)
-        centred = Sub (light, mean)
-        {PREPARED} = Div (centred, std)
-        """
-    )
+    """
 
 
 def _resize(axis: str, source: str, side: str, frame: int) -> str:
     """Resize `[B, n, m]` along its second axis, to the `r` of `frame` pixels that an image takes.
 
-    Output pixel `o` weighs input pixel `x` by a triangle as wide as both pixels,
-    `max(0, 2 max(n, r) - |(2x + 1) r - (2o + 1) n|)`: an integer, exact until it is divided by
-    the sum of its row. Output pixels come in blocks; the first of a block has the first tap.
+    Output pixel `o` is a sum over a window of input pixels, each with its share of a triangle:
+    see `_shares` for the windows and `_sums` for the sum.
     """
     size = max(d for d in range(1, MOST_IN_BLOCK + 1) if frame % d == 0)
+    text = _shares(side, frame, size) + _sums(source)
+    return text.replace("@", f"{axis}_")
+
+
+def _shares(side: str, frame: int, size: int) -> str:
+    """The window of every block, `index` `[blocks, taps]`, and `share` `[blocks, size, taps]`.
+
+    Output pixel `o` weighs input pixel `x` by a triangle as wide as the larger of both,
+    `max(0, 2 max(n, r) - |(2x + 1) r - (2o + 1) n|)`: an integer, to be divided by the sum of its
+    row. The first output pixel of a block has the first tap of its window.
+    """
     blocks = frame // size
-    text = f"""
-        # @: {side} n, of which the image takes r; [blocks, taps], then [blocks, {size}, taps].
+    return f"""
         @n = Add ({side}, {side})
         @r = Add (resized_{side}, resized_{side})
         @larger = Max ({side}, resized_{side})
@@ -149,8 +163,8 @@ def _resize(axis: str, source: str, side: str, frame: int) -> str:
         @first = Constant <value = int64[{blocks}, 1] {{{_odd(range(0, frame, size))}}}> ()
         @first_centre = Mul (@first, {side})
         @first_reached = Sub (@first_centre, @reach)
-        @first_real = Max (@first_reached, zero)
-        @start = Div (@first_real, @r)
+        @first_inside = Max (@first_reached, zero)
+        @start = Div (@first_inside, @r)
         @steps = Constant <value_int = {size - 1}> ()
         @span = Mul (@n, @steps)
         @span_left = Add (@span, @reach)
@@ -161,7 +175,7 @@ def _resize(axis: str, source: str, side: str, frame: int) -> str:
         @tap = Add (@start, @from_start)
         @last = Sub ({side}, one)
         @index = Min (@tap, @last)
-        @real = Equal (@tap, @index)
+        @inside = Equal (@tap, @index)
 
         @taps = Unsqueeze (@tap, second_axis)
         @even = Add (@taps, @taps)
@@ -173,33 +187,79 @@ def _resize(axis: str, source: str, side: str, frame: int) -> str:
         @distance = Abs (@offset)
         @slope = Sub (@reach, @distance)
         @triangle = Max (@slope, zero)
-        @counted = Unsqueeze (@real, second_axis)
+        @counted = Unsqueeze (@inside, second_axis)
         @share = Where (@counted, @triangle, zero)
+    """
+
+
+def _sums(source: str) -> str:
+    """Weigh and sum the windows; Pillow rounds its weights to 22 binary digits, and so do we.
+
+    Eleven digits at a time, times the eight of a pixel, sum up exactly in float32 (over 32 taps
+    and more), and in the shorter floats that GPUs multiply in.
+    """
+    return f"""
         @total = ReduceSum <keepdims = 1> (@share, third_axis)
-        @some = Max (@total, one)
-        @dividend = Cast <to = {TensorProto.FLOAT}> (@share)
-        @divisor = Cast <to = {TensorProto.FLOAT}> (@some)
-        @weights = Div (@dividend, @divisor)
+        @row = Max (@total, one)
+        @shifted = Mul (@share, digit)
+        @coarse = Div (@shifted, @row)
+        @taken = Mul (@coarse, @row)
+        @rest = Sub (@shifted, @taken)
+        @real_rest = Cast <to = {DOUBLE}> (@rest)
+        @real_row = Cast <to = {DOUBLE}> (@row)
+        @quotient = Div (@real_rest, @real_row)
+        @exact_fine = Mul (@quotient, real_digit)
+        @raised_fine = Add (@exact_fine, real_half)
+        @fine = Floor (@raised_fine)
+        @real_coarse = Cast <to = {FLOAT}> (@coarse)
+        @real_fine = Cast <to = {FLOAT}> (@fine)
+        @coarse_weights = Mul (@real_coarse, first_place)
+        @fine_weights = Mul (@real_fine, second_place)
 
         @windows = Gather <axis = 1> ({source}, @index)
-        @pixels = Cast <to = {TensorProto.FLOAT}> (@windows)
-        @sum = MatMul (@weights, @pixels)
-        @raised = Add (@sum, half)
-        @resized = Floor (@raised)
+        @pixels = Cast <to = {FLOAT}> (@windows)
+        @coarse_sum = MatMul (@coarse_weights, @pixels)
+        @fine_sum = MatMul (@fine_weights, @pixels)
+        @coarse_level = Floor (@coarse_sum)
+        @remainder = Sub (@coarse_sum, @coarse_level)
+        @raised = Add (@fine_sum, half)
+        @fine_level = Add (@remainder, @raised)
+        @carried = Floor (@fine_level)
+        @level = Add (@coarse_level, @carried)
+        @resized = Cast <to = {TensorProto.UINT8}> (@level)
     """
-    return text.replace("@", f"{axis}_")
+
+
+def _pad_and_normalise(frame: Preprocessing) -> str:
+    """From `levels` to `prepared`: what the image does not reach is padding."""
+    height, width = frame.height, frame.width
+    return f"""
+        every_row = Constant <value = int64[{height}, 1] {{{_numbers(range(height))}}}> ()
+        every_column = Constant <value = int64[{width}] {{{_numbers(range(width))}}}> ()
+        row_inside = Less (every_row, resized_height)
+        column_inside = Less (every_column, resized_width)
+        inside = And (row_inside, column_inside)
+        padding = Constant <value_float = {float(frame.pad_value)}> ()
+        grey = Cast <to = {FLOAT}> (levels)
+        padded = Where (inside, grey, padding)
+        white = Constant <value_float = 255.0> ()
+        mean = Constant <value = float[3, 1, 1] {{{_numbers(frame.mean)}}}> ()
+        std = Constant <value = float[3, 1, 1] {{{_numbers(frame.std)}}}> ()
+        light = Div (padded, white)
+        centred = Sub (light, mean)
+        {PREPARED} = Div (centred, std)
+    """
 
 
 def _return_of_boxes() -> list[NodeProto]:
     """From `framed`, boxes in the network's frame, to `boxes` in pixels of the images."""
-    number = f"Cast <to = {TensorProto.FLOAT}>"
     return _nodes(
         f"""
         one_row = Constant <value_ints = [1]> ()
-        image_height = {number} (height)
-        image_width = {number} (width)
-        framed_height = {number} (resized_height)
-        framed_width = {number} (resized_width)
+        image_height = Cast <to = {FLOAT}> (height)
+        image_width = Cast <to = {FLOAT}> (width)
+        framed_height = Cast <to = {FLOAT}> (resized_height)
+        framed_width = Cast <to = {FLOAT}> (resized_width)
         y_factor = Div (image_height, framed_height)
         x_factor = Div (image_width, framed_width)
         x_factors = Reshape (x_factor, one_row)

@@ -35,6 +35,13 @@ def card(detector_path: Path) -> DetectorCard:
     return read_detector(detector_path).card
 
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def frame_of(height: int, width: int) -> Preprocessing:
+    return Preprocessing(height=height, width=width, mean=MEAN, std=STD)
+
+
 def with_nodes(nodes: list[NodeProto], frame: tuple[int, int]) -> ModelProto:
     """A graph that makes `seen` of its images by these nodes; its one box is the whole frame."""
     height, width = frame
@@ -58,9 +65,7 @@ def with_nodes(nodes: list[NodeProto], frame: tuple[int, int]) -> ModelProto:
 
 def probe(card: DetectorCard, height: int, width: int) -> onnxruntime.InferenceSession:
     """A graph that answers with what it was given: `seen` is what the network would see."""
-    frame = Preprocessing(
-        height=height, width=width, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-    )
+    frame = frame_of(height, width)
     model = with_nodes([helper.make_node("Identity", ["images"], ["seen"])], (height, width))
     made, its_card = accept_uint8(model, card.model_copy(update={"preprocessing": frame}))
     assert (its_card.input, its_card.preprocessing) == ("uint8", frame)
@@ -84,14 +89,10 @@ def grey_levels(
     probe: onnxruntime.InferenceSession, image: np.ndarray, frame: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the graph prepares and what the service does, in grey levels `[3, H, W]`."""
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    host, _ = letterbox(
-        Image.fromarray(image),
-        Preprocessing(height=frame[0], width=frame[1], mean=mean, std=std),
-    )
+    host, _ = letterbox(Image.fromarray(image), frame_of(*frame))
     (ours,) = probe.run(["seen"], {"images": image[None]})
-    scale, shift = (np.array(v)[:, None, None] for v in (std, mean))
-    return 255 * (ours[0] * scale + shift), 255 * (host * scale + shift)
+    scale, shift = (np.array(v)[:, None, None] for v in (STD, MEAN))
+    return np.rint(255 * (ours[0] * scale + shift)), np.rint(255 * (host * scale + shift))
 
 
 @settings(max_examples=150, deadline=None)
@@ -107,29 +108,38 @@ def grey_levels(
 @example(frame=(64, 96), height=39, width=64, seed=0)  # 58.5
 def test_any_image_is_prepared_as_the_service_does(probes, frame, height, width, seed: int) -> None:
     ours, host = grey_levels(probes[frame], noise(height, width, abs(seed)), frame)
-    # Where the filter lies half-way between two levels, float32 and Pillow's fixed point may take
-    # different ones; 1e-3 is what is left of float32 after normalisation and back.
-    assert np.abs(ours - host).max() <= 1 + 1e-3
+    # Pillow 13 resizes the columns of a tall image first, which rounds in another order.
+    allowed = 1 if height > 2 * width else 0
+    assert np.abs(ours - host).max() <= allowed
 
 
 @pytest.mark.parametrize("size", [(48, 64), (640, 481), (97, 301), (1200, 1600), (31, 47)])
-def test_few_grey_levels_differ_at_all(probes, size: tuple[int, int]) -> None:
+def test_what_is_prepared_is_the_services_to_the_last_bit(probes, size: tuple[int, int]) -> None:
+    image = noise(*size)
+    host, _ = letterbox(Image.fromarray(image), frame_of(64, 96))
+    (ours,) = probes[64, 96].run(["seen"], {"images": image[None]})
+    np.testing.assert_array_equal(ours[0], host)
+
+
+@pytest.mark.parametrize("size", [(400, 100), (700, 20), (97, 31)])
+def test_few_levels_of_a_tall_image_differ_at_all(probes, size: tuple[int, int]) -> None:
     ours, host = grey_levels(probes[64, 96], noise(*size), (64, 96))
-    # Only ties may; in noise few sums are half-way. A forgotten rounding moves every second pixel.
-    assert (np.abs(ours - host) > 0.5).mean() < 0.01
+    width, _ = frame_of(64, 96).resized(size[1], size[0])
+    # Half a level is rounded away between the axes. Truncating there would move every second.
+    assert (ours != host)[:, :, :width].mean() < 0.3
 
 
 def test_an_image_of_the_networks_size_stays_as_it_is(probes) -> None:
     image = noise(64, 96)
     ours, _ = grey_levels(probes[64, 96], image, (64, 96))
-    np.testing.assert_array_equal(np.rint(ours), image.transpose(2, 0, 1))
+    np.testing.assert_array_equal(ours, image.transpose(2, 0, 1))
 
 
 def test_channels_stay_in_order_and_padding_is_grey(probes) -> None:
     image = np.full((64, 48, 3), (250, 120, 10), dtype=np.uint8)
     ours, _ = grey_levels(probes[64, 96], image, (64, 96))
-    assert np.rint(ours[:, :, :48]).reshape(3, -1).T.tolist() == [[250, 120, 10]] * (64 * 48)
-    assert (np.rint(ours[:, :, 48:]) == 114).all()
+    assert ours[:, :, :48].reshape(3, -1).T.tolist() == [[250, 120, 10]] * (64 * 48)
+    assert (ours[:, :, 48:] == 114).all()
 
 
 def test_boxes_come_back_in_pixels_of_the_image(probes) -> None:
@@ -153,9 +163,7 @@ def split(outputs: list[np.ndarray]) -> list[Detections]:
     return [Detections(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts)]
 
 
-def assert_same_detections(
-    both, images: list[Image.Image], feeds: Feeds, score: float = 5e-3
-) -> int:
+def assert_same_detections(both, images: list[Image.Image], feeds: Feeds) -> int:
     """Every detection of the float32 file, found on the host's canvas, is the uint8 file's."""
     floats, bytes_, card = both
     thresholds = feeds.get(THRESHOLDS_INPUT, np.array(card.class_thresholds, np.float32))
@@ -168,15 +176,14 @@ def assert_same_detections(
         (host,) = split(floats.run(list(OUTPUTS), {"images": row[None], **feeds}))
         (ours,) = split(bytes_.run(list(OUTPUTS), {"images": np.asarray(image)[None], **feeds}))
         back = geometry.to_image(host.boxes).astype(np.float32)
-        # 0.1 px of the network's frame, in pixels of an image that is larger. Scores move by what
-        # a grey level does in the few pixels at a tie.
+        # The verifier's tolerances; the boxes' is in pixels of the network's frame.
         grown = max(1.0, image.width / geometry.resized_width)
         result = compare(
             Detections(back, host.scores, host.labels),
             ours,
             nothing,
             rules,
-            Tolerance(box=0.1 * grown, score=score),
+            Tolerance(box=0.1 * grown, score=1e-4),
         )
         assert result.mismatches == []
         total += int(result.matched.sum())
@@ -194,19 +201,9 @@ OVERRIDES = [
 def test_detections_of_scenes_are_those_of_the_float_file(both, feeds: Feeds) -> None:
     dataset = open_dataset("digits:held_out_images=6", "test")
     scenes = [dataset[i].image for i in range(len(dataset))]
-    sizes = [(128, 128), (96, 64), (301, 97), (50, 40), (640, 480), (77, 233)]
+    sizes = [(128, 128), (96, 64), (301, 97), (50, 40), (640, 480), (77, 133)]
     images = [scene.resize(size) for scene, size in zip(scenes, sizes, strict=True)]
     assert assert_same_detections(both, images, feeds) > 10
-
-
-def test_where_no_grey_level_differs_detections_are_equal(both, probes) -> None:
-    dataset = open_dataset("digits:held_out_images=1", "test")
-    images = [dataset[0].image.resize(size) for size in ((96, 64), (192, 128), (48, 32), (96, 32))]
-    for image in images:  # these sizes weigh pixels by powers of two, exact everywhere
-        ours, host = grey_levels(probes[64, 96], np.asarray(image), (64, 96))
-        np.testing.assert_array_equal(np.rint(ours), np.rint(host))
-    # The verifier's tolerances; only the last bits of the normalisation may differ.
-    assert assert_same_detections(both, images, {}, score=1e-4) > 10
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +223,7 @@ def test_detections_of_blood_cells_are_those_of_the_float_file(both, cells) -> N
 @pytest.mark.bccd
 def test_blood_cells_are_prepared_as_the_service_does(probes, cells) -> None:
     for frame in FRAMES:
-        ours, host = grey_levels(probes[frame], np.asarray(cells[0]), frame)
-        assert np.abs(ours - host).max() <= 1 + 1e-3
+        np.testing.assert_array_equal(*grey_levels(probes[frame], np.asarray(cells[0]), frame))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
