@@ -207,11 +207,16 @@ class TestInHardCases:
         norms = torch.cat([edges, edges[1:] - 2**-20])
         # p is exactly 1/2 or 1, and what a target takes from it is exact too.
         far = norms > 0.5
+        x = torch.where(far, 8192.0, 0.0)
         target = torch.where(far, 1.0 - norms, 0.5 - norms)
-        criterion = GHMCLoss(bins, momentum=0.75, backend=backend)
-        call(criterion, device, torch.where(far, 1e4, 0.0).to(dtype), target)
-        expected = [2.0] * (bins - 1) + [3.0]
-        assert (4 * criterion.density.smoothed).tolist() == expected
+        criterion = GHMCLoss(bins, 0.75, strength=1.0, reduction="none", backend=backend)
+        loss, _ = call(criterion, device, x.to(dtype), target)
+        expected = torch.tensor([2.0] * (bins - 1) + [3.0])
+        assert torch.equal(4 * criterion.density.smoothed.cpu(), expected)
+        region = (norms * bins).long().clamp(max=bins - 1)
+        weight = len(norms) / expected[region] / bins
+        entropy = torch.where(far, 8192.0 * norms, LOG2)
+        torch.testing.assert_close(loss.cpu(), weight * entropy, rtol=ULPS, atol=0)
 
     @each_density
     def test_a_difference_that_overflows(self, device, backend, density):
@@ -449,6 +454,14 @@ def test_any_width_of_the_quadratic_part(paper, device, backend, mu):
     loss, slope = call(criterion, device, pred, torch.zeros(5))
     paper.assert_close(loss, truth.entries)
     paper.assert_close(slope, truth.slopes * OUTER)
+
+
+def test_a_width_whose_square_is_zero(device, backend):
+    pred = torch.tensor([0.0, 1.0, -1e6, 1e30])
+    criterion = GHMRLoss(1e-30, strength=0.0, reduction="none", backend=backend)
+    loss, slope = call(criterion, device, pred, torch.zeros(4))
+    assert loss.tolist() == pytest.approx(pred.abs().tolist(), rel=ULPS)
+    assert slope.tolist() == pytest.approx([0, OUTER, -OUTER, OUTER], rel=ULPS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
