@@ -21,12 +21,13 @@ FOLDER_FRAME = (320, 320)
 def configure_train(parser: argparse.ArgumentParser) -> None:
     """Describe `ghm train`."""
     parser.description = """\
-Train a RetinaNet and count, while it learns, what its thresholds will come from.
+Train a detector and count, while it learns, what its thresholds will come from.
 
 examples:
   ghm train --out runs/digits
   ghm train --out runs/cells --data voc:path/to/BCCD --image-size 256x320 --hflip 0.5 --vflip 0.5
   ghm train --out runs/cells --resume
+  ghm train --out runs/regions --detector faster-rcnn --cls-loss ce --reg-loss sl1
   torchrun --nproc-per-node 4 -m ghm_triton.cli train --out runs/coco --data coco:path/to/coco \\
       --backbone resnet50 --channels 256 --image-size 800x1344"""
     add = parser.add_argument
@@ -52,18 +53,33 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_detector_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    add(
+        "--detector",
+        choices=["retinanet", "fcos", "faster-rcnn"],
+        help="default: retinanet; fcos has no anchors, faster-rcnn looks twice",
+    )
     add("--backbone", help="tiny (default), resnet18, resnet34, resnet50 or resnet101")
     add("--image-size", type=image_size, metavar="HxW", help="the network's frame, multiples of 32")
     add("--channels", type=int, help="width of tiny, of its pyramid and head (default: 48)")
     add("--head-convs", type=int, help="convolutions before each predictor, 1 to 4 (default: 2)")
     add("--anchor-scale", type=float, help="smallest anchor, in strides (default: 3)")
     add("--prior", type=float, help="foreground probability at the start (default: 0.01)")
+    add("--proposals", type=int, help="regions faster-rcnn looks into, an image (default: 300)")
+    add("--region-samples", type=int, help="and those it learns from, an image (default: 128)")
 
 
 def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--cls-loss", choices=["ghm", "focal", "ce"], help="default: ghm (GHM-C)")
-    add("--reg-loss", choices=["ghm", "sl1"], help="default: ghm (GHM-R)")
+    add(
+        "--cls-loss",
+        choices=["ghm", "focal", "ce"],
+        help="default: ghm (GHM-C); ce makes faster-rcnn a softmax detector, the others sigmoids",
+    )
+    add(
+        "--reg-loss",
+        choices=["ghm", "sl1", "giou"],
+        help="default: ghm (GHM-R); giou is fcos's, and its only one",
+    )
     add("--strength", type=float, help="of GHM-C, 0 (CE) to 1 (paper); default: 0.25")
     add("--strength-end", type=float, help="of GHM-C at the last step (default: constant)")
     add("--reg-strength", type=float, help="of GHM-R (default: 0.25)")
@@ -71,7 +87,11 @@ def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     add("--bins", type=int, help="unit regions of GHM-C (default: 30)")
     add("--average", choices=["positives", "valid"], help="divisor of GHM-C and CE (positives)")
     add("--cls-weight", type=float, help="multiplies the classification loss (default: 1)")
-    add("--reg-weight", type=float, help="multiplies the regression loss (default: ghm 10, sl1 1)")
+    add(
+        "--reg-weight",
+        type=float,
+        help="multiplies the regression loss (default: 1, and 10 for ghm in retinanet)",
+    )
 
 
 def _add_optimiser_options(group: argparse._ArgumentGroup) -> None:
@@ -94,7 +114,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     from ghm_triton.detection.recipe import TrainOptions
     from ghm_triton.detection.train import CHECKPOINT, open_split, train
 
-    given = {k: v for k, v in vars(arguments).items() if v is not None}
+    given = _fitted({k: v for k, v in vars(arguments).items() if v is not None})
     if arguments.resume:
         saved = Checkpoint.load(arguments.out / CHECKPOINT)
         options, config = TrainOptions.from_dict(saved.training), saved.config
@@ -110,13 +130,47 @@ def run_train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# Flags that mean nothing to a detector, and why.
+UNFIT = {
+    "retinanet": {
+        "proposals": "it looks once, and proposes no regions",
+        "region_samples": "it learns from every anchor",
+    },
+    "fcos": {
+        "anchor_scale": "it has no anchors",
+        "proposals": "it looks once, and proposes no regions",
+        "region_samples": "it learns from every point",
+    },
+    "faster-rcnn": {},
+}
+
+
+def _fitted(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags given, and the defaults that follow from the detector."""
+    architecture = given.get("detector", "retinanet")
+    for name, reason in UNFIT[architecture].items():
+        if name in given:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} does not fit --detector {architecture}: {reason}")
+    defaults = {"architecture": architecture}
+    if architecture == "fcos":
+        defaults["reg_loss"] = "giou"
+    if architecture == "faster-rcnn" and given.get("cls_loss") == "ce":
+        defaults["classifier"] = "softmax"
+        if "prior" in given:
+            raise ValueError("--prior does not fit --cls-loss ce: a softmax has no such bias")
+    return {**defaults, **given}
+
+
 def _config(given: dict[str, Any], class_names: tuple[str, ...]) -> Any:
+    from dataclasses import fields
+
     from ghm_triton.detection.config import DetectorConfig
 
     digits = str(given.get("data", "digits")).partition(":")[0] == "digits"
     frame = given.get("image_size", DIGITS_FRAME if digits else FOLDER_FRAME)
-    names = ("backbone", "channels", "head_convs", "anchor_scale", "prior")
-    chosen = {name: given[name] for name in names if name in given}
+    names = {field.name for field in fields(DetectorConfig)} - {"class_names", "image_size"}
+    chosen = {name: given[name] for name in given.keys() & names}
     return DetectorConfig(class_names=class_names, image_size=frame, **chosen)
 
 

@@ -194,10 +194,14 @@ def build_losses(
     """
     fitting = DETECTOR_REG_LOSSES[architecture]
     if options.reg_loss not in fitting:
-        learnt = "whole boxes" if "giou" in fitting else "deltas, coordinate by coordinate"
+        reason = (
+            "learns whole boxes, and GHM-R and smooth L1 are losses of single coordinates"
+            if "giou" in fitting
+            else "learns single coordinates, and giou is a loss of whole boxes"
+        )
         raise ValueError(
-            f"{architecture} regresses {learnt}, so its reg_loss must be"
-            f" {' or '.join(fitting)}; got {options.reg_loss!r}"
+            f"reg_loss must be {' or '.join(fitting)} for {architecture}, which {reason};"
+            f" got {options.reg_loss!r}"
         )
     if classifier == "softmax" and options.cls_loss != "ce":
         raise ValueError(

@@ -170,6 +170,8 @@ class _Run:
         rate = self.options.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        # Detectors that sample what they learn from draw by seed, step and rank alone.
+        torch.manual_seed((self.options.seed + self.step) * self.here.size + self.here.rank)
         dtype = AMP[self.options.amp]
         with torch.autocast(self.here.device.type, dtype=dtype, enabled=dtype is not None):
             losses = module(images, targets)
