@@ -17,7 +17,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CLASSES = 80
 COLUMNS = {"classification": CLASSES, "regression": 4, "softmax": CLASSES + 1}
 POSITIVES = 1e-3  # of the rows; a detector's anchors are as unbalanced
-ROOF = 2**25  # entries from which memory bandwidth alone should decide
 SMALL = 2**23  # entries up to which the time of launching may count
 QUICK = 20_000  # entries of a run that only shows that it runs
 Loss = Callable[[Tensor, Tensor], Tensor]

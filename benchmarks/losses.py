@@ -31,9 +31,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import DTYPES, QUICK, Case, plan
-from benchmarks.measure import ANCHORS, BOTH, GRAPH, SCALED, Settings, measure
+from benchmarks.measure import ANCHORS, Settings, measure
 from benchmarks.provenance import provenance
-from benchmarks.rows import Row, Rows
+from benchmarks.rows import BOTH, GRAPH, SCALED, Row, Rows
 from benchmarks.timing import copy_rate, device_is_well
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from benchmarks.cases import SMALL, Case, Contender, Loss, contenders
 from benchmarks.peers import dense_targets
-from benchmarks.rows import Row
+from benchmarks.rows import BOTH, COPY, FORWARD, GRAPH, SCALED, Row
 from benchmarks.timing import Timing, Work, capture, input_sets, peak_bytes, race
 
-FIRST, COPY, FORWARD, BOTH, GRAPH = "first", "copy", "forward", "forward+backward", "graph"
-SCALED = "forward+backward, scaled"
+FIRST = "first"  # the call before any stage
 ANCHORS = ("released", "bce", "smooth_l1", "cross_entropy")  # what the others are compared with
 Sets = list[tuple[Tensor, Tensor]]
 Label = tuple[str, str]  # loss and stage

@@ -15,9 +15,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.cases import ROOF
-from benchmarks.measure import BOTH, COPY, GRAPH
-from benchmarks.rows import Row, current, latest, matches, read
+from benchmarks.claims import ROOF
+from benchmarks.rows import BOTH, COPY, GRAPH, Row, current, latest, matches, read
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "losses_gpu.jsonl"

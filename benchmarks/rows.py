@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+# What was measured: a row's `stage`. Here, so that who only reads rows need not load torch.
+COPY, FORWARD, BOTH, GRAPH = "copy", "forward", "forward+backward", "graph"
+SCALED = "forward+backward, scaled"
 SAME_PLACE = ("source", "gpu", "cpu", "device")
 
 

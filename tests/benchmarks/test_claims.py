@@ -1,13 +1,16 @@
 """Verdicts from fabricated rows: each claim holds, fails or was not measured, at its worst."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks import claims
 from benchmarks.claims import ABSENT, CLAIMS, FAILS, HOLDS, judge, table
 
+ROOT = Path(__file__).parents[2]
 BOTH = "forward+backward"
 
 
@@ -203,3 +206,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims, "RESULTS", tmp_path / "empty")
     assert run(monkeypatch) == 0  # nothing recorded, nothing failed
     assert "not measured" in capsys.readouterr().out
+
+
+def test_judging_does_not_load_torch():
+    look = "import sys, benchmarks.claims; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", look], cwd=ROOT).returncode == 0

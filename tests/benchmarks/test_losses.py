@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import losses
 from benchmarks.cases import Case
-from benchmarks.measure import BOTH, GRAPH, SCALED, Settings
-from benchmarks.rows import Rows, read
+from benchmarks.measure import Settings
+from benchmarks.rows import BOTH, GRAPH, SCALED, Rows, read
 
 ORIGIN = {"device": "cpu", "gpu": None, "cpu": "this", "source": "abc"}
 SETTINGS = Settings(0.001, 1, None)
