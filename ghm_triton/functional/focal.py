@@ -8,6 +8,7 @@ from torch import Tensor
 from ghm_triton._inputs import ClassificationInputs, classification_inputs
 from ghm_triton.backend import select_backend
 from ghm_triton.functional.options import Average, Backend, Reduction, require_reduction
+from ghm_triton.reference.binning import compute_dtype
 from ghm_triton.reference.focal import entries, positives
 
 
@@ -43,7 +44,8 @@ def focal_loss(
         validate: As in `ghm_c_loss`.
 
     Returns:
-        float32 scalar, or the shape of `logits`.
+        float32 scalar, or the shape of `logits`. A non-finite logit at a valid entry makes the loss
+        NaN. Without valid entries the loss is 0.
 
     Raises:
         TypeError: A dtype does not fit.
@@ -67,9 +69,10 @@ def focal_loss(
 def _scale(
     inputs: ClassificationInputs, reduction: str, average: str, loss_weight: float
 ) -> Tensor:
-    """What multiplies the sum, float32 scalar, where the logits are."""
-    scale = torch.full((), loss_weight, dtype=torch.float32, device=inputs.logits.device)
+    """What multiplies the sum, a scalar in the arithmetic's dtype, where the logits are."""
+    dtype = compute_dtype(inputs.logits)
+    scale = torch.full((), loss_weight, dtype=dtype, device=inputs.logits.device)
     if reduction != "mean":
         return scale
     divisor = entries(inputs) if average == "valid" else positives(inputs)
-    return scale / divisor.clamp(min=1).to(scale.dtype)
+    return scale / divisor.clamp(min=1).to(dtype)

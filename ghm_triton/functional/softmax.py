@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from ghm_triton import reference
 from ghm_triton._inputs import softmax_inputs
 from ghm_triton.backend import select_backend
 from ghm_triton.density import GradientDensity
 from ghm_triton.functional.options import (
     DEFAULT_STRENGTH,
     Backend,
+    Density,
     Reduction,
     density_for,
     mean_of,
     require_reduction,
 )
+from ghm_triton.reference.softmax import MAX_CLASSES
 from ghm_triton.schedule import StrengthSchedule
 
 
@@ -26,6 +31,7 @@ def ghm_softmax_loss(
     *,
     bins: int = 30,
     strength: float | StrengthSchedule = DEFAULT_STRENGTH,
+    density: Density = "unit_region",
     normalizer: str = "valid_bins",
     max_weight: float | None = None,
     loss_weight: float = 1.0,
@@ -51,18 +57,21 @@ def ghm_softmax_loss(
         label_weight: Broadcasts to `target`; 0 ignores a sample, any positive value keeps it.
         bins: Unit regions `M`.
         strength: `s` in [0, 1]: 0 is plain cross entropy.
+        density: `unit_region` or `streaming`, as in `ghm_c_loss`; not `exact`.
         normalizer: As in `ghm_c_loss`.
         max_weight: As in `ghm_c_loss`.
         loss_weight: As in `ghm_c_loss`.
         weighted: As in `ghm_c_loss`.
         reduction: `mean` divides by the valid samples; `sum`; `none` (the shape of `target`).
-        state: As in `ghm_c_loss`; its density must be `unit_region` or `streaming`.
-        backend: As in `ghm_c_loss`. The kernels take up to 4096 classes.
+        state: As in `ghm_c_loss`; of the same densities.
+        backend: As in `ghm_c_loss`. The kernels take up to 4096 classes; with more, `auto` is
+            torch.
         validate: As in `ghm_c_loss`.
 
     Returns:
         float32 scalar, or the shape of `target`. A non-finite logit in a valid sample makes the
-        loss NaN. Without valid samples the loss is 0.
+        loss NaN: a class is masked by a large negative number, not by -inf. Without valid samples
+        the loss is 0.
 
     Raises:
         TypeError: A dtype does not fit.
@@ -75,8 +84,8 @@ def ghm_softmax_loss(
     """
     require_reduction(reduction, "valid")
     inputs = softmax_inputs(logits, target, label_weight, validate)
-    kernels = select_backend(backend, logits)
-    norms = density_for(state, bins, strength, "unit_region", normalizer, max_weight, logits)
+    kernels = _kernels(backend, logits)
+    norms = density_for(state, bins, strength, density, normalizer, max_weight, logits)
     if norms.method == "exact":
         raise ValueError("softmax GHM has density='unit_region' or 'streaming', not 'exact'")
     with torch.no_grad():
@@ -88,3 +97,10 @@ def ghm_softmax_loss(
         inputs, table, scale, weighted=weighted, reduce=reduction != "none"
     )
     return loss.view(inputs.shape) if reduction == "none" else loss
+
+
+def _kernels(backend: str, logits: Tensor) -> ModuleType:
+    """As `select_backend`; `auto` leaves rows that are too long for the kernels to torch."""
+    if backend == "auto" and logits.shape[-1] > MAX_CLASSES:
+        return reference
+    return select_backend(backend, logits)

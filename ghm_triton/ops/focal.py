@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ghm_triton.ops.arithmetic import LOG2_E, log1p, sigmoid
+from ghm_triton.ops.arithmetic import LOG2_E, log1p, reciprocal
 from ghm_triton.ops.loads import arguments, load_bce, load_outer, outer_strides, store_tile
 from ghm_triton.ops.scaling import sum_partials
 from ghm_triton.ops.tiles import OPTIONS, alignment, first_tile, next_tile, strides, tiling
@@ -100,12 +100,17 @@ def power(q, GAMMA: tl.constexpr):
 
 
 @triton.jit
-def one_side(u, e, GAMMA: tl.constexpr):
-    """`q^gamma * softplus(u)` with `q = sigmoid(u) = 1 - p_t`, and its slope; `e = exp(-|u|)`."""
-    q = sigmoid(u)
-    bce = tl.maximum(u, 0.0) + log1p(e)
+def one_side(u, large, small, series, GAMMA: tl.constexpr):
+    """`q^gamma * softplus(u)` with `q = sigmoid(u) = 1 - p_t`, and its slope.
+
+    `large` and `small` are `sigmoid(|u|)` and `sigmoid(-|u|)`, so that neither `q` nor `1 - q`
+    cancels; `series` is `log(1 + exp(-|u|))`.
+    """
+    bce = tl.maximum(u, 0.0) + series
+    q = tl.where(u > 0.0, large, small)
+    rest = tl.where(u > 0.0, small, large)
     factor = power(q, GAMMA)
-    return factor * bce, factor * (GAMMA * (1.0 - q) * bce + q)
+    return factor * bce, factor * (GAMMA * (rest * bce) + q)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -120,7 +125,8 @@ def focal_kernel(
 ):
     """Walk over tiles: the loss (LOSS: "sum" a program, "entries", or None), the gradient, or both.
 
-    With dense targets the two sides are mixed: `t` of the positive's, `1 - t` of the negative's.
+    With dense targets the two sides are mixed: `t` of the positive's, `1 - t` of the negative's. A
+    share is the target, or NaN where that is out of range.
     """
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     scale = tl.load(scale_ptr)
@@ -133,20 +139,23 @@ def focal_kernel(
             tile_r, tile_c, INDEX, WHOLE, ALIGN, BLOCK_R, BLOCK_C,
         )
         e = tl.exp2(tl.abs(x) * -LOG2_E)
+        large = reciprocal(1.0 + e)
+        small, series = e * large, tl.fma(x, 0.0, log1p(e))  # NaN where x is not finite
         if INDEX:
-            loss, slope = one_side(tl.where(target, -x, x), e, GAMMA)
-            factor = tl.where(target, ALPHA, 1.0 - ALPHA)
+            loss, slope = one_side(tl.where(target, -x, x), large, small, series, GAMMA)
             slope = tl.where(target, -slope, slope)
+            # What is the same all along a row is computed once a row.
+            present = tl.where(valid, tl.fma(share, 0.0, ALPHA), 0.0)
+            absent = tl.where(valid, tl.fma(share, 0.0, 1.0 - ALPHA), 0.0)
+            factor = tl.where(target, present, absent)
         else:
-            positive, down = one_side(-x, e, GAMMA)
-            negative, up = one_side(x, e, GAMMA)
-            loss = ALPHA * target * positive + (1.0 - ALPHA) * (1.0 - target) * negative
-            slope = (1.0 - ALPHA) * (1.0 - target) * up - ALPHA * target * down
-            factor = tl.full([BLOCK_R, BLOCK_C], 1.0, tl.float32)
+            positive, down = one_side(-x, large, small, series, GAMMA)
+            negative, up = one_side(x, large, small, series, GAMMA)
+            loss = ALPHA * share * positive + (1.0 - ALPHA) * (1.0 - share) * negative
+            slope = (1.0 - ALPHA) * (1.0 - share) * up - ALPHA * share * down
+            factor = tl.where(valid, 1.0, 0.0)
         if WEIGHTED:
-            factor = factor * weight
-        # A target out of range has a share of NaN.
-        factor = tl.where(valid, factor + share * 0.0, 0.0)
+            factor = factor * tl.where(valid, weight, 0.0)
         if LOSS == "sum":
             total = tl.fma(factor, loss, total)
         if LOSS == "entries":

@@ -19,6 +19,7 @@ from ghm_triton.backend import interpreting
 from ghm_triton.ops import asl1, bce, binning, density, focal, scaling, softmax
 from ghm_triton.ops.tiles import MAX_PROGRAMS
 from ghm_triton.reference.binning import RegionCounts
+from ghm_triton.reference.softmax import MAX_CLASSES
 
 LIBRARY = torch.library.Library("ghm", "FRAGMENT")
 # Kernels that are interpreted run on tensors of the host.
@@ -257,9 +258,9 @@ def count_softmax(inputs: SoftmaxInputs, bins: int) -> RegionCounts:
         ValueError: A row does not fit into a tile.
     """
     classes = inputs.logits.shape[1]
-    if classes > softmax.MAX_CLASSES:
+    if classes > MAX_CLASSES:
         raise ValueError(
-            f"backend='triton' takes up to {softmax.MAX_CLASSES} classes, got {classes};"
+            f"backend='triton' takes up to {MAX_CLASSES} classes, got {classes};"
             " use backend='torch'"
         )
     counts = torch.ops.ghm.count_softmax(inputs.logits, inputs.index, inputs.weight, bins)

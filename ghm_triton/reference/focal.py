@@ -21,10 +21,11 @@ def weighted_focal(
 ) -> Tensor:
     """`scale * sum_i -alpha_t (1 - p_t)^gamma log(p_t)`, differentiable in the logits.
 
-    A target out of range makes its entries NaN. Arguments and result as in `weighted_bce`.
+    A logit that is not finite, or a target out of range, makes its entry NaN. Arguments and result
+    as in `weighted_bce`.
     """
     valid = valid_entries(inputs)
-    target = _targets(inputs)
+    target = torch.where(torch.isfinite(inputs.logits), _targets(inputs), float("nan"))
     logits = inputs.logits.to(compute_dtype(inputs.logits))
     logits = torch.where(valid, logits, 0.0)
     # -log(1 - p) and -log(p). (1 - p)^gamma as an exponential: a power has no slope at 0.
@@ -48,10 +49,17 @@ def entries(inputs: ClassificationInputs) -> Tensor:
 
 def positives(inputs: ClassificationInputs) -> Tensor:
     """The sum of the targets of the valid entries, float64 scalar."""
-    index = inputs.index
-    if inputs.weight is None and index is not None:
-        return ((index >= 0) & (index < inputs.logits.shape[1])).sum().double()
-    return torch.where(valid_entries(inputs), _targets(inputs), 0.0).sum(dtype=torch.float64)
+    classes = inputs.logits.shape[1]
+    if inputs.index is None:
+        target: Tensor = inputs.target  # type: ignore[assignment]
+        if inputs.weight is not None:
+            target = torch.where(inputs.weight > 0, target, 0.0)
+        return target.sum(dtype=torch.float64)
+    foreground = (inputs.index >= 0) & (inputs.index < classes)
+    if inputs.weight is not None:
+        column = inputs.index.clamp(0, classes - 1).unsqueeze(1)
+        foreground = foreground & (inputs.weight.gather(1, column).squeeze(1) > 0)
+    return foreground.sum().double()
 
 
 def _targets(inputs: ClassificationInputs) -> Tensor:

@@ -8,6 +8,8 @@ from torch import Tensor
 from ghm_triton._inputs import SoftmaxInputs
 from ghm_triton.reference.binning import RegionCounts, compute_dtype, unit_region
 
+MAX_CLASSES = 4096  # what the kernels take: a row in one tile
+
 
 def count_softmax(inputs: SoftmaxInputs, bins: int) -> RegionCounts:
     """Count `g = 1 - p_y` of the valid rows into `bins` unit regions."""
@@ -34,12 +36,23 @@ def weighted_softmax(
         if weighted and inputs.weight is not None:
             factor = factor * inputs.weight.to(factor.dtype)
         factor = torch.where(valid, factor, 0.0)
-    logits = torch.where(valid[:, None], inputs.logits.to(compute_dtype(inputs.logits)), 0.0)
-    # log(1 + sum exp(x_j - x_y)) over the other classes: small losses keep their digits.
-    own = logits.gather(1, _column(inputs))
-    rest = (logits - own).scatter(1, _column(inputs), float("-inf"))
-    loss = factor * torch.nn.functional.softplus(torch.logsumexp(rest, dim=1), threshold=80)
+    loss = factor * _cross_entropy(inputs, valid)
     return (loss.sum() if reduce else loss) * scale
+
+
+def _cross_entropy(inputs: SoftmaxInputs, valid: Tensor) -> Tensor:
+    """`-log p_y` of every row, `[R]`; small and large losses alike keep their digits."""
+    column = _column(inputs)
+    logits = torch.where(valid[:, None], inputs.logits.to(compute_dtype(inputs.logits)), 0.0)
+    peak = logits.detach().amax(dim=1)
+    e = torch.exp(logits - peak[:, None])
+    own = e.gather(1, column).squeeze(1)
+    others = e.scatter(1, column, 0.0).sum(dim=1)
+    # log(1 + others / own) where that is small. Either form is kept from where it is not finite.
+    mild = others <= own
+    small = torch.log1p(torch.where(mild, others, 0.0) / torch.where(mild, own, 1.0))
+    large = peak - logits.gather(1, column).squeeze(1) + torch.log(own + others)
+    return torch.where(mild, small, large)
 
 
 def row_norm(inputs: SoftmaxInputs) -> Tensor:

@@ -156,17 +156,7 @@ def ghm_c(
     **options,
 ) -> Truth:
     """GHM-C of every entry, from tensors of any dtype."""
-    x = as_numpy(logits)
-    multiplier = _multiplier(label_weight, x.shape)
-    valid = multiplier > 0
-    if target.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        index = as_numpy(target)
-        valid &= (index >= 0)[..., None]
-        dense = one_hot(index, x.shape[-1])
-    else:
-        dense = as_numpy(target)
-    # What lies under an ignored entry is never looked at.
-    x, dense = np.where(valid, x, 0), np.where(valid, dense, 0)
+    x, dense, valid, multiplier = _dense_inputs(logits, target, label_weight)
     loss, slopes = bce_parts(x, dense)
     return _assemble(loss, slopes, valid, dense.sum(), multiplier, bins, weighted, options)
 
@@ -187,6 +177,75 @@ def ghm_r(
     d = np.where(valid, as_numpy(pred) - as_numpy(target), 0)
     loss, slopes = asl1_parts(d, mu)
     return _assemble(loss, slopes, valid, valid.sum(), multiplier, bins, weighted, options)
+
+
+def focal(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    label_weight: torch.Tensor | None = None,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    weighted: bool = False,
+) -> Truth:
+    """Sigmoid focal loss of every entry: `-alpha_t (1 - p_t)^gamma log(p_t)`."""
+    x, dense, valid, multiplier = _dense_inputs(logits, target, label_weight)
+    positive, down = _focal_side(-x, gamma)
+    negative, up = _focal_side(x, gamma)
+    factors = np.where(valid, multiplier if weighted else 1.0, 0.0)
+    loss = alpha * dense * positive + (1 - alpha) * (1 - dense) * negative
+    slopes = (1 - alpha) * (1 - dense) * up - alpha * dense * down
+    return Truth(factors * loss, factors * slopes, valid, dense.sum(), [], factors)
+
+
+def _focal_side(u: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray]:
+    """`q^gamma * -log(1 - q)` with `q = sigmoid(u)`, and its derivative by the product rule."""
+    q, bce = sigmoid(u), np.logaddexp(0, u)
+    return q**gamma * bce, gamma * q**gamma * sigmoid(-u) * bce + q**gamma * q
+
+
+def ghm_softmax(
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    label_weight: torch.Tensor | None = None,
+    *,
+    bins: int = 30,
+    weighted: bool = False,
+    **options,
+) -> Truth:
+    """Softmax GHM: an entry is a row, its gradient norm `1 - p_y`; `slopes` are of every logit."""
+    multiplier = _multiplier(label_weight, tuple(index.shape))
+    valid = (multiplier > 0) & (as_numpy(index) >= 0)
+    x = np.where(valid[..., None], as_numpy(logits), 0)
+    loss, slopes, norms = softmax_parts(x, np.where(valid, as_numpy(index), 0))
+    weights, counts = harmonize(norms, valid, bins, **options)
+    factors = weights * np.where(valid, multiplier if weighted else 1.0, 0.0)
+    return Truth(factors * loss, factors[..., None] * slopes, valid, valid.sum(), counts, factors)
+
+
+def softmax_parts(x: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`-log p_y`, its slopes `p - onehot`, and `1 - p_y`, each without cancellation."""
+    own = one_hot(index, x.shape[-1]) > 0
+    p = np.exp(x - np.logaddexp.reduce(x, axis=-1, keepdims=True))
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    norms = np.where(own, 0, e).sum(axis=-1) / e.sum(axis=-1)
+    rest = np.logaddexp.reduce(np.where(own, -np.inf, x), axis=-1)
+    loss = np.logaddexp(0, rest - np.where(own, x, 0).sum(axis=-1))
+    return loss, np.where(own, -norms[..., None], p), norms
+
+
+def _dense_inputs(logits, target, label_weight):
+    """Logits, targets one-hot, validity, and weights; 0 where ignored, which nothing looks at."""
+    x = as_numpy(logits)
+    multiplier = _multiplier(label_weight, x.shape)
+    valid = multiplier > 0
+    if is_dense(target):
+        dense = as_numpy(target)
+    else:
+        index = as_numpy(target)
+        valid &= (index >= 0)[..., None]
+        dense = one_hot(index, x.shape[-1])
+    return np.where(valid, x, 0), np.where(valid, dense, 0), valid, multiplier
 
 
 def _multiplier(label_weight: torch.Tensor | None, shape: tuple[int, ...]) -> np.ndarray:
@@ -286,6 +345,22 @@ def draw_logits(
             return logits
         anew = (torch.randn(shape, generator=generator) * spread).to(dtype)
         logits = torch.where(torch.from_numpy(unsafe), anew, logits)
+    raise RuntimeError("no logits away from the edges were found")
+
+
+def draw_rows(
+    shape, target, dtype, bins, generator, spread=4.0, density="unit_region"
+) -> torch.Tensor:
+    """As `draw_logits` for softmax: rows whose `1 - p_y` is away from the edges."""
+    index = np.maximum(as_numpy(target), 0)
+    logits = (torch.randn(shape, generator=generator) * spread).to(dtype)
+    for _ in range(100):
+        norms = softmax_parts(as_numpy(logits), index)[2]
+        unsafe = torch.from_numpy(np.asarray(~surely_placed(norms, bins, density)))
+        if not unsafe.any():
+            return logits
+        anew = (torch.randn(shape, generator=generator) * spread).to(dtype)
+        logits = torch.where(unsafe[..., None], anew, logits)
     raise RuntimeError("no logits away from the edges were found")
 
 
