@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-# 1: float32 inputs, thresholds by policy. 2: `input` and thresholds set by hand.
+# 1: float32 inputs, thresholds by policy. 2: `input`, `quantization`, thresholds set by hand.
 FORMAT_VERSION: Literal[2] = 2
 CARD_KEY = "ghm.card"
 
@@ -41,6 +41,7 @@ class _Frozen(BaseModel):
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
 InputType = Literal["float32", "uint8"]
+Precision = Literal["int8", "fp16"]
 
 
 class Preprocessing(_Frozen):
@@ -139,6 +140,33 @@ class TrainingCard(_Frozen):
         return losses
 
 
+class QuantizationCard(_Frozen):
+    """How the numbers of the network's core were made smaller, and what that cost.
+
+    Attributes:
+        precision: What the core computes with; thresholds and what decodes boxes stay float32.
+        calibration_data: The data set whose images showed the ranges of the core's activations;
+            None where nothing needs them (`fp16`).
+        calibration_split: Its split, None likewise.
+        calibration_images: How many of its images.
+        test_data: The data set that both precisions were measured on.
+        test_split: Its split.
+        test_images: How many of its images.
+        ap_before: COCO AP of the float32 detector there.
+        ap_after: COCO AP of this file there.
+    """
+
+    precision: Precision
+    calibration_data: str | None = None
+    calibration_split: str | None = None
+    calibration_images: Count = 0
+    test_data: str
+    test_split: str
+    test_images: Annotated[int, Field(gt=0)]
+    ap_before: Probability
+    ap_after: Probability
+
+
 class DetectorCard(_Frozen):
     """Everything that a reader of `detector.onnx` may rely on.
 
@@ -157,8 +185,9 @@ class DetectorCard(_Frozen):
         candidates: Anchors of an image that NMS gets to see, the best.
         max_detections: Most detections of an image, `M` of the outputs.
         preprocessing: How an RGB image becomes what the network sees.
-        statistics: What training counted.
+        statistics: What training counted; the held-out scores are those of this file's precision.
         training: What the weights come from.
+        quantization: How the network was made smaller; None for float32.
     """
 
     format_version: Literal[1, 2] = FORMAT_VERSION
@@ -175,6 +204,7 @@ class DetectorCard(_Frozen):
     preprocessing: Preprocessing
     statistics: StatisticsCard
     training: TrainingCard
+    quantization: QuantizationCard | None = None
 
     @model_validator(mode="after")
     def _one_entry_a_class(self) -> Self:

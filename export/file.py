@@ -108,16 +108,27 @@ def write_detector(path: str | Path, model: ModelProto, card: DetectorCard) -> N
         ValueError: onnx's checker or its strict shape inference refuses the graph.
         OSError: The file cannot be written.
     """
-    path, written = Path(path), ModelProto()
+    path, content = Path(path), detector_bytes(model, card)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
+def detector_bytes(model: ModelProto, card: DetectorCard) -> bytes:
+    """What `write_detector` would write.
+
+    Raises:
+        CardError: As for `write_detector`.
+        ValueError: As for `write_detector`.
+    """
+    written = ModelProto()
     written.CopyFrom(model)
     others = [entry for entry in model.metadata_props if entry.key != CARD_KEY]
     del written.metadata_props[:]
     written.metadata_props.extend(others)
     written.metadata_props.add(key=CARD_KEY, value=card.to_json())
     _check(written)
-    content = written.SerializeToString(deterministic=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
+    content: bytes = written.SerializeToString(deterministic=True)
+    return content
 
 
 def _check(model: ModelProto) -> None:

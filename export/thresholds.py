@@ -102,8 +102,8 @@ def rewrite_thresholds(
         raise ValueError(f"{output_path} is a folder; name a file, such as detector.onnx")
     card = set_thresholds(file.card, classes, every=every, iou_threshold=iou_threshold)
     model = onnx.load_model_from_string(file.content)
-    _set_default(model, THRESHOLDS_INPUT, card.class_thresholds)
-    _set_default(model, IOU_INPUT, [card.iou_threshold])
+    set_default(model, THRESHOLDS_INPUT, card.class_thresholds)
+    set_default(model, IOU_INPUT, [card.iou_threshold])
     write_detector(output_path, model, card)
     return card
 
@@ -149,6 +149,7 @@ def _require_probability(what: str, value: float) -> None:
         raise ValueError(f"{what} must lie in [0, 1], got {value}")
 
 
-def _set_default(model: ModelProto, name: str, values: Sequence[float]) -> None:
+def set_default(model: ModelProto, name: str, values: Sequence[float]) -> None:
+    """Put other numbers into an initializer of a graph."""
     (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
     tensor.CopyFrom(numpy_helper.from_array(np.array(values, dtype=np.float32), name))
