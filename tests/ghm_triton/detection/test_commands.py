@@ -22,6 +22,30 @@ def test_train_goes_from_flags_to_a_checkpoint(tmp_path, capsys):
     assert "split val" in printed
 
 
+@pytest.mark.parametrize(
+    ("flags", "built", "trained_by"),
+    [
+        ("--detector fcos", ("fcos", "sigmoid", 300), ("ghm", "giou")),
+        (
+            "--detector faster-rcnn --proposals 40",
+            ("faster-rcnn", "sigmoid", 40),
+            ("ghm", "ghm"),
+        ),
+        (
+            "--detector faster-rcnn --cls-loss ce --reg-loss sl1",
+            ("faster-rcnn", "softmax", 300),
+            ("ce", "sl1"),
+        ),
+    ],
+)
+def test_the_detector_is_a_flag_and_its_losses_follow(flags, built, trained_by, tmp_path):
+    assert cli.main(["train", "--out", str(tmp_path), *RUN, "--steps", "1", *flags.split()]) == 0
+    saved = Checkpoint.load(tmp_path / "checkpoint.pt")
+    config = saved.config
+    assert (config.architecture, config.classifier, config.proposals) == built
+    assert (saved.training["cls_loss"], saved.training["reg_loss"]) == trained_by
+
+
 def test_resume_takes_its_options_from_the_checkpoint(tmp_path, capsys):
     assert cli.main(["train", "--out", str(tmp_path), *RUN, "--steps", "2"]) == 0
     assert cli.main(["train", "--out", str(tmp_path), "--resume", "--device", "cpu"]) == 0
@@ -56,6 +80,15 @@ def test_thresholds_print_and_plot(trained, tmp_path, capsys):
         (["train", "--strength", "3"], "strength must lie in [0, 1], got 3.0"),
         (["train", "--train-split", "everything"], "unknown split 'everything'"),
         (["train", "--resume"], "no such checkpoint"),
+        (["train", "--detector", "fcos", "--reg-loss", "ghm"], "GHM-R and smooth L1 are losses of"),
+        (["train", "--detector", "fcos", "--anchor-scale", "4"], "fcos: it has no anchors"),
+        (["train", "--proposals", "9"], "--detector retinanet: it looks once"),
+        (["train", "--detector", "fcos", "--region-samples", "9"], "it learns from every point"),
+        (
+            ["train", "--detector", "faster-rcnn", "--cls-loss", "ce", "--prior", "0.1"],
+            "--prior does not fit --cls-loss ce",
+        ),
+        (["train", "--detector", "faster-rcnn", "--proposals", "0"], "proposals must be at least"),
     ],
 )
 def test_a_wrong_flag_is_one_sentence(words, message, tmp_path, capsys):

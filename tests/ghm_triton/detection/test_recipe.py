@@ -95,3 +95,44 @@ def test_options_survive_plain_values():
     options = TrainOptions(steps=7, strength_end=None)
     assert TrainOptions.from_dict({**options.to_dict(), "step": 3}) == options
     assert dataclasses.replace(options, steps=8) != options
+
+
+@pytest.mark.parametrize(
+    ("architecture", "classifier", "changes", "message"),
+    [
+        ("fcos", "sigmoid", {}, "must be giou for fcos, which learns whole boxes.*got 'ghm'"),
+        ("fcos", "sigmoid", {"reg_loss": "sl1"}, "GHM-R and smooth L1 are losses of single"),
+        ("retinanet", "sigmoid", {"reg_loss": "giou"}, "must be ghm or sl1 for retinanet.*'giou'"),
+        ("faster-rcnn", "sigmoid", {"reg_loss": "giou"}, "must be ghm or sl1 for faster-rcnn"),
+        ("faster-rcnn", "softmax", {}, "softmax classifier learns by cls_loss ce.*got 'ghm'"),
+        ("faster-rcnn", "softmax", {"cls_loss": "focal"}, "got 'focal'"),
+    ],
+)
+def test_a_loss_that_does_not_fit_the_detector_is_refused_with_the_reason(
+    architecture, classifier, changes, message
+):
+    options = TrainOptions(**changes)
+    with pytest.raises(ValueError, match=message):
+        build_losses(options, architecture=architecture, classifier=classifier)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reg_loss", "weight"),
+    [("retinanet", "ghm", 10.0), ("faster-rcnn", "ghm", 1.0), ("fcos", "giou", 1.0)],
+)
+def test_the_weight_of_the_regression_follows_the_scale_of_its_targets(
+    architecture, reg_loss, weight
+):
+    options = TrainOptions(reg_loss=reg_loss)
+    assert build_losses(options, architecture=architecture).regression.weight == weight
+
+
+def test_generalised_iou_is_the_papers():
+    pred = torch.tensor([[0.0, 0, 4, 4], [0, 0, 2, 2], [1, 1, 3, 3]], dtype=torch.float64)
+    target = torch.tensor([[0.0, 0, 4, 2], [4, 0, 6, 2], [1, 1, 3, 3]], dtype=torch.float64)
+    # IoU 8/16 in a hull of 16; IoU 0 with 4 of a hull of 12 between; the same box.
+    expected = (1 - 0.5) + (1 + 4 / 12) + 0.0
+    loss = build_losses(TrainOptions(reg_loss="giou"), architecture="fcos").regression
+    # torchvision adds 1e-7 to areas that it divides by.
+    assert float(loss(pred, target)) == pytest.approx(expected / 3, abs=1e-7)
+    assert float(loss(pred[:0], target[:0])) == 0.0
