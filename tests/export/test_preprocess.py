@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 
 from export.compare import Detections, Proposals, Rules, Tolerance, compare
@@ -63,13 +64,13 @@ def with_nodes(nodes: list[NodeProto], frame: tuple[int, int]) -> ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
-def probe(card: DetectorCard, height: int, width: int) -> onnxruntime.InferenceSession:
+def probe(card: DetectorCard, height: int, width: int) -> ModelProto:
     """A graph that answers with what it was given: `seen` is what the network would see."""
     frame = frame_of(height, width)
     model = with_nodes([helper.make_node("Identity", ["images"], ["seen"])], (height, width))
     made, its_card = accept_uint8(model, card.model_copy(update={"preprocessing": frame}))
     assert (its_card.input, its_card.preprocessing) == ("uint8", frame)
-    return session(made)
+    return made
 
 
 # Multiples of 8, of 3 alone, a prime beside a power, and one that is a single block.
@@ -78,7 +79,7 @@ FRAMES = [(64, 96), (33, 51), (127, 128), (6, 4)]
 
 @pytest.fixture(scope="module")
 def probes(card: DetectorCard) -> dict[tuple[int, int], onnxruntime.InferenceSession]:
-    return {frame: probe(card, *frame) for frame in FRAMES}
+    return {frame: session(probe(card, *frame)) for frame in FRAMES}
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -119,6 +120,32 @@ def test_what_is_prepared_is_the_services_to_the_last_bit(probes, size: tuple[in
     host, _ = letterbox(Image.fromarray(image), frame_of(64, 96))
     (ours,) = probes[64, 96].run(["seen"], {"images": image[None]})
     np.testing.assert_array_equal(ours[0], host)
+
+
+def in_openvino(model: ModelProto) -> Callable[[np.ndarray], np.ndarray]:
+    openvino = pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
+    core = openvino.Core()
+    graph = core.read_model(model.SerializeToString())
+    run = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda images: run({"images": images})["seen"]
+
+
+def in_reference(model: ModelProto) -> Callable[[np.ndarray], np.ndarray]:
+    run = ReferenceEvaluator(model)
+    return lambda images: run.run(["seen"], {"images": images})[0]
+
+
+@pytest.mark.parametrize("runtime", [in_openvino, in_reference])
+@pytest.mark.parametrize("frame", [(64, 96), (33, 51)])
+def test_other_runtimes_prepare_the_same(
+    card: DetectorCard, runtime: Callable[..., Callable[[np.ndarray], np.ndarray]], frame
+) -> None:
+    run = runtime(probe(card, *frame))
+    for size in [(64, 96), (48, 64), (481, 640), (97, 301), (31, 47), (1, 3)]:
+        image = noise(*size)
+        host, _ = letterbox(Image.fromarray(image), frame_of(*frame))
+        # The last bits of (x / 255 - mean) / std; a grey level is 0.017 of it.
+        np.testing.assert_allclose(run(image[None])[0], host, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(400, 100), (700, 20), (97, 31)])
