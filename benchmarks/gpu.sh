@@ -10,6 +10,7 @@
 #                                    on; the exit status is 1 if anything failed. Rows that $OUT has
 #                                    already, of this code on this machine, are not measured again;
 #                                    EARLIER names a folder to take such rows from.
+#   bash benchmarks/gpu.sh tune      which grid suits each pass of GHM-C; a minute
 #   bash benchmarks/gpu.sh train     the blood cells under BCCD_ROOT, to convergence; needs
 #                                    torchvision, faster-coco-eval, pillow and tqdm as well. Runs
 #                                    already in benchmarks/results/bccd.jsonl are not repeated.
@@ -36,6 +37,11 @@ if [ "${1:-kernels}" = train ]; then
     --image-size 256x320 --channels 96 --flips 0.5 --batch-size 8 --steps 3000 --seeds 0 1 2 \
     --settings "strength 0.25, falling to 0" "focal + smooth L1" "strength 0.25" \
     --out "$OUT/bccd.jsonl" 2>&1 | tee "$OUT/bccd.txt"
+  exit
+fi
+
+if [ "${1:-kernels}" = tune ]; then
+  timeout 300 "$PYTHON" -m benchmarks.tune --out "$OUT/tune.jsonl" 2>&1 | tee "$OUT/tune.txt"
   exit
 fi
 
