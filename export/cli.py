@@ -6,6 +6,7 @@ import argparse
 import warnings
 from pathlib import Path
 
+from export.quantize_cli import check_quantize, configure_quantize, run_quantize
 from ghm_triton.command import Command
 from ghm_triton.tables import threshold_table
 
@@ -44,6 +45,7 @@ example:
         help="images that the file takes: float32, letterboxed and normalised (default); uint8, as"
         " they are, of any size; or both, the second in a file OUT.uint8.onnx beside the first",
     )
+    configure_quantize(parser)
 
 
 def run_export(arguments: argparse.Namespace) -> int:
@@ -51,16 +53,21 @@ def run_export(arguments: argparse.Namespace) -> int:
     from export.detector import export_detector, output_paths
     from ghm_triton.thresholds import ThresholdWarning
 
+    check_quantize(arguments)
+    options = {
+        "policy": arguments.policy,
+        "iou_threshold": arguments.iou,
+        "name": arguments.name,
+        "input_type": arguments.input,
+    }
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ThresholdWarning)
-        card = export_detector(
-            arguments.checkpoint,
-            arguments.out,
-            policy=arguments.policy,
-            iou_threshold=arguments.iou,
-            name=arguments.name,
-            input_type=arguments.input,
-        )
+        if arguments.quantize:
+            card = run_quantize(arguments, options)
+        else:
+            card = export_detector(arguments.checkpoint, arguments.out, **options)
+    if card is None:
+        return MISMATCH
     for warning in caught:  # the exporter's own talk stays behind
         if issubclass(warning.category, ThresholdWarning):
             warnings.warn(warning.message, stacklevel=1)

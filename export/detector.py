@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from onnx import ModelProto
+
 from export.contract import (
     DetectorCard,
     Preprocessing,
@@ -76,12 +78,8 @@ def export_detector(
         OSError: The file cannot be written.
     """
     checkpoint_path, output_path = Path(checkpoint_path), Path(output_path)
-    if input_type not in INPUT_TYPES:
-        raise ValueError(f"input_type must be one of {', '.join(INPUT_TYPES)}, got {input_type!r}")
+    check_outputs(output_path, input_type, checkpoint_path)
     checkpoint = Checkpoint.load(checkpoint_path)
-    outputs = output_paths(output_path, input_type)
-    for path in outputs:
-        _refuse_output(path, checkpoint_path)
     card = make_card(
         checkpoint,
         sha256_of(checkpoint_path),
@@ -90,12 +88,7 @@ def export_detector(
         name=name,
     )
     model = build_graph(checkpoint.detector(), card.class_thresholds, card.iou_threshold)
-    variants = [] if input_type == "uint8" else [(model, card)]
-    if input_type != "float32":
-        variants.append(accept_uint8(model, card))
-    for path, variant in zip(outputs, variants, strict=True):
-        write_detector(path, *variant)
-    return variants[0][1]
+    return write_variants(output_path, input_type, model, card)
 
 
 def output_paths(path: Path, input_type: str) -> list[Path]:
@@ -107,6 +100,34 @@ def output_paths(path: Path, input_type: str) -> list[Path]:
     """
     second = path.with_name(f"{path.stem}.uint8{path.suffix}")
     return [path, second] if input_type == "both" else [path]
+
+
+def write_variants(
+    path: Path, input_type: str, model: ModelProto, card: DetectorCard
+) -> DetectorCard:
+    """Write a graph that takes float32 images as the files of an export to `path`.
+
+    Returns:
+        The card in the file at `path`.
+    """
+    variants = [] if input_type == "uint8" else [(model, card)]
+    if input_type != "float32":
+        variants.append(accept_uint8(model, card))
+    for output, variant in zip(output_paths(path, input_type), variants, strict=True):
+        write_detector(output, *variant)
+    return variants[0][1]
+
+
+def check_outputs(path: Path, input_type: str, checkpoint_path: Path) -> None:
+    """Refuse, before any work is done, what an export to `path` could not write.
+
+    Raises:
+        ValueError: The input type is unknown, or an output is the checkpoint or a folder.
+    """
+    if input_type not in INPUT_TYPES:
+        raise ValueError(f"input_type must be one of {', '.join(INPUT_TYPES)}, got {input_type!r}")
+    for output in output_paths(path, input_type):
+        _refuse_output(output, checkpoint_path)
 
 
 def _refuse_output(path: Path, checkpoint_path: Path) -> None:
