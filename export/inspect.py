@@ -9,7 +9,7 @@ from textwrap import wrap
 import onnx
 from onnx import ModelProto, helper
 
-from export.contract import DetectorCard, Preprocessing
+from export.contract import DetectorCard, Preprocessing, QuantizationCard
 from export.file import DetectorFile
 from ghm_triton.tables import threshold_table
 
@@ -28,6 +28,8 @@ def describe(file: DetectorFile) -> str:
     """
     card, model = file.card, onnx.load_model_from_string(file.content)
     facts = [*_file_facts(file, model), *_card_facts(card), *_training_facts(card)]
+    if card.quantization:
+        facts.append(("quantized", _quantization(card.quantization)))
     indent = 4 + max(len(name) for name, _ in facts)
     lines = [f"{file.path}: {card.name}"]
     for name, text in facts:
@@ -70,6 +72,19 @@ def _preparation(frame: Preprocessing) -> str:
     return (
         f"{frame.color_order} letterboxed to {frame.height} x {frame.width} (height x width),"
         f" {frame.interpolation}, at the top left, rest {frame.pad_value}"
+    )
+
+
+def _quantization(made: QuantizationCard) -> str:
+    calibrated = (
+        f" (calibrated on {made.calibration_images} images of {made.calibration_data},"
+        f" split {made.calibration_split})"
+        if made.calibration_data
+        else ""
+    )
+    return (
+        f"{made.precision}{calibrated}: AP {made.ap_after:.3f} on {made.test_images} images of"
+        f" {made.test_data}, split {made.test_split}; {made.ap_before:.3f} in float32"
     )
 
 

@@ -4,11 +4,13 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 
+from export.contract import QuantizationCard
 from export.file import DetectorFile, read_detector, write_detector
 from export.inspect import LINE, describe
 from export.preprocess import accept_uint8
@@ -98,6 +100,41 @@ def test_the_other_variant_and_hands_on_thresholds_are_told(
     assert "thresholds by policy 'f1', or by hand (manual)" in text
     (row,) = [line for line in text.splitlines() if line.startswith("green")]
     assert row.split()[:3] == ["green", "0.1250", "manual"]
+
+
+@pytest.mark.parametrize(
+    ("calibration", "told"),
+    [
+        (
+            {
+                "precision": "int8",
+                "calibration_data": "voc:cells",
+                "calibration_split": "train",
+                "calibration_images": 64,
+            },
+            "int8 (calibrated on 64 images of voc:cells, split train): AP 0.499 on 72 images of"
+            " voc:cells, split test; 0.512 in float32",
+        ),
+        (
+            {"precision": "fp16"},
+            "fp16: AP 0.499 on 72 images of voc:cells, split test; 0.512 in float32",
+        ),
+    ],
+)
+def test_what_quantization_cost_is_told(
+    file: DetectorFile, calibration: dict, told: str, facts: dict[str, str]
+) -> None:
+    made = QuantizationCard(
+        **calibration,
+        test_data="voc:cells",
+        test_split="test",
+        test_images=72,
+        ap_before=0.5123,
+        ap_after=0.4987,
+    )
+    card = file.card.model_copy(update={"quantization": made})
+    assert parse(describe(replace(file, card=card)))["quantized"] == told
+    assert "quantized" not in facts
 
 
 def test_json_is_the_card_as_it_is_in_the_file(
