@@ -186,6 +186,11 @@ class GHMSoftmaxLoss(nn.Module):
         process_group: As in `GHMCLoss`.
         backend: `auto`, `triton` or `torch`.
         validate: As in `ghm_c_loss`.
+
+    Example:
+        >>> import torch
+        >>> criterion = GHMSoftmaxLoss()
+        >>> loss = criterion(torch.randn(8, 100, 81), torch.randint(0, 81, (8, 100)))
     """
 
     def __init__(
@@ -207,14 +212,7 @@ class GHMSoftmaxLoss(nn.Module):
         super().__init__()
         require_choice("density", density, ("unit_region", "streaming"))
         self.density = GradientDensity(
-            bins,
-            momentum,
-            strength,
-            normalizer,
-            ema,
-            max_weight,
-            process_group,
-            density=density,
+            bins, momentum, strength, normalizer, ema, max_weight, process_group, density=density
         )
         require_reduction(reduction, "valid")
         require_choice("backend", backend, BACKENDS)
@@ -247,8 +245,10 @@ class FocalLoss(nn.Module):
         gamma: Focusing exponent, at least 0.
         loss_weight: Multiplies the loss.
         average: `positives` (the paper) or `valid`.
+        weighted: Multiply by `label_weight` as well as select by it.
         reduction: `mean`, `sum` or `none`.
         backend: `auto`, `triton` or `torch`.
+        validate: As in `ghm_c_loss`.
     """
 
     def __init__(
@@ -257,8 +257,10 @@ class FocalLoss(nn.Module):
         gamma: float = 2.0,
         loss_weight: float = 1.0,
         average: Average = "positives",
+        weighted: bool = False,
         reduction: Reduction = "mean",
         backend: Backend = "auto",
+        validate: bool | None = None,
     ) -> None:
         super().__init__()
         require_reduction(reduction, average)
@@ -267,8 +269,10 @@ class FocalLoss(nn.Module):
         self.gamma = gamma
         self.loss_weight = loss_weight
         self.average: Average = average
+        self.weighted = weighted
         self.reduction: Reduction = reduction
         self.backend: Backend = backend
+        self.validate = validate
 
     def forward(self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
         """The loss; shapes, dtypes and errors as in `focal_loss`."""
@@ -280,6 +284,8 @@ class FocalLoss(nn.Module):
             gamma=self.gamma,
             average=self.average,
             loss_weight=self.loss_weight,
+            weighted=self.weighted,
             reduction=self.reduction,
             backend=self.backend,
+            validate=self.validate,
         )

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from ghm_triton import FocalLoss, GHMCLoss, GHMRLoss
+from ghm_triton import FocalLoss, GHMCLoss, GHMRLoss, GHMSoftmaxLoss
 
 OUTER = 3.7
 LOSSES = {
@@ -15,7 +15,8 @@ LOSSES = {
     "ghm_c streaming": lambda backend: GHMCLoss(bins=4, density="streaming", backend=backend),
     "ghm_c exact": lambda backend: GHMCLoss(bins=4, density="exact", backend=backend),
     "ghm_r": lambda backend: GHMRLoss(backend=backend),
-    "focal": lambda backend: FocalLoss(),
+    "focal": lambda backend: FocalLoss(backend=backend),
+    "softmax": lambda backend: GHMSoftmaxLoss(strength=1.0, backend=backend),
 }
 
 
@@ -23,6 +24,8 @@ def draw(name, device, rows=40):
     generator = torch.Generator().manual_seed(rows)
     logits = torch.randn(rows, 5, generator=generator) * 2
     target = torch.rand(rows, 5, generator=generator)
+    if name == "softmax":
+        target = torch.randint(-1, 5, (rows,), generator=generator)
     if name in ("ghm_c", "ghm_c exact", "focal"):
         target = torch.randint(-1, 6, (rows,), generator=generator)
     return logits.to(device), target.to(device)
@@ -52,7 +55,7 @@ def test_one_graph_and_the_same_numbers(device, backend, name):
             torch.testing.assert_close(mine, other, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", ["ghm_c", "ghm_c dense", "ghm_r"])
+@pytest.mark.parametrize("name", ["ghm_c", "ghm_c dense", "ghm_r", "focal", "softmax"])
 def test_the_exported_program_computes_the_loss(device, backend, name):
     logits, target = draw(name, device)
     criterion = LOSSES[name](backend).to(device)

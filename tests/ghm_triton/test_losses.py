@@ -5,8 +5,18 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from ghm_triton import FocalLoss, GHMCLoss, GHMRLoss, StrengthSchedule, ghm_c_loss
+from ghm_triton import (
+    FocalLoss,
+    GHMCLoss,
+    GHMRLoss,
+    GHMSoftmaxLoss,
+    StrengthSchedule,
+    focal_loss,
+    ghm_c_loss,
+    ghm_softmax_loss,
+)
 
 OUTER = 3.7
 
@@ -14,6 +24,14 @@ OUTER = 3.7
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(11)
+
+
+@pytest.fixture
+def group_of_one():
+    """A process group that is this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 def step(criterion, predictions, *given):
@@ -101,6 +119,31 @@ def test_sliding_windows_over_several_steps(paper, device, generator, backend, d
     if density == "streaming":
         paper.assert_close(classify.density.smoothed, states[0].smoothed)
         paper.assert_close(regress.density.smoothed, states[1].smoothed)
+
+
+@pytest.mark.parametrize("ema", ["debiased", "mmdet"])
+@pytest.mark.parametrize("density", ["unit_region", "streaming"])
+@pytest.mark.parametrize("strength", [1.0, StrengthSchedule(1.0, 0.0, 3)])
+def test_softmax_over_several_steps(paper, device, generator, backend, ema, density, strength):
+    criterion = GHMSoftmaxLoss(
+        10, 0.75, strength, 2.0, density, ema=ema, backend=backend, validate=False
+    ).to(device)
+    state = paper.Average(np.zeros(criterion.density.regions))
+    for n, spread in enumerate([4.0, 0.5, 2.0]):
+        # Each batch is of another size and spread, so that regions fall empty and fill again.
+        index = torch.randint(-1, 4, (20 + 17 * n,), generator=generator)
+        shape = (len(index), 4)
+        logits = paper.draw_rows(shape, index, torch.float32, 10, generator, spread, density)
+        at = max(1.0 - n / 3, 0.0) if isinstance(strength, StrengthSchedule) else strength
+        options = {"strength": at, "ema": ema, "density": density, "momentum": 0.75}
+        truth = paper.ghm_softmax(logits, index, bins=10, state=state, **options)
+        loss, slope = step(criterion, logits.to(device), index.to(device))
+        scale = 2.0 * truth.scale("mean", "valid")
+        # As above: the shortest window is 1/20 long.
+        ulps = paper.FLOAT32_ULPS + 2 * 20 * (density == "streaming")
+        paper.assert_close(loss, truth.entries.sum() * scale, ulps=ulps)
+        paper.assert_close(slope, truth.slopes * scale * OUTER, ulps=ulps)
+        paper.assert_close(criterion.density.smoothed, state.smoothed)
 
 
 class TestAsReleased:
@@ -242,6 +285,69 @@ class TestState:
         torch.testing.assert_close(loss, loss_too, rtol=1e-6, atol=0)
 
 
+class TestSoftmaxState:
+    def test_a_checkpoint_resumes_to_the_same_losses(self, device, generator, backend):
+        options = {"strength": StrengthSchedule(1.0, 0.0, 8), "backend": backend}
+        index = torch.zeros(30, dtype=torch.int64, device=device)
+        batches = [torch.randn(30, 3, generator=generator).to(device) * k for k in (1, 2, 3)]
+        criterion = GHMSoftmaxLoss(**options).to(device)
+        criterion(batches[0], index)
+        saved = copy.deepcopy(criterion.state_dict())
+        assert set(saved) == {"density.smoothed", "density.updates"}
+        resumed = GHMSoftmaxLoss(**options).to(device)
+        resumed.load_state_dict(saved)
+        for batch in batches[1:]:
+            assert torch.equal(resumed(batch, index), criterion(batch, index))
+        assert int(resumed.density.updates) == 3
+
+    def test_bad_batches_and_evaluation_leave_no_trace(self, device, generator, backend):
+        criterion = GHMSoftmaxLoss(backend=backend, validate=False).to(device)
+        logits = torch.randn(30, 3, generator=generator).to(device)
+        index = torch.zeros(30, dtype=torch.int64, device=device)
+        criterion(logits, index)
+        before = copy.deepcopy(criterion.state_dict())
+        for value in (torch.nan, torch.inf, -torch.inf):
+            bad = logits.clone()
+            bad[3, 1] = value
+            assert criterion(bad, index).isnan()
+        assert criterion(logits, index + 3).isnan()
+        assert criterion(logits, index - 1) == 0.0
+        criterion.eval()
+        evaluated = criterion(logits * 2, index)
+        assert all(torch.equal(before[k], v) for k, v in criterion.state_dict().items())
+        criterion.train()
+        assert torch.equal(criterion(logits * 2, index), evaluated)
+        assert int(criterion.density.updates) == 2
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_a_module_in_half_precision_counts_in_full(self, device, backend, dtype):
+        criterion = GHMSoftmaxLoss(strength=1.0, backend=backend).to(device).to(dtype)
+        logits = torch.zeros(2051, 2, dtype=dtype, device=device)
+        loss = criterion(logits, torch.zeros(2051, dtype=torch.int64, device=device))
+        # g is 1/2 in every row: one region, so plain cross entropy log 2; 70,000 is no float16.
+        assert float(loss) == pytest.approx(np.log(2), rel=1e-6)
+        assert criterion.density.smoothed.dtype == torch.float32
+        assert float(criterion.density.smoothed[15]) == 0.25 * 2051
+
+    def test_a_state_elsewhere_is_refused(self):
+        criterion = GHMSoftmaxLoss().to("meta")
+        with pytest.raises(ValueError, match=r"move the loss with .to\('cpu'\)"):
+            criterion(torch.zeros(2, 3), torch.zeros(2, dtype=int))
+
+    def test_a_group_of_one_changes_nothing(self, device, generator, backend, group_of_one):
+        logits = (torch.randn(50, 4, generator=generator) * 3).to(device)
+        index = torch.randint(-1, 4, (50,), generator=generator).to(device)
+        options = {"strength": 1.0, "backend": backend}
+        alone = GHMSoftmaxLoss(**options).to(device)
+        shared = GHMSoftmaxLoss(process_group=group_of_one, **options).to(device)
+        for _ in range(2):
+            loss, slope = step(alone, logits, index)
+            loss_too, slope_too = step(shared, logits, index)
+            assert torch.equal(loss, loss_too)
+            assert torch.equal(slope, slope_too)
+        assert torch.equal(alone.density.smoothed, shared.density.smoothed)
+
+
 @pytest.mark.parametrize("density", ["exact", "streaming"])
 def test_windows_do_not_look_at_the_order(device, generator, backend, density):
     logits = (torch.randn(500, 3, generator=generator) * 4).to(device)
@@ -269,6 +375,10 @@ def test_windows_do_not_look_at_the_order(device, generator, backend, density):
         ("reduction must be one of", lambda: GHMRLoss(reduction="x")),
         ("backend must be one of", lambda: GHMRLoss(backend="x")),
         ("average must be one of", lambda: FocalLoss(average="x")),
+        ("backend must be one of", lambda: FocalLoss(backend="x")),
+        ("unit_region, streaming; got 'exact'", lambda: GHMSoftmaxLoss(density="exact")),
+        ("reduction must be one of", lambda: GHMSoftmaxLoss(reduction="x")),
+        ("backend must be one of", lambda: GHMSoftmaxLoss(backend="x")),
     ],
 )
 def test_bad_options_are_refused_at_once(match, make):
@@ -276,13 +386,28 @@ def test_bad_options_are_refused_at_once(match, make):
         make()
 
 
-def test_focal_passes_its_options_on(generator):
-    from ghm_triton import focal_loss
+def test_focal_passes_its_options_on(device, generator, backend):
+    logits = torch.randn(20, 3, generator=generator).to(device)
+    target, weight = torch.rand(2, 20, 3, generator=generator).to(device)
+    options = {"alpha": 0.4, "gamma": 1.0, "average": "valid", "backend": backend}
+    options |= {"weighted": True, "reduction": "sum", "validate": False}
+    target[0] = 1.5
+    assert FocalLoss(**options)(logits, target, weight).isnan()
+    target[0] = 0.5
+    loss = FocalLoss(loss_weight=3.0, **options)(logits, target, weight)
+    expected = 3.0 * focal_loss(logits, target, weight, **options)
+    # The factor is multiplied before the sum is rounded, or after.
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
+
+def test_softmax_passes_its_options_on(generator):
     logits, target = torch.randn(20, 3, generator=generator), torch.zeros(20, dtype=int)
-    criterion = FocalLoss(alpha=0.4, gamma=1.0, loss_weight=3.0, average="valid")
-    expected = 3.0 * focal_loss(logits, target, alpha=0.4, gamma=1.0, average="valid")
-    assert torch.equal(criterion(logits, target), expected)
+    weight = torch.rand(20, generator=generator)
+    options = {"bins": 5, "strength": 0.7, "normalizer": "bins", "max_weight": 1.1}
+    for density in ("unit_region", "streaming"):
+        options |= {"weighted": True, "reduction": "sum", "density": density}
+        loss = GHMSoftmaxLoss(momentum=0.0, loss_weight=2.0, **options)(logits, target, weight)
+        assert torch.equal(loss, 2.0 * ghm_softmax_loss(logits, target, weight, **options))
 
 
 def test_ghm_modules_pass_their_options_on(generator):

@@ -58,6 +58,32 @@ def test_their_gradients(data):
     check(torch.ops.ghm.scale_gradient, entries, whole)
 
 
+@pytest.mark.parametrize(("reduce", "gradient"), [(True, True), (True, False), (False, False)])
+def test_focal_and_softmax(data, reduce, gradient):
+    from ghm_triton import ops  # noqa: F401
+
+    logits, index, dense, weight, table, scale = data
+    x = logits.requires_grad_()
+    options = (reduce, gradient)
+    kind = (index, None) if reduce else (dense, weight)
+    check(torch.ops.ghm.focal, x, *kind, scale, 0.25, 1.5, not reduce, *options)
+    rows = (x, index % 5, None if reduce else weight[:, 0], table, scale)
+    check(torch.ops.ghm.weighted_softmax, *rows, not reduce, *options)
+
+
+def test_the_gradients_of_focal_and_softmax(data):
+    from ghm_triton import ops  # noqa: F401
+
+    logits, index, dense, weight, table, scale = data
+    check(torch.ops.ghm.count_softmax, logits, index % 5, None, BINS)
+    whole, entries = torch.tensor(2.0, device=logits.device), torch.rand_like(logits)
+    inputs = (logits, dense, weight, scale)
+    check(torch.ops.ghm.focal_backward, *inputs, entries, 0.25, 2.0, True)
+    rows = (logits, index % 5, weight[:, 0], table, scale)
+    for outer in (whole, entries[:, 0]):
+        check(torch.ops.ghm.weighted_softmax_backward, *rows, outer, True)
+
+
 @pytest.mark.parametrize("persist", [True, False])
 def test_density(device, persist):
     from ghm_triton import ops  # noqa: F401

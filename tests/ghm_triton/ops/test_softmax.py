@@ -1,0 +1,166 @@
+"""What only the softmax kernels can get wrong; arithmetic is tested beside `reference`."""
+
+import pytest
+import torch
+
+from ghm_triton import ghm_softmax_loss, reference
+from ghm_triton._inputs import SoftmaxInputs
+
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("kernels_run")]
+
+BINS = 1024  # the most: the more edges, the more rows lie near one
+
+
+def draw(paper, shape):
+    generator = torch.Generator().manual_seed(8)
+    index = torch.randint(-1, shape[1], shape[:1], generator=generator)
+    return paper.draw_rows(shape, index, torch.float32, 30, generator), index
+
+
+@pytest.mark.parametrize("shape", [(2600, 1), (2600, 2), (190, 17), (4, 700), (5, 1500), (1, 3)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_poisoned_memory_and_programs_that_walk(
+    paper, device, poisoned, two_programs, shape, reduction
+):
+    logits, index = draw(paper, shape)
+    results = []
+    for backend, where in (("torch", torch.device("cpu")), ("triton", device)):
+        x = logits.to(where).detach().requires_grad_()
+        options = {"reduction": reduction, "backend": backend, "strength": 1.0}
+        loss = ghm_softmax_loss(x, index.to(where), **options)
+        (loss * 3.3).sum().backward()
+        results.append((loss.detach().cpu(), x.grad.cpu()))
+    # Both are float32; the entries' own accuracy is tested against float64.
+    for ours, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected", "warps"),
+    [
+        ((0, 5), (0, 128, 8, 1), 1),
+        ((3, 1), (1, 512, 2, 1), 1),
+        ((513, 2), (2, 512, 2, 2), 1),
+        ((17, 80), (3, 8, 128, 3), 1),
+        ((1 << 20, 81), (131072, 8, 128, 1024), 1),
+        ((3, 1024), (3, 1, 1024, 3), 1),
+        ((3, 1025), (2, 2, 2048, 2), 4),
+        ((5000, 4096), (5000, 1, 4096, 1024), 4),
+    ],
+)
+def test_a_row_lies_in_one_tile(shape, expected, warps):
+    from ghm_triton.ops.softmax import row_tiling
+
+    cut, options = row_tiling(torch.empty(shape, device="meta"))
+    assert cut == expected
+    assert options["num_warps"] == warps
+
+
+def on_edges(rows, classes, generator):
+    """Rows whose `1 - p_y` is an edge of 1024 regions, to within a rounding either way."""
+    logits = torch.randn(rows, classes, generator=generator) * 2
+    index = torch.randint(0, classes, (rows,), generator=generator)
+    edge = torch.randint(1, BINS, (rows,), generator=generator) / BINS
+    own = torch.nn.functional.one_hot(index, classes).bool()
+    others = logits.double().masked_fill(own, -torch.inf).logsumexp(dim=1)
+    chosen = others + torch.log((1 - edge.double()) / edge)
+    return torch.where(own, chosen[:, None].float(), logits), index
+
+
+def regions_of(device, logits, index):
+    """What was counted, and the region that each row was weighed by."""
+    from ghm_triton import ops
+
+    one = torch.ones((), device=device)
+    inputs = SoftmaxInputs(logits.to(device), index.to(device), None, index.shape)
+    # The weight of a region is its number: the quotient tells which it was.
+    numbers = torch.arange(1.0, BINS + 1, device=device)
+    options = {"weighted": False, "reduce": False}
+    numbered = ops.weighted_softmax(inputs, numbers, one, **options)
+    plain = reference.weighted_softmax(inputs, torch.ones_like(numbers), one, **options)
+    return ops.count_softmax(inputs, BINS).regions, (numbered / plain).round().long() - 1
+
+
+@pytest.mark.parametrize("classes", [2, 5, 91])
+def test_a_row_is_weighed_by_the_region_that_it_was_counted_in(device, classes):
+    logits, index = on_edges(40, classes, torch.Generator().manual_seed(2))
+    counts, region = regions_of(device, logits, index)
+    assert torch.equal(torch.bincount(region, minlength=BINS), counts)
+
+
+def test_the_region_does_not_depend_on_the_order_in_which_lanes_add(device):
+    """Lanes may be laid out differently in two kernels, as if the columns changed places."""
+    generator = torch.Generator().manual_seed(5)
+    logits, index = on_edges(40, 91, generator)
+    counts, region = regions_of(device, logits, index)
+    for _ in range(2):
+        order = torch.randperm(91, generator=generator)
+        place = torch.argsort(order)[index]
+        counts_too, region_too = regions_of(device, logits[:, order], place)
+        assert torch.equal(region_too, region)
+        assert torch.equal(counts_too, counts)
+
+
+def test_the_gradient_has_the_layout_of_the_logits(device):
+    logits = torch.randn(6, 40, device=device).t().requires_grad_()
+    index = torch.zeros(40, dtype=torch.int64, device=device)
+    ghm_softmax_loss(logits, index, backend="triton").backward()
+    assert logits.grad.stride() == logits.stride()
+
+
+@pytest.mark.parametrize("layout", ["rows apart", "one for all"])
+def test_a_gradient_that_comes_in_with_strides(paper, device, layout):
+    logits, index = draw(paper, (41, 6))
+    outer = torch.randn(82)[::2] if layout == "rows apart" else torch.tensor(2.5).expand(41)
+    table = torch.rand(4, generator=torch.Generator().manual_seed(9))
+    weight = torch.rand(41, generator=torch.Generator().manual_seed(10)).repeat_interleave(3)[::3]
+    slopes = []
+    for kernels, where in ((reference, torch.device("cpu")), (None, device)):
+        if kernels is None:
+            from ghm_triton import ops as kernels
+        x = logits.to(where).detach().requires_grad_()
+        given = (index.to(where), weight.to(where))
+        inputs = SoftmaxInputs(x, *given, index.shape)
+        scale = table[0].to(where)
+        options = {"weighted": True, "reduce": False}
+        loss = kernels.weighted_softmax(inputs, table.to(where), scale, **options)
+        loss.backward(outer.to(where))
+        slopes.append(x.grad.cpu())
+    torch.testing.assert_close(slopes[1], slopes[0])
+
+
+def test_it_refuses_a_second_derivative(device):
+    x = torch.randn(3, 2, device=device, requires_grad=True)
+    outer = torch.ones((), device=device, requires_grad=True)
+    index = torch.zeros(3, dtype=torch.int64, device=device)
+    loss = ghm_softmax_loss(x, index, backend="triton") * outer
+    (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_graph_that_is_kept_gives_the_same_gradient_again(device, dtype):
+    x = torch.randn(30, 5, device=device).to(dtype).requires_grad_()
+    index = torch.zeros(30, dtype=torch.int64, device=device)
+    loss = ghm_softmax_loss(x, index, backend="triton") * 3
+    once = torch.autograd.grad(loss, x, retain_graph=True)[0].clone()
+    again = torch.autograd.grad(loss, x, retain_graph=True)[0].clone()
+    last = torch.autograd.grad(loss, x)[0]
+    assert once.any()
+    assert torch.equal(once, again)
+    assert torch.equal(once, last)
+
+
+def test_no_gradient_is_formed_that_nobody_asked_for(device, monkeypatch):
+    logits = torch.randn(30, 5, device=device)
+    index = torch.zeros(30, dtype=torch.int64, device=device)
+    made = []
+    make = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: made.append(a) or make(*a, **k))
+    ghm_softmax_loss(logits, index, backend="triton")
+    with torch.no_grad():
+        ghm_softmax_loss(logits.requires_grad_(), index, backend="triton")
+    assert made == []
+    ghm_softmax_loss(logits, index, backend="triton")
+    assert len(made) == 1
