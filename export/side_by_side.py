@@ -1,35 +1,35 @@
-"""The file in onnxruntime and the checkpoint in torch, asked the same."""
+"""The file in its runtimes and the checkpoint in torch, asked the same."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import torch
 from torch import Tensor
 
 from export.compare import Comparison, Detections, Proposals, Rules, Tolerance, compare
-from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, as_float32
+from export.contract import IOU_INPUT, THRESHOLDS_INPUT, as_float32
 from export.file import DetectorFile
+from export.runtimes import Runtime, UnrunnableError
+from ghm_triton.detection import evaluate
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.detector import Predictions
 from ghm_triton.detection.postprocess import DeployedDetector
 from ghm_triton.detection.transforms import Letterbox
+from ghm_triton.statistics import SCORE_FLOOR
 
 Feeds = dict[str, npt.NDArray[np.float32]]
 Outputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64], int]
+Found = list[tuple[Sample, evaluate.Detections]]
 
-
+CHECKPOINT = "checkpoint"
 LAST_BITS = 1e-6
-
-
-class UnrunnableError(RuntimeError):
-    """onnxruntime cannot load or run the file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,59 +47,109 @@ class Setting:
     rules: Rules
 
 
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What some images showed.
+
+    Attributes:
+        runs: The comparison of each runtime, setting and batch size.
+        found: What the checkpoint, and each runtime that is fast enough for many images, detected
+            with thresholds so low that mAP can be measured; in image pixels.
+        faults: Why a runtime could not run, by its name.
+    """
+
+    runs: dict[tuple[str, str, int], Comparison]
+    found: dict[str, Found]
+    faults: dict[str, str]
+
+
 class SideBySide:
     """Both detectors, loaded.
 
     Args:
-        file: The file; run by onnxruntime on the CPU.
+        file: The file.
         checkpoint: The checkpoint, of the same classes and input size; run by torch on the CPU.
         tolerance: How far matched detections may differ.
+        runtimes: What runs the file.
 
-    Raises:
-        UnrunnableError: onnxruntime refuses the file.
+    Attributes:
+        runtimes: Those that run it.
+        refusals: Why the others do not load it.
     """
 
-    def __init__(self, file: DetectorFile, checkpoint: Checkpoint, tolerance: Tolerance) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # it warns that the thresholds can be overridden: they shall
-        providers = ["CPUExecutionProvider"]
-        try:
-            self.session = onnxruntime.InferenceSession(file.content, options, providers=providers)
-        except Exception as error:  # its errors share no class of their own
-            raise UnrunnableError(f"onnxruntime refuses the file: {error}") from error
+    def __init__(
+        self,
+        file: DetectorFile,
+        checkpoint: Checkpoint,
+        tolerance: Tolerance,
+        runtimes: Sequence[type[Runtime]],
+    ) -> None:
         self.card = file.card
         self.deployed = DeployedDetector(checkpoint.detector()).eval()
         self.letterbox = Letterbox(checkpoint.config)
         self.tolerance = tolerance
+        self.compared = 0
+        self.runtimes: list[Runtime] = []
+        self.refusals: list[str] = []
+        for runtime in runtimes:
+            try:
+                self.runtimes.append(runtime(file))
+            except UnrunnableError as fault:
+                self.refusals.append(str(fault))
 
     @torch.inference_mode()
-    def compare(
-        self, samples: Sequence[Sample], batch_sizes: Sequence[int]
-    ) -> dict[tuple[str, int], Comparison]:
-        """Compare on some images, for every setting and batch size.
+    def compare(self, samples: Sequence[Sample], batch_sizes: Sequence[int]) -> Findings:
+        """Compare on some images, for every runtime, setting and batch size.
 
-        Raises:
-            UnrunnableError: The file does not run.
+        A runtime that fails is named in the findings, and not asked again.
         """
-        inputs = torch.stack([self.letterbox(sample.image)[0] for sample in samples])
+        prepared = [self.letterbox(sample.image) for sample in samples]
+        inputs = torch.stack([image for image, _ in prepared])
+        scales = [scale for _, scale in prepared]
         parts = torch.split(inputs, max(batch_sizes))
         predicted = [self.deployed.detector.predict(part) for part in parts]
         predictions = Predictions(*(torch.cat(output) for output in zip(*predicted, strict=True)))
-        proposals = _proposals(predictions)
-        results = {}
-        for setting in self._settings(predictions.scores):
-            expected = self._expected(predictions, setting.rules)
-            for size in batch_sizes:
-                result = Comparison(np.zeros(len(self.card.class_names), dtype=np.int64))
-                found = self._found(inputs.numpy(), setting.feeds, size)
-                for sample, ours, theirs, proposed in zip(
-                    samples, expected, found, proposals, strict=True
-                ):
-                    one = self._compare_image(ours, theirs, proposed, setting.rules)
-                    one.mismatches = [f"{sample.source}: {text}" for text in one.mismatches]
-                    result.add(one)
-                results[setting.name, size] = result
-        return results
+        settings = list(self._settings(predictions.scores))
+        expected = [self._expected(predictions, setting.rules) for setting in settings]
+        low = self._low()
+        findings = Findings({}, {}, {})
+        findings.found[CHECKPOINT] = _in_image_pixels(
+            samples, scales, self._expected(predictions, low.rules)
+        )
+        proposals, images = _proposals(predictions), self._as_the_file_takes_them(inputs)
+        for runtime in list(self.runtimes):
+            few = runtime.most_images
+            rows = slice(None if few is None else max(0, few - self.compared))
+            try:
+                for setting, right in zip(settings, expected, strict=True):
+                    for size in batch_sizes:
+                        answers = _answers(runtime, images[rows], setting.feeds, size)
+                        key = (runtime.name, setting.name, size)
+                        findings.runs[key] = self._compare_images(
+                            samples[rows], right[rows], answers, proposals[rows], setting.rules
+                        )
+                if few is None:
+                    shown = _answers(runtime, images, low.feeds, max(batch_sizes))
+                    broken = (broken_rules(outputs, low.rules) for outputs in shown)
+                    detections = [
+                        _nothing() if faulty else _standing(outputs)
+                        for outputs, faulty in zip(shown, broken, strict=True)
+                    ]
+                    findings.found[runtime.name] = _in_image_pixels(samples, scales, detections)
+            except UnrunnableError as fault:
+                findings.faults[runtime.name] = str(fault)
+                self.runtimes.remove(runtime)
+        self.compared += len(samples)
+        return findings
+
+    def _as_the_file_takes_them(self, inputs: Tensor) -> npt.NDArray[Any]:
+        if self.card.input == "float32":
+            prepared: npt.NDArray[np.float32] = inputs.numpy()
+            return prepared
+        # The same images before they were normalised, letterboxed as the service sends them.
+        grey = inputs.numpy().transpose(0, 2, 3, 1) * self.letterbox.std + self.letterbox.mean
+        whole: npt.NDArray[np.uint8] = np.rint(grey * np.float32(255)).astype(np.uint8)
+        return whole
 
     def _settings(self, scores: Tensor) -> Iterator[Setting]:
         """The file's defaults; thresholds that show every class; and another NMS on top."""
@@ -139,18 +189,29 @@ class SideBySide:
             for i, count in enumerate(counts.tolist())
         ]
 
-    def _found(self, inputs: npt.NDArray[np.float32], feeds: Feeds, size: int) -> Iterator[Outputs]:
-        """The file's answer for each image, in batches of exactly `size`."""
-        for start in range(0, len(inputs), size):
-            rows = list(range(start, min(start + size, len(inputs))))
-            batch = inputs[list(islice(cycle(rows), size))]
-            try:
-                answer = self.session.run(list(OUTPUTS), {INPUT: batch, **feeds})
-            except Exception as error:
-                raise UnrunnableError(f"the file fails on a batch of {size}: {error}") from error
-            for i in range(len(rows)):
-                boxes, scores, labels, counts = (output[i] for output in answer)
-                yield boxes, scores, labels, int(counts)
+    def _low(self) -> Setting:
+        """What mAP is measured with, as `ghm eval` does: nearly every score counts."""
+        floor = np.full(len(self.card.class_names), SCORE_FLOOR, dtype=np.float32)
+        return Setting(
+            "low", {THRESHOLDS_INPUT: floor}, self._rules(floor, self.card.iou_threshold)
+        )
+
+    def _compare_images(
+        self,
+        samples: Sequence[Sample],
+        expected: Sequence[Detections],
+        answers: Sequence[Outputs],
+        proposals: Sequence[Proposals],
+        rules: Rules,
+    ) -> Comparison:
+        result = Comparison(np.zeros(len(rules.class_names), dtype=np.int64))
+        for sample, ours, theirs, proposed in zip(
+            samples, expected, answers, proposals, strict=True
+        ):
+            one = self._compare_image(ours, theirs, proposed, rules)
+            one.mismatches = [f"{sample.source}: {text}" for text in one.mismatches]
+            result.add(one)
+        return result
 
     def _compare_image(
         self, expected: Detections, outputs: Outputs, proposals: Proposals, rules: Rules
@@ -159,9 +220,43 @@ class SideBySide:
         if broken:
             nothing = np.zeros(len(rules.class_names), dtype=np.int64)
             return Comparison(nothing, mismatches=broken)
-        boxes, scores, labels, count = outputs
-        found = Detections(boxes[:count], scores[:count], labels[:count])
-        return compare(expected, found, proposals, rules, self.tolerance)
+        return compare(expected, _standing(outputs), proposals, rules, self.tolerance)
+
+
+def _answers(
+    runtime: Runtime, images: npt.NDArray[Any], overrides: Feeds, size: int
+) -> list[Outputs]:
+    """The file's answer for each image, in batches of exactly `size`."""
+    answers: list[Outputs] = []
+    for start in range(0, len(images), size):
+        rows = list(range(start, min(start + size, len(images))))
+        batch = images[list(islice(cycle(rows), size))]
+        boxes, scores, labels, counts = runtime.run(batch, overrides)
+        answers += [(boxes[i], scores[i], labels[i], int(counts[i])) for i in range(len(rows))]
+    return answers
+
+
+def _standing(outputs: Outputs) -> Detections:
+    boxes, scores, labels, count = outputs
+    return Detections(boxes[:count], scores[:count], labels[:count])
+
+
+def _nothing() -> Detections:
+    none = np.zeros(0, dtype=np.float32)
+    return Detections(none.reshape(0, 4), none, none.astype(np.int64))
+
+
+def _in_image_pixels(
+    samples: Sequence[Sample],
+    scales: Sequence[tuple[float, float]],
+    detections: Sequence[Detections],
+) -> Found:
+    found = []
+    for sample, scale, one in zip(samples, scales, detections, strict=True):
+        boxes, scores, labels = map(torch.from_numpy, (one.boxes, one.scores, one.labels))
+        own = evaluate.in_image_pixels(boxes, scale, sample.image.size)
+        found.append((sample, evaluate.Detections(own, scores, labels)))
+    return found
 
 
 def _proposals(predictions: Predictions) -> list[Proposals]:

@@ -15,9 +15,11 @@ from export.compare import Comparison, Tolerance
 from export.contract import DetectorCard
 from export.detector import make_card
 from export.file import read_detector
-from export.side_by_side import SideBySide, UnrunnableError
+from export.runtimes import Runtime, find_runtimes, how_to_install
+from export.side_by_side import CHECKPOINT, Findings, Found, SideBySide
 from ghm_triton.detection.checkpoint import Checkpoint, sha256_of
 from ghm_triton.detection.data import Sample
+from ghm_triton.detection.evaluate import MeanAveragePrecision, mean_average_precision
 from ghm_triton.thresholds import ThresholdWarning
 
 # Rounding may decide this share of the detections, or one; more is a fault that looks like it.
@@ -41,15 +43,22 @@ class VerifyReport:
     Attributes:
         images: Images compared.
         class_names: The classes in label order.
-        runs: The comparison of each setting and batch size.
+        runs: The comparison of each runtime, setting and batch size.
         problems: Whatever makes the file differ from the checkpoint, in words; empty if it does
             not.
+        titles: Each runtime that was asked, with its version.
+        missing: Runtimes that are not installed, with the command that brings them.
+        average_precision: Of the checkpoint and of the file in each runtime that is fast enough
+            for all images, on those images; empty where they have no boxes to find.
     """
 
     images: int
     class_names: tuple[str, ...]
-    runs: dict[tuple[str, int], Comparison] = field(default_factory=dict)
+    runs: dict[tuple[str, str, int], Comparison] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    titles: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    average_precision: dict[str, MeanAveragePrecision] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -60,54 +69,74 @@ class VerifyReport:
         """A comparison to add to."""
         return Comparison(np.zeros(len(self.class_names), dtype=np.int64))
 
-    def total(self) -> Comparison:
-        """All runs together."""
+    def total(self, runtime: str | None = None) -> Comparison:
+        """All runs together, or those of one runtime."""
         total = self.nothing()
-        for run in self.runs.values():
-            total.add(run)
+        for (ran, _, _), run in self.runs.items():
+            if runtime in (None, ran):
+                total.add(run)
         return total
 
     def conclude(self) -> None:
         """Judge the runs: add to `problems` whatever they showed."""
-        for (name, batch), run in self.runs.items():
-            place = f"{name}, batch {batch}"
+        for (runtime, name, batch), run in self.runs.items():
+            place = f"{runtime}, {name}, batch {batch}"
             self.problems += [f"{place}: {text}" for text in run.mismatches[:SHOWN]]
             if len(run.mismatches) > SHOWN:
                 self.problems.append(f"{place}: {len(run.mismatches) - SHOWN} more like these")
-        total = self.total()
+        for runtime in dict.fromkeys(ran for ran, _, _ in self.runs):
+            self._judge(runtime)
+
+    def _judge(self, runtime: str) -> None:
+        total = self.total(runtime)
         matched = int(total.matched.sum())
         allowed = max(1, int(BORDERLINE_SHARE * matched))
         if total.borderline > allowed:
             self.problems.append(
-                f"{total.borderline} detections are borderline, on one side alone;"
+                f"{runtime}: {total.borderline} detections are borderline, on one side alone;"
                 f" rounding explains at most {allowed} among {matched}"
             )
         if not matched and not total.mismatches:
             self.problems.append(
-                "neither side detects anything in these images; nothing was compared"
+                f"{runtime}: neither side detects anything in these images; nothing was compared"
             )
 
     def table(self) -> str:
         """The report for a terminal."""
-        lines = [f"{self.images} images, onnxruntime on CPU against the checkpoint in torch"]
-        if self.runs:
-            lines += self._run_lines()
+        lines = [f"{self.images} images, the file on a CPU against the checkpoint in torch"]
+        lines += [f"{name} is not installed: {how}" for name, how in self.missing.items()]
+        for runtime in dict.fromkeys(ran for ran, _, _ in self.runs):
+            lines += self._run_lines(runtime)
+        lines += self._precision_lines()
         lines += [f"PROBLEM {problem}" for problem in self.problems]
         return "\n".join(
             [*lines, "the file does what the checkpoint does" if self.ok else "FAILED"]
         )
 
-    def _run_lines(self) -> list[str]:
-        width = max(len(name) for name, _ in self.runs)
+    def _run_lines(self, runtime: str) -> list[str]:
+        runs = {key[1:]: run for key, run in self.runs.items() if key[0] == runtime}
+        width = max(len(name) for name, _ in runs)
         head = f"{'setting':<{width}}  batch  detections  borderline  max |score|  max |box| px"
         rows = [
             f"{name:<{width}}  {batch:5d}  {run.matched.sum():10d}  {run.borderline:10d}"
             f"  {run.score:11.1e}  {run.box:12.1e}"
-            for (name, batch), run in self.runs.items()
+            for (name, batch), run in runs.items()
         ]
-        by_class = zip(self.class_names, self.total().matched.tolist(), strict=True)
+        by_class = zip(self.class_names, self.total(runtime).matched.tolist(), strict=True)
         classes = ", ".join(f"{name} {count}" for name, count in by_class)
-        return [head, "-" * len(head), *rows, f"compared by class: {classes}"]
+        title = self.titles.get(runtime, runtime)
+        return ["", title, head, "-" * len(head), *rows, f"compared by class: {classes}"]
+
+    def _precision_lines(self) -> list[str]:
+        if not self.average_precision:
+            return []
+        width = max(len(side) for side in self.average_precision)
+        head = f"{'mAP':<{width}}  {'AP':>7}  {'AP50':>7}"
+        rows = [
+            f"{side:<{width}}  {found.ap:7.4f}  {found.ap50:7.4f}"
+            for side, found in self.average_precision.items()
+        ]
+        return ["", head, "-" * len(head), *rows]
 
 
 def verify(
@@ -118,20 +147,24 @@ def verify(
     images: int | None = None,
     batch_sizes: Sequence[int] = (1, 3, 8),
     tolerance: Tolerance | None = None,
+    runtimes: Sequence[str] = ("onnxruntime",),
 ) -> VerifyReport:
     """Compare a file with the checkpoint it claims to come from, on images.
 
     The card must be what the checkpoint gives. Then both detect in every image: with the file's
     own thresholds; with thresholds put where every class is seen; and with another IoU threshold
-    on top. Detections are matched one to one whatever their order.
+    on top. Detections are matched one to one whatever their order. The mAP of both is measured on
+    the same images, and left to the reader to judge.
 
     Args:
-        onnx_path: The file, run by onnxruntime on the CPU.
+        onnx_path: The file, of either input type, run on the CPU.
         checkpoint_path: The checkpoint, run by torch on the CPU.
         samples: Images, such as a data set's held-out split.
         images: How many of them, spread evenly; all where None.
         batch_sizes: Images a call of the file; too few images are repeated to fill a batch.
         tolerance: How far matched detections may differ; 0.1 px and 1e-4 where None.
+        runtimes: What runs the file, of `export.runtimes.RUNTIME_NAMES`; or `all`: whatever is
+            installed. `reference` is slow and gets two of the images.
 
     Returns:
         A report; `report.ok` says whether the file stands for the checkpoint.
@@ -139,32 +172,56 @@ def verify(
     Raises:
         CardError: The file breaks its contract, as when its thresholds are not its card's.
         CheckpointError: The checkpoint is missing or damaged.
-        ValueError: There are no images, or a batch size is not between 1 and 64.
+        MissingRuntimeError: A runtime that was asked for by name is not installed.
+        ValueError: There are no images, a batch size is not between 1 and 64, or a runtime is
+            unknown.
     """
     count = len(samples) if images is None else min(images, len(samples))
     if count < 1:
         raise ValueError(f"no images to compare on ({len(samples)} given, {images} asked for)")
     if not batch_sizes or any(not 1 <= size <= 64 for size in batch_sizes):
         raise ValueError(f"batch sizes must lie in 1..64, got {tuple(batch_sizes)}")
+    there, missing = find_runtimes(runtimes)
     file, checkpoint_path = read_detector(onnx_path), Path(checkpoint_path)
     checkpoint = Checkpoint.load(checkpoint_path)
     report = VerifyReport(count, checkpoint.config.class_names)
+    report.titles = {runtime.name: _title(runtime, count) for runtime in there}
+    report.missing = {runtime.name: how_to_install(runtime) for runtime in missing}
     report.problems += card_problems(file.card, checkpoint, sha256_of(checkpoint_path))
     if not _comparable(file.card, checkpoint):
         return report
     chosen = [i * len(samples) // count for i in range(count)]
     size = max(GROUP, *batch_sizes)
-    try:
-        pair = SideBySide(file, checkpoint, tolerance or Tolerance())
-        for start in range(0, count, size):
-            group = [samples[i] for i in chosen[start : start + size]]
-            for key, found in pair.compare(group, batch_sizes).items():
-                report.runs.setdefault(key, report.nothing()).add(found)
-    except UnrunnableError as fault:
-        report.problems.append(str(fault))
-        return report
+    pair = SideBySide(file, checkpoint, tolerance or Tolerance(), there)
+    report.problems += pair.refusals
+    found: dict[str, Found] = {}
+    for start in range(0, count if pair.runtimes else 0, size):
+        _take_in(
+            report, found, pair.compare([samples[i] for i in chosen[start:][:size]], batch_sizes)
+        )
     report.conclude()
+    if any(len(sample.boxes) for sample, _ in found.get(CHECKPOINT, [])):
+        report.average_precision = {
+            side: mean_average_precision(report.class_names, results)
+            for side, results in found.items()
+            if len(results) == count
+        }
     return report
+
+
+def _title(runtime: type[Runtime], count: int) -> str:
+    few = runtime.most_images
+    return runtime.title() + (f", slow: {few} of the images" if few and few < count else "")
+
+
+def _take_in(report: VerifyReport, found: dict[str, Found], findings: Findings) -> None:
+    for key, run in findings.runs.items():
+        report.runs.setdefault(key, report.nothing()).add(run)
+    for side, results in findings.found.items():
+        found.setdefault(side, []).extend(results)
+    for name, fault in findings.faults.items():
+        report.problems.append(fault)
+        report.runs = {key: run for key, run in report.runs.items() if key[0] != name}
 
 
 def card_problems(card: DetectorCard, checkpoint: Checkpoint, sha256: str) -> list[str]:
@@ -185,7 +242,7 @@ def card_problems(card: DetectorCard, checkpoint: Checkpoint, sha256: str) -> li
                 policy=card.threshold_policy,
                 iou_threshold=card.iou_threshold,
                 name=card.name,
-            )
+            ).model_copy(update={"input": card.input, "format_version": card.format_version})
     except ValueError as error:
         return [*problems, f"the checkpoint does not give such a card: {error}"]
     ours, theirs = json.loads(expected.to_json()), json.loads(card.to_json())

@@ -10,6 +10,7 @@ import torch
 
 from export.compare import Rules, Tolerance
 from export.file import read_detector
+from export.runtimes import OnnxRuntime
 from export.side_by_side import Outputs, SideBySide, broken_rules
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import Sample
@@ -55,20 +56,20 @@ def test_a_number_of_detections_that_cannot_be(count: int) -> None:
 
 @pytest.fixture
 def pair(detector_path: Path, checkpoint: Checkpoint) -> SideBySide:
-    return SideBySide(read_detector(detector_path), checkpoint, Tolerance())
+    return SideBySide(read_detector(detector_path), checkpoint, Tolerance(), [OnnxRuntime])
 
 
 def test_every_setting_and_batch_size_is_run(pair: SideBySide, samples: list[Sample]) -> None:
-    runs = pair.compare(samples, [1, 3, 8])
+    runs = pair.compare(samples, [1, 3, 8]).runs
     assert set(runs) == {
-        (name, size)
+        ("onnxruntime", name, size)
         for name in ("the file's own thresholds", "every class shown", "every class, IoU 0.6")
         for size in (1, 3, 8)
     }
     for run in runs.values():
         assert run.mismatches == []
         assert (run.matched > 0).all()
-    assert len({int(runs[name, 1].matched.sum()) for name, size in runs if size == 1}) == 3
+    assert len({int(run.matched.sum()) for (*_, size), run in runs.items() if size == 1}) == 3
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -76,17 +77,17 @@ def test_the_file_is_given_whole_batches(
     pair: SideBySide, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     seen: list[int] = []
-    session = pair.session
+    (runtime,) = pair.runtimes
+    run = runtime.run
 
-    class Counting:
-        def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-            seen.append(len(feeds["images"]))
-            return session.run(names, feeds)
+    def counting(batch: np.ndarray, overrides: dict[str, np.ndarray]) -> list[np.ndarray]:
+        seen.append(len(batch))
+        return run(batch, overrides)
 
-    monkeypatch.setattr(pair, "session", Counting())
+    monkeypatch.setattr(runtime, "run", counting)
     pair.compare(samples, [size])
     assert set(seen) == {size}
-    assert len(seen) == 3 * -(-len(samples) // size)
+    assert len(seen) == 4 * -(-len(samples) // size)  # three settings, and mAP
 
 
 def test_a_class_that_scores_low_is_seen(pair: SideBySide) -> None:
@@ -108,6 +109,8 @@ def test_an_answer_that_breaks_the_contract_is_a_mismatch(
         model.graph.initializer.append(zero)
         node.input[2] = "zero"
 
-    pair = SideBySide(read_detector(tampered(pad_with_zero)), checkpoint, Tolerance())
-    run = pair.compare(samples, [3])["the file's own thresholds", 3]
+    pair = SideBySide(
+        read_detector(tampered(pad_with_zero)), checkpoint, Tolerance(), [OnnxRuntime]
+    )
+    run = pair.compare(samples, [3]).runs["onnxruntime", "the file's own thresholds", 3]
     assert run.mismatches[0] == "cloud_0.png: the padding is not 0, 0 and -1"

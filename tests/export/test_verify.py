@@ -7,15 +7,21 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
 from onnx import ModelProto, numpy_helper
 
 from export.compare import Comparison, Tolerance
 from export.contract import CARD_KEY, IOU_INPUT, THRESHOLDS_INPUT, CardError, DetectorCard
+from export.detector import export_detector
+from export.runtimes import OpenVino
 from export.verify import VerifyReport, verify
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import Sample
+from ghm_triton.detection.evaluate import in_image_pixels
+from ghm_triton.detection.transforms import Letterbox
 
 Tamper = Callable[[Callable[[ModelProto], None]], Path]
 
@@ -54,7 +60,7 @@ def test_an_export_stands_for_its_checkpoint(
     assert report.problems == []
     assert report.ok
     assert report.images == len(samples) == 11
-    assert {size for _, size in report.runs} == {1, 3, 8}
+    assert {size for _, _, size in report.runs} == {1, 3, 8}
     total = report.total()
     assert (total.matched > 100).all()
     assert total.borderline == 0
@@ -68,8 +74,9 @@ def test_the_report_shows_the_largest_differences(
 ) -> None:
     report = verify(detector_path, checkpoint_path, samples, images=2, batch_sizes=[3])
     lines = report.table().splitlines()
-    assert lines[0] == "2 images, onnxruntime on CPU against the checkpoint in torch"
-    own = report.runs["the file's own thresholds", 3]
+    assert lines[0] == "2 images, the file on a CPU against the checkpoint in torch"
+    assert lines[2] == f"onnxruntime {onnxruntime.__version__}"
+    own = report.runs["onnxruntime", "the file's own thresholds", 3]
     (row,) = (line for line in lines if line.startswith("the file's own thresholds"))
     assert row.split()[-5:] == [
         *("3", str(own.matched.sum()), "0"),
@@ -78,6 +85,92 @@ def test_the_report_shows_the_largest_differences(
     counts = report.total().matched.tolist()
     assert lines[-2] == "compared by class: red {}, green {}, blue {}".format(*counts)
     assert lines[-1] == "the file does what the checkpoint does"
+
+
+def with_truth(path: Path, samples: list[Sample]) -> list[Sample]:
+    """What the file itself detects, for ground truth: it then finds all, in every image."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    letterbox = Letterbox(DetectorConfig(("red", "green", "blue"), (64, 96), mean=(0.4, 0.5, 0.6)))
+    made = []
+    for sample in samples:
+        image, scales = letterbox(sample.image)
+        answer = session.run(None, {"images": image[None].numpy()})
+        boxes, labels = (torch.from_numpy(answer[i][0, : answer[3][0]]) for i in (0, 2))
+        own = in_image_pixels(boxes, scales, sample.image.size)
+        kept = (own[:, 2:] - own[:, :2]).min(dim=1).values > 1
+        ignore = torch.zeros(int(kept.sum())).bool()
+        made.append(replace(sample, boxes=own[kept], labels=labels[kept], ignore=ignore))
+    return made
+
+
+def test_every_runtime_is_compared_and_those_that_can_are_given_a_map(
+    detector_path: Path, checkpoint_path: Path, samples: list[Sample]
+) -> None:
+    truth = with_truth(detector_path, samples[:4])
+    report = verify(detector_path, checkpoint_path, truth, batch_sizes=[3], runtimes=["all"])
+    assert report.problems == []
+    few, many = (
+        sum(int(run.matched.sum()) for key, run in report.runs.items() if key[0] == name)
+        for name in ("reference", "openvino")
+    )
+    assert 0 < few < many
+    found = report.average_precision
+    assert list(found) == ["checkpoint", "onnxruntime", "openvino"]
+    for side in found.values():
+        # Not 1: scores from 0.01 on are shown, and more boxes than the truth has.
+        assert 0.5 < side.ap < side.ap50 <= 1.0
+        assert side.images == 4
+        assert side.ap == pytest.approx(found["checkpoint"].ap, abs=1e-3)  # ties may reorder
+    lines = report.table().splitlines()
+    assert any(line.startswith("reference") and line.endswith("2 of the images") for line in lines)
+    assert f"checkpoint   {found['checkpoint'].ap:7.4f}  {found['checkpoint'].ap50:7.4f}" in lines
+
+
+def test_a_worse_file_has_a_lower_map(
+    tampered: Tamper, detector_path: Path, checkpoint_path: Path, samples: list[Sample]
+) -> None:
+    truth = with_truth(detector_path, samples[:4])
+    path = tampered(trade_two_classes)
+    found = verify(path, checkpoint_path, truth, batch_sizes=[3]).average_precision
+    assert found["onnxruntime"].ap < found["checkpoint"].ap - 0.1
+
+
+def test_without_ground_truth_there_is_no_map(
+    detector_path: Path, checkpoint_path: Path, samples: list[Sample]
+) -> None:
+    report = verify(detector_path, checkpoint_path, samples[:2], batch_sizes=[1])
+    assert report.average_precision == {}
+    assert "mAP" not in report.table()
+
+
+def test_a_file_that_takes_uint8_images_stands_for_its_checkpoint(
+    checkpoint_path: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    path = tmp_path / "detector.onnx"
+    export_detector(checkpoint_path, path, input_type="uint8")
+    report = verify(path, checkpoint_path, samples, images=4, batch_sizes=[3])
+    assert report.problems == []
+
+
+def test_a_runtime_that_refuses_the_file_spoils_the_verdict_not_the_others(
+    detector_path: Path,
+    checkpoint_path: Path,
+    samples: list[Sample],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no such operator")
+
+    asked = ["onnxruntime", "openvino"]
+    for place, said in (("_load", "refuses the file"), ("_run", "fails on a batch of 3")):
+        with monkeypatch.context() as patch:
+            patch.setattr(OpenVino, place, refuse)
+            report = verify(
+                detector_path, checkpoint_path, samples[:3], batch_sizes=[3], runtimes=asked
+            )
+        assert report.problems == [f"openvino {said}: no such operator"]
+        assert {name for name, *_ in report.runs} == {"onnxruntime"}
+        assert len(report.runs) == 3
 
 
 def test_images_are_spread_over_the_data(
@@ -195,7 +288,7 @@ def test_a_graph_that_does_not_run_is_told(
         edit(model, node(model, "TopK").input[1], lambda count: count // 8)
 
     (problem,) = verify(tampered(keep_fewer_candidates), checkpoint_path, samples).problems
-    assert problem.startswith("the file fails on a batch of 1: ")
+    assert problem.startswith("onnxruntime fails on a batch of 1: ")
 
 
 def test_a_graph_that_does_not_load_is_told(
@@ -315,33 +408,33 @@ def test_a_checkpoint_of_another_input_size_is_told_and_not_run(
 def test_more_borderline_cases_than_rounding_makes_are_a_failure() -> None:
     def report(matched: int, borderline: int) -> list[str]:
         made = VerifyReport(1, ("cat",))
-        made.runs["own", 1] = Comparison(np.array([matched]), borderline=borderline)
+        made.runs["onnxruntime", "own", 1] = Comparison(np.array([matched]), borderline=borderline)
         made.conclude()
         return made.problems
 
     assert report(1000, 10) == []
     assert report(50, 1) == []
     (problem,) = report(1000, 11)
-    assert problem.startswith("11 detections are borderline")
+    assert problem.startswith("onnxruntime: 11 detections are borderline")
     assert len(report(50, 2)) == 1
 
 
 def test_nothing_compared_is_not_a_success() -> None:
     report = VerifyReport(1, ("cat",))
-    report.runs["own", 1] = Comparison(np.array([0]))
+    report.runs["onnxruntime", "own", 1] = Comparison(np.array([0]))
     report.conclude()
     assert report.problems == [
-        "neither side detects anything in these images; nothing was compared"
+        "onnxruntime: neither side detects anything in these images; nothing was compared"
     ]
 
 
 def test_many_mismatches_are_counted_not_listed() -> None:
     report = VerifyReport(1, ("cat",))
     texts = [f"mismatch {i}" for i in range(37)]
-    report.runs["own", 1] = Comparison(np.array([5]), mismatches=texts)
+    report.runs["onnxruntime", "own", 1] = Comparison(np.array([5]), mismatches=texts)
     report.conclude()
-    assert report.problems[0] == "own, batch 1: mismatch 0"
-    assert report.problems[-1] == "own, batch 1: 27 more like these"
+    assert report.problems[0] == "onnxruntime, own, batch 1: mismatch 0"
+    assert report.problems[-1] == "onnxruntime, own, batch 1: 27 more like these"
     assert len(report.problems) == 11
 
 
