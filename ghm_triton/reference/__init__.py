@@ -16,9 +16,8 @@ differentiable any number of times; `blockwise` once, and says so to whom asks f
 from torch import Tensor
 
 from ghm_triton._inputs import ClassificationInputs, RegressionInputs
-from ghm_triton.reference import asl1, bce, binning, blockwise
+from ghm_triton.reference import asl1, bce, binning, blockwise, density
 from ghm_triton.reference.binning import RegionCounts
-from ghm_triton.reference.density import update_density
 from ghm_triton.reference.focal import weighted_focal
 from ghm_triton.reference.softmax import count_softmax, weighted_softmax
 
@@ -47,6 +46,37 @@ def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
     if blockwise.applies_to(inputs):
         return blockwise.count_asl1(inputs, bins, mu)
     return binning.count_asl1(inputs, bins, mu)
+
+
+def update_density(
+    counts: RegionCounts,
+    smoothed: Tensor,
+    updates: Tensor,
+    strength: Tensor,
+    *,
+    momentum: float,
+    ema: str,
+    normalizer: str,
+    max_weight: float | None,
+    persist: bool,
+    divisor: str | None,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    """As `density.update_density`, by the faster implementation that applies."""
+    state = (smoothed, updates, strength)
+    quick = blockwise.hold_numbers(*counts, *state)
+    update = blockwise.update_density if quick else density.update_density
+    return update(
+        counts,
+        *state,
+        momentum=momentum,
+        ema=ema,
+        normalizer=normalizer,
+        max_weight=max_weight,
+        persist=persist,
+        divisor=divisor,
+        factor=factor,
+    )
 
 
 def weighted_bce(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ghm_triton._inputs import RegressionInputs
@@ -19,22 +21,22 @@ from ghm_triton.reference.blockwise.blocks import (
     blank,
     cut,
     finite,
-    spans,
+    scalar,
 )
 from ghm_triton.reference.blockwise.regions import RegionCounter, RegionTable
-from ghm_triton.reference.blockwise.scratch import Scratch
+from ghm_triton.reference.blockwise.scratch import Views, here, walk
 
 
 def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
     """As `binning.count_asl1`."""
-    reader, counter, scratch = _Reader(inputs, mu), RegionCounter(bins), Scratch()
+    reader, counter = _Reader(inputs, mu), RegionCounter(bins)
     entries = invalid = 0
-    for span in spans(*inputs.pred.shape):
-        d, length, *_ = scratch.views(span.entries)
+    for span, views in walk(*inputs.pred.shape):
+        d, length = views.slope, here().length(span.entries)
         if reader.read(span, d, length):
             keep = reader.keep
             entries += span.entries if keep is None else int(keep.expand(span.shape).sum())
-            counter.add(d.abs_().div_(length), keep, span.shape, scratch)
+            counter.add(d.abs_().div_(length), keep, span.shape, views)
         else:
             counts = binning.count_asl1(reader.cut(span), bins, mu)
             counter.add_counts(counts.regions)
@@ -42,8 +44,8 @@ def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
             invalid += int(counts.invalid)
     return RegionCounts(
         counter.regions(),
-        torch.tensor([entries], dtype=torch.float64, device="cpu"),
-        torch.tensor(invalid, device="cpu"),
+        torch.from_numpy(np.array([float(entries)])),
+        torch.from_numpy(np.array(invalid)),
     )
 
 
@@ -57,7 +59,7 @@ def weighted_asl1(
     reduce: bool,
 ) -> Tensor:
     """As `asl1.weighted_asl1`; differentiable once."""
-    former = _Former(inputs, table * scale, mu, weighted)
+    former = _Former(inputs, table.numpy() * scale.numpy(), mu, weighted)
     return differentiable(former, inputs.pred, reduce)
 
 
@@ -75,7 +77,7 @@ class _Reader:
         self.selection = Selection(inputs.weight)
         self._pred = Source(self.inputs.pred)
         self._target = Source(inputs.target)
-        self._squared_width = binning.squared_width(mu)
+        self._squared_width = scalar(binning.squared_width(mu))
 
     def read(self, span: Span, d: Tensor, length: Tensor) -> bool:
         """Read a block.
@@ -109,7 +111,9 @@ class _Reader:
 class _Former:
     """Forms loss and gradient, a `Former`."""
 
-    def __init__(self, inputs: RegressionInputs, table: Tensor, mu: float, weighted: bool) -> None:
+    def __init__(
+        self, inputs: RegressionInputs, table: NDArray[np.float32], mu: float, weighted: bool
+    ) -> None:
         self._reader = _Reader(inputs, mu)
         self.values = self._reader.inputs.pred
         given = (self.values, inputs.target, inputs.weight)
@@ -121,28 +125,33 @@ class _Former:
         self._weighted = weighted
 
     def form(
-        self, span: Span, scratch: Scratch, gradient: Tensor | None, factor: Tensor | None
+        self, span: Span, views: Views, gradient: Tensor | None, factor: Tensor | None
     ) -> Tensor:
         reader = self._reader
-        d, length, slope, weight = scratch.views(span.entries)
+        d, length = views.slope, here().length(span.entries)
         if not reader.read(span, d, length):
             return self._by_definition(span, gradient, factor)
-        torch.div(d, length, out=slope)
-        self._regions.look_up(torch.abs(slope, out=weight), weight, scratch)
+        slope = d.div_(length)
+        weight = self._regions.look_up(torch.abs(slope, out=views.weight), views)
         reader.selection.apply(weight, span, reader.keep, weighted=self._weighted)
+        d = torch.mul(slope, length, out=views.loss)
         if gradient is not None:
             write(gradient, slope, weight, factor)
         # d^2 / (sqrt(d^2 + mu^2) + mu), without the overflow of the square.
-        return torch.div(d, length.add_(self._mu), out=length).mul_(d).mul_(weight)
+        return torch.div(d, length.add_(scalar(self._mu)), out=length).mul_(d).mul_(weight)
 
     def _by_definition(self, span: Span, gradient: Tensor | None, factor: Tensor | None) -> Tensor:
         part = self._reader.cut(span)
-        one = torch.ones((), dtype=torch.float32, device="cpu")
 
         def loss(pred: Tensor) -> Tensor:
             given = dataclasses.replace(part, pred=pred)
             return specification.weighted_asl1(
-                given, self._table, one, mu=self._mu, weighted=self._weighted, reduce=False
+                given,
+                torch.from_numpy(self._table),
+                scalar(1.0),
+                mu=self._mu,
+                weighted=self._weighted,
+                reduce=False,
             )
 
         return by_definition(loss, part.pred, gradient, factor)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ghm_triton.reference.blockwise.blocks import Span, flip, holds_numbers, spans
-from ghm_triton.reference.blockwise.scratch import Scratch
+from ghm_triton.reference.blockwise.blocks import Span, hold_numbers
+from ghm_triton.reference.blockwise.scratch import Views, walk
 
 # Whether this backward pass leaves the graph for another one. Where torch cannot tell: always.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -29,13 +30,13 @@ class Former(Protocol):
     nothing: float
 
     def form(
-        self, span: Span, scratch: Scratch, gradient: Tensor | None, factor: Tensor | None
+        self, span: Span, views: Views, gradient: Tensor | None, factor: Tensor | None
     ) -> Tensor:
         """Form a block.
 
         Args:
             span: Which one.
-            scratch: What to work on.
+            views: What to work on.
             gradient: `[n]`, where the gradient goes; or None.
             factor: Multiplies the gradient, a scalar or `[n]`; None: 1.
 
@@ -82,14 +83,22 @@ def write(
     slope: Tensor,
     weight: Tensor,
     factor: Tensor | None,
-    flips: tuple[Tensor, Tensor] | None = None,
+    finish: Callable[[Tensor], None] | None = None,
 ) -> None:
-    """Put `slope * weight * factor` into the gradient, in float32 until it is there."""
+    """Put `slope * weight * factor` into the gradient, in float32 until it is there.
+
+    Args:
+        gradient: `[n]`.
+        slope: float32 `[n]`.
+        weight: float32 `[n]`.
+        factor: A scalar or `[n]`; None: 1.
+        finish: What is to be done to the product.
+    """
     product = torch.mul(slope, weight, out=gradient if gradient.dtype == torch.float32 else None)
     if factor is not None:
         product.mul_(factor)
-    if flips is not None:
-        flip(product, flips)
+    if finish is not None:
+        finish(product)
     if product is not gradient:
         gradient.copy_(product)
 
@@ -112,11 +121,11 @@ class _Blockwise(torch.autograd.Function):
         saved, former = ctx.saved_tensors, ctx.former
         if not _keeps_graph():
             ctx.former = None
-        with torch.no_grad():
-            gradient = _scale(saved[0], outer) if former is None else _form(former, outer)
         if torch.is_grad_enabled():  # somebody may differentiate what is returned
-            gradient = _Once.apply(gradient.requires_grad_())
-        return gradient, None, None
+            with torch.no_grad():
+                gradient = _gradient(saved, former, outer)
+            return _Once.apply(gradient.requires_grad_()), None, None
+        return _gradient(saved, former, outer), None, None
 
 
 class _Once(torch.autograd.Function):
@@ -135,33 +144,37 @@ class _Once(torch.autograd.Function):
 
 
 def _walk(former: Former, gradient: Tensor | None, reduce: bool) -> Tensor:
-    shape, scratch = former.values.shape, Scratch()
+    shape = former.values.shape
     entries = None if reduce else torch.empty(shape, dtype=torch.float32, device="cpu")
     total = former.nothing  # in double precision, over sums of blocks
     slopes = None if gradient is None else gradient.view(-1)
-    for span in spans(*shape):
+    for span, views in walk(*shape):
         part = None if slopes is None else slopes[span.flat]
-        loss = former.form(span, scratch, part, None)
+        loss = former.form(span, views, part, None)
         if entries is None:
             total += float(loss.sum())
         else:
             entries.view(-1)[span.flat] = loss
     if entries is not None:
         return entries
-    return torch.tensor(total, dtype=torch.float64, device="cpu").float()
+    return torch.from_numpy(np.array(total)).float()
+
+
+def _gradient(saved: tuple[Tensor, ...], former: Former | None, outer: Tensor) -> Tensor:
+    return _scale(saved[0], outer) if former is None else _form(former, outer)
 
 
 def _form(former: Former, outer: Tensor) -> Tensor:
     gradient = torch.empty(former.values.shape, dtype=former.values.dtype, device="cpu")
-    flat, scratch = gradient.view(-1), Scratch()
-    for span in spans(*gradient.shape):
+    flat = gradient.view(-1)
+    for span, views in walk(*gradient.shape):
         factor = outer[span.rows, span.columns].reshape(-1) if outer.dim() else outer
-        former.form(span, scratch, flat[span.flat], factor)
+        former.form(span, views, flat[span.flat], factor)
     return gradient
 
 
 def _scale(gradient: Tensor, outer: Tensor) -> Tensor:
-    if _keeps_graph() or not holds_numbers(outer):
+    if _keeps_graph() or not hold_numbers(outer):
         return (gradient * outer).to(gradient.dtype)
     # Nobody will ask for this one again: no second copy of it.
     if outer.dim() == 0 and float(outer) == 1.0:

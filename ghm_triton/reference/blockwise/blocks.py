@@ -1,24 +1,33 @@
 """Which tensors can be taken a block at a time, the blocks, and the memory to work on them.
 
-A torch call costs about a microsecond whatever it does, and every block makes some forty: what can
-be found once is not found once a block.
+A torch call costs a microsecond or more whatever it does, and every block makes some thirty: what
+can be found once is not found once a block.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from ghm_triton._inputs import ClassificationInputs, RegressionInputs
 
-# Entries a block: 512 KiB a float32 buffer. Five of these stay in the second and third caches, and
-# each is long enough for torch's threads to share (they do so from 32,768 entries each).
-BLOCK = 131072
+# Entries a block and thread: 1 MiB a float32 buffer, of which three or four are in use. More do not
+# stay in the caches; with fewer, calls cost as much as arithmetic.
+ENTRIES = 262144
+MOST_THREADS = 2  # that blocks grow with: memory is not to
+
+
+def block_entries() -> int:
+    """Entries a block, for as many threads as torch uses."""
+    return ENTRIES * min(torch.get_num_threads(), MOST_THREADS)
 
 
 def applies_to(inputs: ClassificationInputs | RegressionInputs) -> bool:
@@ -27,14 +36,16 @@ def applies_to(inputs: ClassificationInputs | RegressionInputs) -> bool:
     Not so: on another device, in float64, while compiling or exporting, within a transform of
     `torch.func` or with a forward-mode tangent. The specification runs on all of these.
     """
-    if torch.compiler.is_compiling():
-        return False
     tensors = [value for value in vars(inputs).values() if isinstance(value, Tensor)]
-    return tensors[0].dtype != torch.float64 and all(holds_numbers(tensor) for tensor in tensors)
+    return tensors[0].dtype != torch.float64 and hold_numbers(*tensors)
 
 
-def holds_numbers(tensor: Tensor) -> bool:
-    """Whether this is a tensor of the CPU and no stand-in for one."""
+def hold_numbers(*tensors: Tensor) -> bool:
+    """Whether these are tensors of the CPU and no stand-ins for any."""
+    return not torch.compiler.is_compiling() and all(_holds_numbers(each) for each in tensors)
+
+
+def _holds_numbers(tensor: Tensor) -> bool:
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
@@ -63,35 +74,38 @@ class Span(NamedTuple):
 
 
 def spans(rows: int, columns: int) -> Iterator[Span]:
-    """Cut `[rows, columns]` into blocks of at most `BLOCK` entries, in the order of memory."""
-    height = max(1, BLOCK // columns)
+    """Cut `[rows, columns]` into blocks of whole rows, or a part of one, in the order of memory."""
+    most = block_entries()
+    height = max(1, most // columns)
     for top in range(0, rows, height):
         bottom = min(top + height, rows)
-        for left in range(0, columns, BLOCK):
-            right = min(left + BLOCK, columns)
+        for left in range(0, columns, most):
+            right = min(left + most, columns)
             flat = slice(top * columns + left, (bottom - 1) * columns + right)
             yield Span(slice(top, bottom), slice(left, right), flat)
 
 
 class Source:
-    """A tensor `[R, C]` of any strides and dtype, read a block at a time as flat float32."""
+    """A tensor `[R, C]` of any strides and dtype, read as flat float32."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
         self._flat = tensor.view(-1) if tensor.is_contiguous() else None
 
-    def copy(self, span: Span, out: Tensor) -> Tensor:
-        """The block in `out`."""
-        if self._flat is not None:
-            return out.copy_(self._flat[span.flat])
-        out.view(span.shape).copy_(self._tensor[span.rows, span.columns])
-        return out
-
     def read(self, span: Span) -> Tensor:
-        """The block, where it lies if possible: not to be written to."""
-        if self._flat is not None:
-            return self._flat[span.flat].to(torch.float32)
-        return self._tensor[span.rows, span.columns].to(torch.float32).reshape(-1)
+        """A block: not to be written to, for it may be the tensor's own memory."""
+        if self._flat is None:
+            return self._tensor[span.rows, span.columns].to(torch.float32).reshape(-1)
+        return self._flat[span.flat].to(torch.float32)
+
+    def pick(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Tensor:
+        """Single entries, a copy."""
+        if self._flat is None:
+            picked = self._tensor[torch.from_numpy(rows), torch.from_numpy(columns)]
+        else:
+            places = torch.from_numpy(rows * self._tensor.shape[1] + columns)
+            picked = self._flat.index_select(0, places)
+        return picked.to(torch.float32)
 
 
 class Selection:
@@ -142,10 +156,11 @@ class Selection:
         return weight[span.rows, span.columns if weight.shape[1] > 1 else slice(None)]
 
 
-def flip(values: Tensor, flips: tuple[Tensor, Tensor]) -> None:
-    """Multiply entries of a flat tensor, given their places, by signs."""
-    places, signs = flips
-    values.index_copy_(0, places, values.index_select(0, places).mul_(signs))
+@functools.lru_cache(maxsize=64)
+def scalar(number: float) -> Tensor:
+    """A number as torch has it sooner at hand: float32, of no dimensions."""
+    with torch.inference_mode(False):
+        return torch.tensor(number, dtype=torch.float32, device="cpu")
 
 
 def blank(values: Tensor, keep: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ghm_triton._inputs import ClassificationInputs
@@ -16,11 +18,11 @@ from ghm_triton.reference.blockwise.blocks import (
     blank,
     cut,
     finite,
-    flip,
+    scalar,
 )
 
+BITS_OF_ONE = 0x3F800000  # of float32
 WINDOW = 65536  # rows whose class indices are looked at together
-Flips = tuple[Tensor, Tensor]
 
 
 class Reader(ABC):
@@ -30,43 +32,40 @@ class Reader(ABC):
         inputs: All of them, logits detached.
         selection: Which entries take part.
         keep: The same of the last block read, as `Selection.kept` gives it.
-        flips: Where the slope of the last block is to change its sign yet, and which sign; or None.
     """
 
     keep: Tensor | None = None
-    flips: Flips | None = None
 
-    def __init__(self, inputs: ClassificationInputs, ignoring: Tensor | None) -> None:
-        self.inputs = dataclasses.replace(inputs, logits=inputs.logits.detach())
+    def __init__(self, inputs: ClassificationInputs, ignoring: Tensor | None = None) -> None:
+        logits = inputs.logits.detach()
+        given = inputs.index, inputs.target, inputs.weight, inputs.shape
+        self.inputs = ClassificationInputs(logits, *given)
         self.selection = Selection(inputs.weight, ignoring)
-        self._logits = Source(self.inputs.logits)
+        self._source = Source(logits)
 
-    def read(self, span: Span, values: Tensor, *, counted: bool = False) -> bool:
+    def read(self, span: Span, *, counted: bool = False) -> bool:
         """Read a block.
 
         Args:
             span: Which one.
-            values: `[n]`, where the logits go; with class indices `u = (1 - 2 p*) x` instead.
             counted: Whether entries that take part are known to be sound.
 
         Returns:
             False if an entry that takes part is not sound, or may not be.
         """
-        self._logits.copy(span, values)
+        self._logits = self._source.read(span)
         self.keep = self.selection.kept(span)
         self._read_targets(span)
-        if not (counted and self.keep is None) and not self._sound(values):
-            if self.keep is None:
-                return False
-            values.copy_(blank(values, self.keep, span.shape))
-            self._blank_targets(self.keep, span)
-            if not self._sound(values):
-                return False
-        self._turn(values)
-        return True
+        if (counted and self.keep is None) or self._sound():
+            return True
+        if self.keep is None:
+            return False
+        self._logits = blank(self._logits, self.keep, span.shape)
+        self._blank_targets(self.keep, span)
+        return self._sound()
 
-    def _sound(self, values: Tensor) -> bool:
-        return self._targets_sound() and finite(values)
+    def _sound(self) -> bool:
+        return self._targets_sound() and finite(self._logits)
 
     def cut(self, span: Span) -> ClassificationInputs:
         """A block as inputs of its own."""
@@ -91,12 +90,20 @@ class Reader(ABC):
         """The sum of the last block's targets over the entries that take part."""
 
     @abstractmethod
-    def slope(self, values: Tensor, out: Tensor) -> Tensor:
-        """`p - p*`, before flips; `out`, which may be `values`."""
+    def slope(self, out: Tensor) -> Tensor:
+        """`p - p*`, of the foreground `p* - p`; `out`."""
 
     @abstractmethod
-    def losses(self, values: Tensor, slope: Tensor, spare: Tensor) -> Tensor:
-        """Cross entropy of every entry, in place of one of the arguments; overwrites all."""
+    def norm(self, slope: Tensor, out: Tensor) -> Tensor:
+        """`|p - p*|` of this slope; `out`, which may be `slope`, or `slope` itself."""
+
+    @abstractmethod
+    def losses(self, slope: Tensor, out: Tensor) -> Tensor:
+        """Cross entropy of every entry, from the slope, which is overwritten; `out`."""
+
+    @abstractmethod
+    def flip(self, slope: Tensor) -> None:
+        """Turn the slopes of the foreground to `p - p*` in place."""
 
     @abstractmethod
     def _read_targets(self, span: Span) -> None: ...
@@ -107,114 +114,128 @@ class Reader(ABC):
     @abstractmethod
     def _blank_targets(self, keep: Tensor, span: Span) -> None: ...
 
-    @abstractmethod
-    def _turn(self, values: Tensor) -> None: ...
-
 
 class IndexReader(Reader):
-    """Class indices `[R]`: `u = (1 - 2 p*) x`, so that `g = sigmoid(u)` and `BCE = softplus(u)`."""
+    """Class indices `[R]`.
 
-    flips: Flips
+    With `u = (1 - 2 p*) x` the norm is `g = sigmoid(u)` and cross entropy `softplus(u)`. All
+    entries are taken for background, `u = x`, and those few of the foreground put right. In numpy,
+    to which a call on few numbers is a small matter.
+    """
 
     def __init__(self, inputs: ClassificationInputs, index: Tensor) -> None:
-        low, high = torch.aminmax(index) if len(index) else (index.new_zeros(()),) * 2
-        self._ignores = int(low) < 0
-        super().__init__(inputs, index if self._ignores else None)
-        self._index = index
         self._classes = inputs.logits.shape[1]
-        self._in_range = int(high) <= self._classes
+        # As unsigned numbers those below 0 are large: one look finds all that is out of the usual.
+        self._index: NDArray[np.uint64] = index.numpy().view(np.uint64)
+        usual = not index.numel() or bool(self._index.max() <= self._classes)
+        self._in_range = usual or int(index.max()) <= self._classes
+        super().__init__(inputs, None if usual else index)
         self._window = slice(0, 0)
 
     def positives(self, span: Span) -> float:
         """The number of foreground entries that take part."""
-        places, signs = self.flips
-        foreground = (1.0 - signs) / 2.0
-        if self.keep is not None:
-            foreground *= self.keep.expand(span.shape).reshape(-1)[places]
-        return float(foreground.sum())
+        if self.keep is None:
+            return float(self._places.size)
+        return float(
+            self.keep.expand(span.shape).numpy()[np.divmod(self._places, span.shape[1])].sum()
+        )
 
-    def slope(self, values: Tensor, out: Tensor) -> Tensor:
-        """`g`, whose sign is the other one in the foreground."""
-        return torch.sigmoid(values, out=out)
+    def slope(self, out: Tensor) -> Tensor:
+        """`g`."""
+        torch.sigmoid(self._logits, out=out)
+        out.numpy()[self._places] = self._norms[self._here]
+        return out
 
-    def losses(self, values: Tensor, slope: Tensor, spare: Tensor) -> Tensor:
+    def norm(self, slope: Tensor, out: Tensor) -> Tensor:  # noqa: ARG002 - there is no need
+        """The slope before it is flipped."""
+        return slope
+
+    def losses(self, slope: Tensor, out: Tensor) -> Tensor:
         """`softplus(u) = max(u, 0) - log(1 - sigmoid(-|u|))`.
 
         `sigmoid(-|u|)` is the smaller one of `g` and `1 - g`: where the latter loses digits, the
         loss is more than log 2, and they do not count.
         """
-        torch.sub(slope, 1.0, out=spare)
-        logarithm = torch.maximum(slope.neg_(), spare, out=slope).log1p_()
-        return values.clamp_(min=0.0).sub_(logarithm)
+        torch.sub(slope, scalar(1.0), out=out)
+        logarithm = torch.maximum(slope.neg_(), out, out=slope).log1p_()
+        torch.clamp(self._logits, min=0.0, out=out)
+        out.numpy()[self._places] = np.maximum(self._u[self._here], 0.0)
+        return out.sub_(logarithm)
+
+    def flip(self, slope: Tensor) -> None:
+        """Change their sign."""
+        slope.numpy()[self._places] *= -1.0
 
     def _read_targets(self, span: Span) -> None:
-        """Find one entry a row, and -1 if it is in the foreground; else 1, wherever it is."""
         rows, window = span.rows, self._window
         if not (window.start <= rows.start and rows.stop <= window.stop):
             self._look(slice(rows.start, max(rows.stop, rows.start + WINDOW)))
-        inside = slice(rows.start - self._window.start, rows.stop - self._window.start)
-        places, signs = self._places[inside] - span.flat.start, self._signs[inside]
-        if span.shape[1] < self._classes and not 0 <= int(places) < span.entries:
-            places, signs = places[:0], signs[:0]  # it is in another part of the row
-        self.flips = places, signs
+        first, last = self._all.searchsorted((span.flat.start, span.flat.stop))
+        self._here = slice(first, last)
+        self._places = self._all[self._here] - span.flat.start
 
-    def _look(self, rows: slice) -> None:
-        label = self._index[rows]
-        foreground = label < self._classes
-        if self._ignores:
-            foreground &= label >= 0
-        first = torch.arange(rows.start, rows.start + len(label), device="cpu")
-        self._places = first.mul_(self._classes).add_(label.clamp(0, self._classes - 1))
-        self._signs = foreground.to(torch.float32).mul_(-2.0).add_(1.0)
-        self._window = rows
+    def _look(self, window: slice) -> None:
+        """Find the foreground of many rows, and `u` and `g` there."""
+        label = self._index[window]
+        row = np.flatnonzero(label < self._classes)
+        column = label[row].view(np.int64)
+        row += window.start
+        self._all = row * self._classes + column
+        u = self._source.pick(row, column).neg_()
+        self._u: NDArray[Any] = u.numpy()
+        self._norms: NDArray[Any] = torch.sigmoid(u).numpy()
+        self._window = window
 
     def _targets_sound(self) -> bool:
         return self._in_range
 
     def _blank_targets(self, keep: Tensor, span: Span) -> None:
-        """The sign of what is 0 does not matter."""
-
-    def _turn(self, values: Tensor) -> None:
-        flip(values, self.flips)
+        """As the logits of the foreground, with what follows from 0."""
+        kept = keep.expand(span.shape).numpy()[np.divmod(self._places, span.shape[1])] > 0
+        self._norms[self._here][~kept] = 0.5
+        self._u[self._here][~kept] = 0.0
 
 
 class DenseReader(Reader):
     """Dense targets `[R, C]`."""
 
-    _block: Tensor
-
     def __init__(self, inputs: ClassificationInputs, target: Tensor) -> None:
-        super().__init__(inputs, None)
-        self._target = Source(target)
+        super().__init__(inputs)
+        self._targets = Source(target)
 
     def positives(self, span: Span) -> float:
         """Of a block in float32; blocks are added up in float64."""
         if self.keep is None:
-            return float(self._block.sum())
-        return float((self._block.view(span.shape) * self.keep).sum())
+            return float(self._target.sum())
+        return float((self._target.view(span.shape) * self.keep).sum())
 
-    def slope(self, values: Tensor, out: Tensor) -> Tensor:
+    def slope(self, out: Tensor) -> Tensor:
         """`sigmoid(x) - p*`."""
-        return torch.sigmoid(values, out=out).sub_(self._block)
+        return torch.sigmoid(self._logits, out=out).sub_(self._target)
 
-    def losses(self, values: Tensor, slope: Tensor, spare: Tensor) -> Tensor:
+    def norm(self, slope: Tensor, out: Tensor) -> Tensor:
+        """In place, or not."""
+        return torch.abs(slope, out=out)
+
+    def losses(self, slope: Tensor, out: Tensor) -> Tensor:
         """`max(x, 0) - x p* - log(1 - sigmoid(-|x|))`."""
-        logarithm = torch.abs(values, out=slope).neg_().sigmoid_().neg_().log1p_()
-        torch.clamp(values, min=0.0, out=spare)
-        return spare.addcmul_(values, self._block, value=-1.0).sub_(logarithm)
+        logarithm = torch.abs(self._logits, out=slope).neg_().sigmoid_().neg_().log1p_()
+        torch.clamp(self._logits, min=0.0, out=out)
+        return out.addcmul_(self._logits, self._target, value=-1.0).sub_(logarithm)
+
+    def flip(self, slope: Tensor) -> None:
+        """Nothing to do: none is turned."""
 
     def _read_targets(self, span: Span) -> None:
-        self._block = self._target.read(span)
+        self._target = self._targets.read(span)
 
     def _targets_sound(self) -> bool:
-        low, high = torch.aminmax(self._block)
-        return bool(low >= 0) and bool(high <= 1)  # written so that NaN fails
+        # As whole numbers the bits of [0, 1] are 0 to those of 1; of anything else, NaN and -0
+        # included, they are larger.
+        return bool(self._target.numpy().view(np.uint32).max() <= BITS_OF_ONE)
 
     def _blank_targets(self, keep: Tensor, span: Span) -> None:
-        self._block = blank(self._block, keep, span.shape)
-
-    def _turn(self, values: Tensor) -> None:
-        """Nothing to do."""
+        self._target = blank(self._target, keep, span.shape)
 
 
 def reader(inputs: ClassificationInputs) -> Reader:

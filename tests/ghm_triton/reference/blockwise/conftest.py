@@ -1,16 +1,19 @@
+import threading
+
 import pytest
 import torch
 
-from ghm_triton.reference.blockwise import blocks
+from ghm_triton.reference.blockwise import blocks, scratch
 
-# Odd, so that pairs of entries meet the end of a block; no multiple of a vector.
-SMALL = 45
+SMALL = 45  # odd, so that pairs of entries meet the end of a block; no multiple of a vector
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of few entries: what takes a large batch elsewhere takes a small one here."""
-    monkeypatch.setattr(blocks, "BLOCK", SMALL)
+    monkeypatch.setattr(blocks, "block_entries", lambda: SMALL)
+    monkeypatch.setattr(scratch, "block_entries", lambda: SMALL)
+    monkeypatch.setattr(scratch, "_here", threading.local())
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from ghm_triton import ghm_c_loss, ghm_r_loss
 from ghm_triton._inputs import ClassificationInputs
 from ghm_triton.reference import blockwise
-from ghm_triton.reference.blockwise import scratch
+from ghm_triton.reference.blockwise import blocks, scratch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TABLE = torch.tensor([3.0, 0.5, 1.0, 7.0])
@@ -149,13 +149,13 @@ def test_a_backward_pass_on_another_thread(generator, target, dtype):
 
 
 @pytest.mark.parametrize("kind", ["index", "dense", "weight", "regression"])
-def test_peak_memory_is_one_gradient_and_scratch(kind):
-    """Four million logits: 1.25 times their 16 MB, with the scratch that is kept."""
+def test_peak_memory_is_one_gradient_and_the_scratch(monkeypatch, kind):
+    """Four million logits: 1.1 times their 16 MB; 12 bytes an entry of a block, 16 for boxes."""
+    monkeypatch.setattr(scratch, "_here", threading.local())
     x = torch.zeros(50000, 80, requires_grad=True)
     dense = torch.zeros(50000, 80)
     index = torch.zeros(50000, dtype=torch.int64)
     weight = torch.ones(50000, 1)
-    vars(scratch._here).clear()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         if kind == "regression":
             loss = ghm_r_loss(x, dense)
@@ -170,5 +170,8 @@ def test_peak_memory_is_one_gradient_and_scratch(kind):
     for _, change in sorted(changes):
         held += change
         peak = max(peak, held)
+    kept = (16 if kind == "regression" else 12) * blocks.block_entries()
     assert held >= 16_000_000  # the gradient is there
-    assert peak <= 1.25 * 16_000_000
+    assert peak <= 1.1 * 16_000_000 + kept + 1024
+    if torch.get_num_threads() == 1 and kind != "regression":
+        assert peak <= 1.25 * 16_000_000

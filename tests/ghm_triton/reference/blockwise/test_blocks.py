@@ -1,16 +1,19 @@
 """Cutting a batch into blocks, and reading them."""
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
 
 from ghm_triton._inputs import classification_inputs, regression_inputs
 from ghm_triton.reference.blockwise.blocks import (
-    BLOCK,
+    ENTRIES,
     Selection,
     Source,
     applies_to,
+    block_entries,
     finite,
+    scalar,
     spans,
 )
 
@@ -32,9 +35,17 @@ def test_every_entry_is_in_one_block_in_the_order_of_memory(shape):
     assert seen == list(range(entries.numel()))
 
 
-def test_few_large_blocks():
+def test_few_large_blocks_that_grow_with_a_second_thread():
     """A block too small would pay more for calls than for arithmetic."""
-    assert len(list(spans(12500, 80))) == -(-1_000_000 // (BLOCK // 80 * 80))
+    threads = torch.get_num_threads()
+    try:
+        for count, factor in ((1, 1), (2, 2), (3, 2)):
+            torch.set_num_threads(count)
+            assert block_entries() == factor * ENTRIES
+            rows = block_entries() // 80
+            assert len(list(spans(12500, 80))) == -(-12500 // rows)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.bool])
@@ -54,9 +65,9 @@ def test_a_source_of_any_strides_and_dtype(generator, dtype, layout):
     for span in spans(20, 7):
         expected = tensor[span.rows, span.columns].float().flatten()
         assert torch.equal(source.read(span), expected)
-        out = torch.full((span.entries,), torch.nan)
-        assert source.copy(span, out) is out
-        assert torch.equal(out, expected)
+        assert source.read(span).dtype == torch.float32
+    rows, columns = np.array([3, 19, 0]), np.array([6, 0, 6])
+    assert torch.equal(source.pick(rows, columns), tensor[rows, columns].float())
 
 
 @pytest.mark.parametrize("shape", [(20, 7), (20, 1), (1, 7), (1, 1)])
@@ -107,6 +118,14 @@ def test_finite(wrong):
     values[3] = -wrong
     assert not finite(values)
     assert finite(values[:0])
+
+
+def test_a_scalar_is_made_once_and_usable_everywhere():
+    with torch.inference_mode():
+        number = scalar(0.123)
+    assert scalar(0.123) is number
+    assert not number.is_inference()
+    assert (number.dtype, number.shape) == (torch.float32, ())
 
 
 class TestWhereItApplies:

@@ -39,17 +39,17 @@ def test_terms(paper, generator, shape, kind):
     positives = 0.0
     for span in spans(*shape):
         here = span.rows, span.columns
-        values, slope, spare = torch.full((3, span.entries), torch.nan)
-        assert blocks.read(span, values)
+        buffer, other, out = torch.full((3, span.entries), torch.nan)
+        assert blocks.read(span)
         positives += blocks.positives(span)
-        slope = blocks.slope(values, slope)
-        paper.assert_close(slope.abs(), np.abs(slopes[here]).ravel(), lost[here].ravel())
-        if blocks.flips is not None:
-            places, signs = blocks.flips
-            turned = slope.clone()
-            turned[places] *= signs
-            paper.assert_close(turned, slopes[here].ravel())
-        found = blocks.losses(values, slope, spare)
+        slope = blocks.slope(out=buffer)
+        norm = blocks.norm(slope, out=other)
+        paper.assert_close(norm, np.abs(slopes[here]).ravel(), lost[here].ravel())
+        turned = slope.clone()
+        blocks.flip(turned)
+        paper.assert_close(turned, slopes[here].ravel(), lost[here].ravel())
+        found = blocks.losses(slope, out=out)
+        assert found is out
         paper.assert_close(found, losses[here].ravel(), lost[here].ravel())
     assert positives == pytest.approx(float((dense * valid).sum()), rel=1e-6)  # eps of float32
 
@@ -63,9 +63,9 @@ def test_small_and_large_losses_keep_their_digits(paper, kind):
         given = target[:, None] if kind == "soft" else 1 - target.long()
         blocks = reader(classification(logits[:, None], given))
         (span,) = spans(12, 1)
-        values, slope, spare = torch.empty(3, 12)
-        blocks.read(span, values)
-        found = blocks.losses(values, blocks.slope(values, slope), spare)
+        slope, out = torch.empty(2, 12)
+        assert blocks.read(span)
+        found = blocks.losses(blocks.slope(out=slope), out=out)
         truth, _ = paper.bce_parts(paper.as_numpy(logits), paper.as_numpy(target))
         paper.assert_close(found, truth)
 
@@ -81,20 +81,21 @@ def test_what_is_not_sound_is_found_unless_it_is_ignored(generator, poison, wher
             weight[11, 3] = 0
         blocks = reader(classification(logits, target, weight))
         for span in spans(20, 7):
-            values = torch.empty(span.entries)
             bad = span.rows.start <= 11 < span.rows.stop
-            assert blocks.read(span, values) == (sound or not bad)
+            assert blocks.read(span) == (sound or not bad)
+            assert blocks.read(span, counted=True) == (sound or not bad or weight is None)
             if sound:
-                assert values.isfinite().all()
+                slope, out = torch.empty(2, span.entries)
                 assert np.isfinite(blocks.positives(span))
-                assert blocks.slope(values, values).abs().max() <= 1
+                assert blocks.slope(out=slope).abs().max() <= 1
+                assert blocks.losses(slope, out=out).isfinite().all()
 
 
-@pytest.mark.parametrize("target", [-1e-7, 1.0000001])
+@pytest.mark.parametrize("target", [-1e-7, 1.0000001, torch.nan, -torch.nan, torch.inf])
 def test_a_target_just_out_of_range_is_not_sound(target):
     inputs = classification(torch.zeros(1, 1), torch.tensor([[target]]))
     (span,) = spans(1, 1)
-    assert not reader(inputs).read(span, torch.empty(1))
+    assert not reader(inputs).read(span)
 
 
 @pytest.mark.parametrize("classes", [3, 100])
@@ -113,6 +114,29 @@ def test_a_block_is_inputs_of_its_own(generator, classes):
         assert torch.equal(own * (part.index >= 0)[:, None], whole)
         assert torch.equal(part.index > width, index[span.rows] > classes)
         assert torch.equal(part.index < 0, index[span.rows] < 0)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_an_ignored_logit_of_the_foreground_may_be_anything(poison):
+    logits = torch.tensor([[poison, 1.0], [2.0, poison]])
+    weight = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    blocks = reader(classification(logits, torch.tensor([0, 1]), weight))
+    (span,) = spans(2, 2)
+    slope, out = torch.empty(2, 4)
+    assert blocks.read(span)
+    assert blocks.positives(span) == 0.0
+    assert blocks.slope(out=slope).isfinite().all()
+    assert blocks.losses(slope, out=out).isfinite().all()
+
+
+@pytest.mark.parametrize(("largest", "sound"), [(6, True), (7, True), (8, False)])
+@pytest.mark.parametrize("smallest", [0, -1, -(2**62)])
+def test_class_indices_in_range(largest, sound, smallest):
+    index = torch.tensor([smallest, 3, largest])
+    blocks = reader(classification(torch.zeros(3, 7), index))
+    (span,) = spans(3, 7)
+    assert blocks.read(span) == sound
+    assert (blocks.keep is None) or smallest < 0 or not sound
 
 
 def test_neither_kind_of_target():
