@@ -35,12 +35,12 @@ def losses() -> HeadLosses:
 
 
 def scene(seed: int, boxes: int) -> dict[str, Tensor]:
-    """Boxes of 4 to 250 pixels; no two of about one area, which torchvision cannot tell apart."""
+    """Boxes of 4 to 1500 pixels; no two of about one area, which torchvision cannot tell apart."""
     generator = torch.Generator().manual_seed(seed)
-    corner = torch.rand(boxes, 2, generator=generator) * torch.tensor([40.0, 20.0])
-    size = 4 * 1.3 ** (torch.arange(boxes)[:, None] + torch.rand(boxes, 2, generator=generator))
+    centre = torch.rand(boxes, 2, generator=generator) * torch.tensor([160.0, 96.0])
+    half = 2 * 1.45 ** (torch.arange(boxes)[:, None] + torch.rand(boxes, 2, generator=generator))
     labels = torch.randint(0, 10, (boxes,), generator=generator)
-    return {"boxes": torch.cat([corner, corner + size], 1), "labels": labels}
+    return {"boxes": torch.cat([centre - half, centre + half], 1), "labels": labels}
 
 
 class Recorder(torch.nn.Module):
@@ -94,6 +94,25 @@ def test_the_losses_are_torchvisions_where_they_should_be(config):
     for name, loss in ours.items():
         # Sums of up to 9 thousand float32 terms in different orders.
         assert float(loss.detach()) == pytest.approx(float(theirs[name].detach()), rel=1e-5)
+
+
+class Asked(torch.nn.Module):
+    def forward(self, *arguments):
+        self.arguments = [argument.detach() for argument in arguments]
+        return arguments[0].sum()
+
+
+def test_the_box_loss_is_asked_for_predictions_and_then_truths(config):
+    losses = HeadLosses(Asked(), Asked())
+    detector = FCOSDetector(config, losses).eval()
+    target = scene(0, 12)
+    detector(torch.randn(1, 3, *config.image_size), [target])
+    labels = detector.labels([target])[0]
+    own = detector.match(detector.anchors, target, detector.level_points)[labels < 10]
+    predicted, true = losses.regression.arguments
+    assert torch.equal(true, target["boxes"][own])
+    assert predicted.shape == true.shape
+    assert not torch.equal(predicted, true)
 
 
 def test_the_density_is_that_of_the_whole_batch(config, losses):
