@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from export.contract import (
     CardError,
     DetectorCard,
 )
+from export.seal import SEAL_KEY, is_broken, seal
 
 # A protobuf message cannot be larger, so a larger file is no ONNX file in one piece.
 MAX_FILE_BYTES = 2**31 - 1
@@ -45,6 +47,17 @@ _OUTPUT_TYPES = {
     "scores": (TensorProto.FLOAT, 2),
     "labels": (TensorProto.INT64, 2),
     "num_detections": (TensorProto.INT64, 1),
+}
+_ELEMENTS = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
+_ITEM_BYTES: dict[int, int] = {
+    TensorProto.FLOAT: 4,
+    TensorProto.FLOAT16: 2,
+    TensorProto.DOUBLE: 8,
+    TensorProto.INT8: 1,
+    TensorProto.UINT8: 1,
+    TensorProto.INT32: 4,
+    TensorProto.INT64: 8,
+    TensorProto.BOOL: 1,
 }
 
 
@@ -75,17 +88,19 @@ def read_detector(path: str | Path) -> DetectorFile:
         The file's card, digest and bytes.
 
     Raises:
-        CardError: The file is not ONNX, has no card or one that this version cannot read, lacks
-            an input, initializer or output of the contract, keeps data outside itself, or its
-            graph's thresholds are not those of its card. The message starts with the path.
+        CardError: The file is damaged, is not ONNX, has no card or one that this version cannot
+            read, lacks an input, initializer or output of the contract, keeps data outside itself,
+            or its graph's thresholds are not those of its card. The message starts with the path.
         OSError: The file cannot be read.
     """
     path = Path(path)
     try:
         content = _read(path)
+        if is_broken(content):
+            raise CardError("damaged: its bytes are not those whose digest it carries")
         model = _parse(content)
         card = _card(model)
-        _refuse_external_data(model)
+        _check_tensors(model)
         _check_graph(model.graph, card)
     except CardError as error:
         raise CardError(f"{path}: {error}") from error
@@ -122,18 +137,17 @@ def detector_bytes(model: ModelProto, card: DetectorCard) -> bytes:
     """
     written = ModelProto()
     written.CopyFrom(model)
-    others = [entry for entry in model.metadata_props if entry.key != CARD_KEY]
+    others = [entry for entry in model.metadata_props if entry.key not in (CARD_KEY, SEAL_KEY)]
     del written.metadata_props[:]
     written.metadata_props.extend(others)
     written.metadata_props.add(key=CARD_KEY, value=card.to_json())
     _check(written)
-    content: bytes = written.SerializeToString(deterministic=True)
-    return content
+    return seal(written.SerializeToString(deterministic=True), written.ir_version)
 
 
 def _check(model: ModelProto) -> None:
     """Hold a model that will be written against the contract, and against onnx itself."""
-    _refuse_external_data(model)
+    _check_tensors(model)
     _check_graph(model.graph, _card(model))
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -238,12 +252,22 @@ def _overridable(graph: GraphProto, name: str, length: int) -> npt.NDArray[np.fl
     return np.asarray(values, dtype=np.float32)
 
 
-def _refuse_external_data(model: ModelProto) -> None:
+def _check_tensors(model: ModelProto) -> None:
     inside_functions = (node for function in model.functions for node in function.node)
     for tensor in chain(_tensors(model.graph), *map(_tensors_of_node, inside_functions)):
         if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
             raise CardError(
                 f"tensor {tensor.name!r} is kept in another file; a detector carries its weights"
+            )
+        if tensor.data_type not in _ELEMENTS:
+            raise CardError(f"tensor {tensor.name!r} is {_element(tensor.data_type)}")
+        size = _ITEM_BYTES.get(tensor.data_type)
+        if min(tensor.dims, default=0) < 0 or (
+            size and tensor.raw_data and len(tensor.raw_data) != size * prod(tensor.dims)
+        ):
+            raise CardError(
+                f"tensor {tensor.name!r} is damaged: {len(tensor.raw_data)} bytes for"
+                f" {_element(tensor.data_type)} {list(tensor.dims)}"
             )
 
 

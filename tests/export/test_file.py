@@ -19,6 +19,7 @@ from export.contract import (
     TrainingCard,
 )
 from export.file import read_detector, write_detector
+from export.seal import SEAL_KEY
 
 Edit = Callable[[ModelProto], object]
 
@@ -422,7 +423,8 @@ def test_a_written_detector_is_read_again(tmp_path):
     assert read_detector(path).card == make_card()
     write_detector(path, onnx.load(path), make_card())  # its old card makes way for the new
     assert path.read_bytes() == content
-    assert [entry.key for entry in onnx.load(path).metadata_props] == ["author", CARD_KEY]
+    keys = [entry.key for entry in onnx.load(path).metadata_props]
+    assert keys == ["author", CARD_KEY, SEAL_KEY]
 
 
 @pytest.mark.parametrize(

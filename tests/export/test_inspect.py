@@ -142,7 +142,7 @@ def test_json_is_the_card_as_it_is_in_the_file(
 ) -> None:
     assert main(["inspect", str(file.path), "--json"]) == 0
     printed = capsys.readouterr().out
-    (entry,) = onnx.load(file.path).metadata_props
+    entry = onnx.load(file.path).metadata_props[0]
     assert printed == entry.value + "\n"
     assert json.loads(printed)["class_names"] == ["red", "green", "blue"]
 

@@ -1,0 +1,355 @@
+"""Damaged, foreign and malicious files: each is read, or refused in a sentence.
+
+Sealed files are damaged as disks and networks damage them. Files without a seal, as other tools
+write them, are damaged in ways that get past it, and whatever is read is served.
+"""
+
+import contextlib
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from export.contract import CARD_KEY, CardError, DetectorCard
+from export.file import DetectorFile, detector_bytes, read_detector
+from export.inspect import describe
+from service.model import ModelError, ServedModel
+
+FILES = 400  # of each kind, seven kinds
+MEMORY = 200 * 2**20  # bytes that reading a thousand files of 3 kB may leave the process larger by
+Rng = np.random.Generator
+Damage = Callable[[bytes, Rng], bytes]
+
+
+def make_card() -> dict[str, Any]:
+    entry = {"threshold": 0.5, "source": "policy", "support": 1, "ground_truths": 1}
+    return {
+        "format_version": 2,
+        "name": "pets",
+        "architecture": "none",
+        "backbone": "none",
+        "class_names": ["dog", "cat"],
+        "threshold_policy": "fixed=0.5",
+        "thresholds": [{"name": name, **entry} for name in ("dog", "cat")],
+        "iou_threshold": 0.5,
+        "candidates": 10,
+        "max_detections": 2,
+        "preprocessing": {"height": 8, "width": 16, "mean": [0, 0, 0], "std": [1, 1, 1]},
+        "statistics": {
+            "anchors": 1,
+            "positives": [1, 1],
+            "ground_truths": [1, 1],
+            "positive_scores": [[1], [1]],
+            "negative_scores": [[1], [1]],
+        },
+        "training": {
+            "data": "none",
+            "losses": {"strength": 0.25},
+            "seed": 0,
+            "steps": 0,
+            "versions": {"torch": "2.0"},
+            "checkpoint_sha256": "0" * 64,
+        },
+    }
+
+
+def make_model() -> ModelProto:
+    """A detector that finds the mean colour everywhere: small, and it runs."""
+    floats, info = TensorProto.FLOAT, helper.make_tensor_value_info
+    make = helper.make_node
+    nodes = [
+        make("ReduceMean", ["images", "axes"], ["grey"], keepdims=0),
+        make("Mul", ["grey", "zero"], ["nothing"]),
+        make("Sigmoid", ["nothing"], ["half"]),
+        make("Unsqueeze", ["half", "one"], ["scores"]),
+        make("GreaterOrEqual", ["scores", "threshold"], ["stands"]),
+        make("Slice", ["class_thresholds", "start", "end"], ["threshold"]),
+        make("Where", ["stands", "label", "padding"], ["labels"]),
+        make("Cast", ["stands"], ["whole"], to=TensorProto.INT64),
+        make("ReduceSum", ["whole", "one"], ["num_detections"], keepdims=0),
+        make("Unsqueeze", ["scores", "two"], ["corner"]),
+        make("Expand", ["corner", "four"], ["boxes"]),
+    ]
+    nodes.insert(4, nodes.pop(5))
+    constants = {
+        "axes": np.array([1, 2, 3]),
+        "zero": np.zeros(1, np.float32),
+        "one": np.array([1]),
+        "two": np.array([2]),
+        "start": np.array([0]),
+        "end": np.array([1]),
+        "label": np.array([[1]]),
+        "padding": np.array([[-1]]),
+        "four": np.array([1, 1, 4]),
+        "class_thresholds": np.full(2, 0.5, np.float32),
+        "iou_threshold": np.full(1, 0.5, np.float32),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [
+            info("images", floats, ["batch", 3, 8, 16]),
+            info("class_thresholds", floats, [2]),
+            info("iou_threshold", floats, [1]),
+        ],
+        [
+            info("boxes", floats, ["batch", "M", 4]),
+            info("scores", floats, ["batch", "M"]),
+            info("labels", TensorProto.INT64, ["batch", "M"]),
+            info("num_detections", TensorProto.INT64, ["batch"]),
+        ],
+        [numpy_helper.from_array(values, name) for name, values in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.fixture(scope="module")
+def sealed() -> bytes:
+    return detector_bytes(make_model(), DetectorCard.from_json(json.dumps(make_card())))
+
+
+@pytest.fixture(scope="module")
+def unsealed(sealed: bytes) -> bytes:
+    model = onnx.load_model_from_string(sealed)
+    del model.metadata_props[1:]
+    return model.SerializeToString()
+
+
+def cut(content: bytes, rng: Rng) -> bytes:
+    return content[: rng.integers(len(content))]
+
+
+def flip(content: bytes, rng: Rng) -> bytes:
+    changed = np.frombuffer(content, np.uint8).copy()
+    for place in rng.integers(len(changed), size=rng.integers(1, 9)):
+        changed[place] ^= 1 << rng.integers(8)
+    return changed.tobytes()
+
+
+def splice(content: bytes, rng: Rng) -> bytes:
+    """Bytes left out, doubled, moved over others, or put in from nowhere."""
+    a, b, c = (int(x) for x in np.sort(rng.integers(len(content), size=3)))
+    kinds = (
+        content[:a] + content[b:],
+        content[:b] + content[a:b] + content[b:],
+        content[:a] + content[b:c] + content[a + c - b :],
+        content[:a] + rng.bytes(rng.integers(1, 40)) + content[a:],
+    )
+    return kinds[rng.integers(len(kinds))]
+
+
+WRONG = [
+    *(None, True, False, -1, 0, 3, 10**30, 0.1, -0.5, 1.5, 1e308, float("nan"), float("inf")),
+    *("", "x", "0", "\ud800", "\n", "0" * 64, [], {}, [[]], {"": None}, [1, 2, 3], ["dog"]),
+    [0.0, 1.0, float("nan")],
+]
+
+
+def spoil_card(content: bytes, rng: Rng) -> bytes:
+    """A field of another type or range; one missing; one too many."""
+    model = onnx.load_model_from_string(content)
+    card = make_card()
+    for _ in range(rng.integers(1, 3)):
+        place: Any = card
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            if not keys:
+                break
+            key = keys[rng.integers(len(keys))]
+            if not isinstance(place[key], (dict, list)) or rng.random() < 0.3:
+                act = rng.integers(6)
+                if act == 0:
+                    del place[key]
+                elif act == 1 and isinstance(place, dict):
+                    place[f"{key}_"] = 1
+                else:
+                    place[key] = WRONG[rng.integers(len(WRONG))]
+                break
+            place = place[key]
+    text = json.dumps(card)
+    helper.set_model_props(model, {CARD_KEY: text})
+    return model.SerializeToString()
+
+
+def tensor(model: ModelProto, rng: Rng) -> TensorProto:
+    tensors = model.graph.initializer
+    return tensors[rng.integers(len(tensors))]
+
+
+def node(model: ModelProto, rng: Rng) -> onnx.NodeProto:
+    return model.graph.node[rng.integers(len(model.graph.node))]
+
+
+def value(model: ModelProto, rng: Rng) -> onnx.ValueInfoProto:
+    values = [*model.graph.input, *model.graph.output]
+    return values[rng.integers(len(values))]
+
+
+def cycle(model: ModelProto, rng: Rng) -> None:
+    one = node(model, rng)
+    one.input[0] = one.output[0]
+
+
+def external(model: ModelProto, rng: Rng) -> None:
+    one = tensor(model, rng)
+    one.data_location = TensorProto.EXTERNAL
+    one.external_data.add(key="location", value="/etc/passwd")
+
+
+def nested(model: ModelProto, rng: Rng) -> None:
+    graph = helper.make_graph([], "leaf", [], [])
+    for _ in range(rng.integers(1, 28)):  # protobuf builds no more
+        graph = helper.make_graph(
+            [helper.make_node("If", ["stands"], ["x"], then_branch=graph)], "in", [], []
+        )
+    model.graph.node.append(helper.make_node("If", ["stands"], ["y"], then_branch=graph))
+
+
+def recursive(model: ModelProto, rng: Rng) -> None:
+    call = helper.make_node("again", ["x"], ["y"], domain="here")
+    opset = [helper.make_opsetid("", 18), helper.make_opsetid("here", 1)]
+    model.functions.append(helper.make_function("here", "again", ["x"], ["y"], [call], opset))
+    model.opset_import.add(domain="here", version=1)
+    model.graph.node.append(helper.make_node("again", ["half"], ["z"], domain="here"))
+
+
+SIZES = [-1, 0, 1, 2, 7, 2**31, 2**40, 2**62]
+STRUCTURE: list[Callable[[ModelProto, Rng], object]] = [
+    cycle,
+    external,
+    nested,
+    recursive,
+    lambda m, r: setattr(m, "ir_version", int(r.choice([*SIZES, 11, 13, 99]))),
+    lambda m, r: setattr(m.opset_import[0], "version", int(r.choice([*SIZES, 1, 9, 17, 26, 99]))),
+    lambda m, _: setattr(m.opset_import[0], "domain", "ai.onnx.ml"),
+    lambda m, _: m.opset_import.append(m.opset_import[0]),
+    lambda m, _: m.ClearField("opset_import"),
+    lambda m, r: setattr(node(m, r), "op_type", str(r.choice(["", "Nothing", "Conv", "Loop"]))),
+    lambda m, r: setattr(node(m, r), "domain", "com.example"),
+    lambda m, r: m.graph.node.append(node(m, r)),
+    lambda m, r: m.graph.node.remove(node(m, r)),
+    lambda m, r: node(m, r).ClearField("input"),
+    lambda m, r: node(m, r).input.append("nowhere"),
+    lambda m, r: m.graph.output.append(m.graph.output[r.integers(4)]),
+    lambda m, r: m.graph.input.append(m.graph.input[r.integers(3)]),
+    lambda m, r: m.graph.initializer.append(tensor(m, r)),
+    lambda m, r: m.graph.initializer.remove(tensor(m, r)),
+    lambda m, r: tensor(m, r).dims.append(int(r.choice(SIZES))),
+    lambda m, r: tensor(m, r).dims.__setitem__(0, int(r.choice(SIZES))),
+    lambda m, r: setattr(tensor(m, r), "data_type", int(r.integers(0, 40))),
+    lambda m, r: setattr(tensor(m, r), "raw_data", r.bytes(r.integers(0, 20))),
+    lambda m, r: tensor(m, r).float_data.append(float(r.choice([np.nan, np.inf, -1, 0.5]))),
+    lambda m, r: tensor(m, r).segment.CopyFrom(TensorProto.Segment(begin=5, end=2)),
+    lambda m, r: setattr(value(m, r).type.tensor_type, "elem_type", int(r.integers(0, 40))),
+    lambda m, r: value(m, r).type.tensor_type.shape.dim.add(dim_value=int(r.choice(SIZES))),
+    lambda m, r: value(m, r).type.sequence_type.elem_type.SetInParent(),
+    lambda m, r: value(m, r).ClearField("type"),
+    lambda m, r: setattr(value(m, r), "name", str(r.choice(["", "scores", "half", "images"]))),
+    lambda m, _: m.metadata_props.append(m.metadata_props[0]),
+    lambda m, r: setattr(m.metadata_props[0], "value", "[" * int(r.choice([1, 900, 100_000]))),
+]
+
+
+def restructure(content: bytes, rng: Rng) -> bytes:
+    model = onnx.load_model_from_string(content)
+    for _ in range(rng.integers(1, 3)):
+        STRUCTURE[rng.integers(len(STRUCTURE))](model, rng)
+    return model.SerializeToString()
+
+
+def read_or_refuse(path: Path, content: bytes, refusals: list[str]) -> DetectorFile | None:
+    path.write_bytes(content)
+    try:
+        file = read_detector(path)
+    except CardError as error:
+        refusals.append(str(error))
+        return None
+    finally:
+        assert all(text.startswith(f"{path}: ") and "\n" not in text for text in refusals[-1:])
+    assert file.content == content
+    assert DetectorCard.from_json(file.card.to_json()) == file.card
+    graph = onnx.load_model_from_string(content).graph
+    defaults = {one.name: one for one in graph.initializer}
+    for name, wanted in (
+        ("class_thresholds", file.card.class_thresholds),
+        ("iou_threshold", [file.card.iou_threshold]),
+    ):
+        assert numpy_helper.to_array(defaults[name]).tolist() == wanted
+    return file
+
+
+@pytest.mark.parametrize("damage", [cut, flip, splice])
+def test_a_sealed_file_is_read_only_if_what_was_sealed_is_whole(
+    sealed: bytes, tmp_path: Path, damage: Damage
+) -> None:
+    rng, refusals = np.random.default_rng(1), []
+    body = sealed[:-120]
+    for _ in range(FILES):
+        content = damage(sealed, rng)
+        file = read_or_refuse(tmp_path / "x.onnx", content, refusals)
+        assert file is None or content.startswith(body)
+    assert len(refusals) > 0.9 * FILES
+
+
+def serve(file: DetectorFile) -> None:
+    """It answers, or says that it cannot; nothing else may come out."""
+    with contextlib.suppress(ModelError):
+        ServedModel(file, provider="cpu").warm_up()
+
+
+@pytest.mark.parametrize("damage", [flip, splice, spoil_card, restructure])
+def test_an_unsealed_file_is_refused_or_served_as_its_card_says(
+    unsealed: bytes, tmp_path: Path, damage: Damage
+) -> None:
+    rng, refusals, read = np.random.default_rng(2), [], 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(FILES):
+        file = read_or_refuse(tmp_path / "x.onnx", damage(unsealed, rng), refusals)
+        if file is not None:
+            read += 1
+            assert describe(file)
+            serve(file)
+    assert len(refusals) > 0.1 * FILES
+    assert read > 0  # a splice seldom leaves anything to read
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < MEMORY
+
+
+def test_the_undamaged_file_is_read_and_served(sealed: bytes, unsealed: bytes, tmp_path) -> None:
+    for content in (sealed, unsealed):
+        file = read_or_refuse(tmp_path / "x.onnx", content, [])
+        assert file is not None
+        model = ServedModel(file, provider="cpu")
+        (found,) = model.detect(np.zeros((1, 3, 8, 16), np.float32))
+        assert (found.scores.tolist(), found.labels.tolist()) == ([0.5], [1])
+
+
+@pytest.mark.parametrize("version", [3, 99, 10**30])
+def test_a_newer_card_says_upgrade(unsealed: bytes, tmp_path: Path, version: int) -> None:
+    model = onnx.load_model_from_string(unsealed)
+    card = {"format_version": version, "a field of the future": {}}
+    helper.set_model_props(model, {CARD_KEY: json.dumps(card)})
+    refusals: list[str] = []
+    assert read_or_refuse(tmp_path / "x.onnx", model.SerializeToString(), refusals) is None
+    assert f"format_version {version}; this package reads up to 2. Upgrade" in refusals[0]
+
+
+def test_a_graph_within_graphs_without_end_is_refused(unsealed: bytes, tmp_path: Path) -> None:
+    def field(number: int, content: bytes) -> bytes:
+        size, length = len(content), b""
+        while size > 127:
+            size, length = size >> 7, length + bytes([size & 127 | 128])
+        return bytes([number << 3 | 2]) + length + bytes([size]) + content
+
+    graph = b""
+    for _ in range(5000):
+        graph = field(1, field(5, field(6, graph)))  # node, attribute, graph
+    refusals: list[str] = []
+    assert read_or_refuse(tmp_path / "x.onnx", unsealed + field(7, graph), refusals) is None
+    assert refusals[0].endswith("not an ONNX file, or cut short")
