@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.ops import clip_boxes_to_image
+from torchvision.ops import box_iou, clip_boxes_to_image
 
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.rpn import ProposalNetwork
@@ -105,3 +105,27 @@ def test_boxes_are_float32_under_autocast(config):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         objectness, deltas = rpn.head(pyramid(1))
     assert {x.dtype for x in (*objectness, *deltas)} == {torch.float32}
+
+
+def test_anchors_grow_with_the_stride_and_the_scale(config):
+    rpn = network(dataclasses.replace(config, anchor_scale=2.5))
+    areas = (rpn.anchors[:, 2:] - rpn.anchors[:, :2]).prod(1).sqrt()
+    for stride, own in zip(STRIDES, areas.split(rpn.level_anchors), strict=True):
+        # torchvision rounds the corners of anchors to whole pixels.
+        assert float(own.median()) == pytest.approx(2.5 * stride, abs=1)
+
+
+def test_anchors_are_objects_from_an_iou_of_0_7_and_background_below_0_3(config):
+    rpn = network(config)
+    # Nearly half-way between two anchors of 24 pixels: IoU 0.72 and 0.71, and 0.66 and 0.63.
+    shift = torch.tensor([[3.9, 0.0, 3.9, 0.0], [3.7, 1.5, 3.7, 1.5]])
+    boxes = rpn.anchors[[103, 187]] + shift
+    (labels,), _ = rpn.assign_targets_to_anchors([rpn.anchors], [{"boxes": boxes}])
+    overlap = box_iou(boxes, rpn.anchors)
+    best = overlap.amax(0)
+    nearest = (overlap == overlap.amax(1, keepdim=True)).any(0)  # of a box, whatever the IoU
+    assert torch.equal(labels == 1, (best >= 0.7) | nearest)
+    assert torch.equal(labels == -1, (best >= 0.3) & (best < 0.7) & ~nearest)
+    assert int((labels == 1).sum()) > 2
+    between = (best >= 0.6) & (best < 0.7) & ~nearest
+    assert bool(between.any())
