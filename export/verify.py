@@ -17,6 +17,7 @@ from export.detector import make_card
 from export.file import read_detector
 from export.runtimes import Runtime, find_runtimes, how_to_install
 from export.side_by_side import CHECKPOINT, Findings, Found, SideBySide
+from export.thresholds import set_thresholds
 from ghm_triton.detection.checkpoint import Checkpoint, sha256_of
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.evaluate import MeanAveragePrecision, mean_average_precision
@@ -242,7 +243,11 @@ def card_problems(card: DetectorCard, checkpoint: Checkpoint, sha256: str) -> li
                 policy=card.threshold_policy,
                 iou_threshold=card.iou_threshold,
                 name=card.name,
-            ).model_copy(update={"input": card.input, "format_version": card.format_version})
+            ).model_copy(update={"input": card.input})
+        by_hand = {e.name: e.threshold for e in card.thresholds if e.source == "manual"}
+        if by_hand:  # the evidence at such a threshold must be the checkpoint's all the same
+            expected = set_thresholds(expected, by_hand)
+        expected = expected.model_copy(update={"format_version": card.format_version})
     except ValueError as error:
         return [*problems, f"the checkpoint does not give such a card: {error}"]
     ours, theirs = json.loads(expected.to_json()), json.loads(card.to_json())

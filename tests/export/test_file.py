@@ -323,69 +323,6 @@ def test_names_that_are_not_utf8_are_refused_in_a_sentence(tmp_path):
         read_detector(path)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("damaged")
-
-
-def cut(content: bytes, rng: np.random.Generator) -> bytes:
-    return content[: rng.integers(len(content))]
-
-
-def flip_bits(content: bytes, rng: np.random.Generator) -> bytes:
-    bits = np.frombuffer(content, np.uint8).copy()
-    for place in rng.integers(len(bits), size=rng.integers(1, 9)):
-        bits[place] ^= 1 << rng.integers(8)
-    return bits.tobytes()
-
-
-def move_bytes(content: bytes, rng: np.random.Generator) -> bytes:
-    a, b = np.sort(rng.integers(len(content), size=2))
-    return content[b:] + content[a:b] + content[:a]
-
-
-def change_card(content: bytes, rng: np.random.Generator) -> bytes:
-    model = onnx.load_model_from_string(content)
-    card = bytearray(model.metadata_props[0].value.encode())
-    for place in rng.integers(len(card), size=rng.integers(1, 4)):
-        card[place] = rng.choice(list(b'0123456789.-eE"{}[],:nulatrfs'))
-    set_card(card.decode())(model)
-    return model.SerializeToString()
-
-
-def change_defaults(content: bytes, rng: np.random.Generator) -> bytes:
-    model = onnx.load_model_from_string(content)
-    odd = [np.nan, np.inf, -np.inf, -0.5, 2.0, 0.5, 1e-45]
-    length = int(rng.integers(0, 4))
-    dtype = rng.choice(["f4", "f8", "i8", "f2"])
-    with np.errstate(invalid="ignore"):
-        replace("class_thresholds", rng.choice(odd, length).astype(dtype))(model)
-    return model.SerializeToString()
-
-
-@pytest.mark.parametrize("damage", [cut, flip_bits, move_bytes, change_card, change_defaults])
-def test_four_hundred_damaged_files_of_a_kind_are_read_or_refused_in_a_sentence(folder, damage):
-    rng, whole = np.random.default_rng(0), make_model().SerializeToString()
-    path, refusals = folder / "fuzzed.onnx", []
-    for _ in range(400):
-        content = damage(whole, rng)
-        path.write_bytes(content)
-        try:
-            file = read_detector(path)
-        except CardError as error:
-            refusals.append(str(error))
-            continue
-        assert file.content == content
-        (defaults,) = (
-            numpy_helper.to_array(tensor)
-            for tensor in onnx.load_model_from_string(content).graph.initializer
-            if tensor.name == "class_thresholds"
-        )
-        assert defaults.tolist() == file.card.class_thresholds
-    assert len(refusals) > 200
-    assert not [text for text in refusals if "\n" in text]
-
-
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="none"):
         read_detector(tmp_path / "none.onnx")

@@ -25,6 +25,7 @@ from export.contract import (
 )
 from export.file import read_detector
 from export.thresholds import evidence, rewrite_thresholds, set_thresholds
+from export.verify import card_problems
 from ghm_triton.cli import main
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.thresholds import ClassThresholds, ThresholdWarning
@@ -156,6 +157,29 @@ def test_the_same_wish_gives_the_same_bytes(detector_path: Path, tmp_path: Path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     rewrite_thresholds(paths[0], paths[0], {"red": 0.1}, every=0.3)  # once more, in place
     assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_a_file_set_by_hand_still_verifies(card: DetectorCard, checkpoint: Checkpoint) -> None:
+    sha256 = card.training.checkpoint_sha256
+    changed = set_thresholds(card, {"green": 0.4}, iou_threshold=0.6)
+    assert card_problems(changed, checkpoint, sha256) == []
+    flattered = changed.thresholds[1].model_copy(update={"precision": 1.0})
+    thresholds = [changed.thresholds[0], flattered, changed.thresholds[2]]
+    (problem,) = card_problems(
+        changed.model_copy(update={"thresholds": thresholds}), checkpoint, sha256
+    )
+    assert problem.startswith("the card's thresholds is")
+
+
+def test_an_unknown_class_set_by_hand_does_not_verify(
+    card: DetectorCard, checkpoint: Checkpoint
+) -> None:
+    odd = [entry.model_copy(update={"source": "manual"}) for entry in card.thresholds]
+    odd[0] = odd[0].model_copy(update={"name": "pink"})
+    (problem,) = card_problems(
+        card.model_copy(update={"thresholds": odd}), checkpoint, card.training.checkpoint_sha256
+    )
+    assert "unknown class 'pink'" in problem
 
 
 def ghm(*words: object) -> int:
