@@ -131,9 +131,9 @@ class FasterRCNNDetector(Detector):
             scores, ranks = torch.softmax(logits, dim=2)[..., 1:], softmax_logits(logits)[..., 1:]
         else:
             scores, ranks = torch.sigmoid(logits), logits
+        # Where there is no proposal, there is no side either.
         solid = (boxes[..., 2:] - boxes[..., :2]).amin(dim=3) >= SMALLEST_SIDE
-        stands = solid & exist.unsqueeze(2)
-        return Predictions(boxes, torch.where(stands, scores, 0.0), torch.where(stands, ranks, OUT))
+        return Predictions(boxes, torch.where(solid, scores, 0.0), torch.where(solid, ranks, OUT))
 
     def pool(self, features: dict[str, Tensor], proposals: Tensor, exist: Tensor) -> Tensor:
         """RoIAlign of every proposal on its level of the pyramid, without a loop over the batch.
