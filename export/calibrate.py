@@ -23,17 +23,15 @@ Image = npt.NDArray[np.float32]
 BINS = 2048
 
 
-def observe_ranges(
-    model: ModelProto, core: Core, images: Iterable[Image], percentile: float
-) -> Any:
+def observe_ranges(model: ModelProto, core: Core, images: Iterable[Image], coverage: float) -> Any:
     """The range of every activation that the core takes or makes.
 
     Args:
         model: A detector's graph, float32.
         core: Its core.
         images: Prepared images, float32 `[3, H, W]`, seen one at a time; at least one.
-        percentile: Above 50; that of an activation's values, over all images, at which its range
-            ends, and starts as far from the other end. 100 takes in every value.
+        coverage: Per cent of an activation's values, over all images, that its range holds; half
+            of the rest is cut off at either end. 100 takes in every value.
 
     Returns:
         onnxruntime's `TensorsData`.
@@ -41,8 +39,8 @@ def observe_ranges(
     Raises:
         ValueError: There are no images.
     """
-    method = CalibrationMethod.MinMax if percentile == 100 else CalibrationMethod.Percentile
-    options = {} if percentile == 100 else {"num_bins": BINS, "percentile": percentile}
+    method = CalibrationMethod.MinMax if coverage == 100 else CalibrationMethod.Percentile
+    options = {"num_bins": BINS, "percentile": coverage, "symmetric": False}
     with tempfile.TemporaryDirectory(prefix="ghm.calibrate.") as folder:
         path = Path(folder, "upstream.onnx")
         onnx.save_model(_upstream(model, core), path)
@@ -51,7 +49,7 @@ def observe_ranges(
             core.op_types,
             augmented_model_path=str(path.with_name("observed.onnx")),
             calibrate_method=method,
-            extra_options=options,
+            extra_options={} if coverage == 100 else options,
         )
         seen = 0
         with contextlib.redirect_stdout(io.StringIO()):  # it prints a line an image

@@ -28,8 +28,8 @@ class Int8Recipe:
     """How numbers become integers; what the defaults are worth is in `benchmarks/quantize.py`.
 
     Attributes:
-        percentile: See `export.calibrate.observe_ranges`. A few outliers cost every other value
-            resolution; cutting off more than these costs more.
+        coverage: Per cent of an activation's values that its range holds, see `observe_ranges`. A
+            few outliers cost every other value resolution; cutting off more than these costs more.
         weight_bits: 8, or 7: then no sum of two products leaves 16 bits, and processors without
             VNNI (or AMX) compute what those with it do.
         per_channel: Whether every channel of a weight has a scale of its own.
@@ -37,14 +37,14 @@ class Int8Recipe:
             closer to the checkpoint.
     """
 
-    percentile: float = 99.999
+    coverage: float = 99.999
     weight_bits: int = 7
     per_channel: bool = True
     float_last: bool = False
 
     def __post_init__(self) -> None:
-        if not 50.0 < self.percentile <= 100.0:
-            raise ValueError(f"percentile must lie above 50 and up to 100, got {self.percentile}")
+        if not 0.0 < self.coverage <= 100.0:
+            raise ValueError(f"coverage must lie in (0, 100], got {self.coverage}")
         if self.weight_bits not in (7, 8):
             raise ValueError(f"weight_bits must be 7 or 8, got {self.weight_bits}")
 
@@ -67,7 +67,7 @@ def to_int8(
         ValueError: There are no images, or no layers with weights.
     """
     made, core = _copy(model)
-    ranges = observe_ranges(made, core, images, recipe.percentile)
+    ranges = observe_ranges(made, core, images, recipe.coverage)
     chosen = [node.name for node in core.nodes if not _stays_float(node.name, made, core, recipe)]
     quantizer = QDQQuantizer(
         made,

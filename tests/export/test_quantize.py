@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, parser
+
+from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
+from export.core import find_core
+from export.file import read_detector, write_detector
+from export.graph import build_graph
+from export.measure import load
+from export.quantize import Int8Recipe, to_float16, to_int8
+from ghm_triton.detection.config import DetectorConfig
+from ghm_triton.detection.data import Sample
+from ghm_triton.detection.model import build_detector
+from ghm_triton.detection.transforms import Letterbox
+
+Tensors = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def images(samples: list[Sample], config: DetectorConfig) -> list[np.ndarray]:
+    letterbox = Letterbox(config)
+    return [letterbox(sample.image)[0].numpy() for sample in samples]
+
+
+@pytest.fixture(scope="module")
+def model(detector_path: Path) -> ModelProto:
+    return onnx.load(detector_path)
+
+
+@pytest.fixture(scope="module")
+def int8(model: ModelProto, images: list[np.ndarray]) -> ModelProto:
+    return to_int8(model, images)
+
+
+@pytest.fixture(scope="module")
+def float16(model: ModelProto) -> ModelProto:
+    return to_float16(model)
+
+
+@pytest.fixture(params=["int8", "float16"])
+def smaller(request: pytest.FixtureRequest) -> ModelProto:
+    return request.getfixturevalue(request.param)
+
+
+def initializers(model: ModelProto) -> Tensors:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def answer(model: ModelProto, batch: np.ndarray, *names: str, **feeds: np.ndarray) -> Tensors:
+    """What a graph computes: its outputs, and any other values by name."""
+    probed = ModelProto()
+    probed.CopyFrom(model)
+    for name in names:
+        probed.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    wanted = [*OUTPUTS, *names]
+    results = load(probed.SerializeToString()).run(wanted, {INPUT: batch, **feeds})
+    return dict(zip(wanted, results, strict=True))
+
+
+def outside(model: ModelProto) -> Iterator[NodeProto]:
+    """Nodes that are no part of the core."""
+    core = {node.name for node in find_core(model.graph).nodes}
+    return (node for node in model.graph.node if node.name not in core)
+
+
+def test_the_contract_is_kept(
+    smaller: ModelProto, detector_path: Path, tmp_path: Path, images: list[np.ndarray]
+) -> None:
+    card = read_detector(detector_path).card
+    write_detector(tmp_path / "smaller.onnx", smaller, card)  # onnx's own checks are in it
+    file = read_detector(tmp_path / "smaller.onnx")
+    assert file.card == card
+    session = load(file.content)
+    defaults = {
+        value.name: (value.type, value.shape) for value in session.get_overridable_initializers()
+    }
+    assert defaults == {
+        THRESHOLDS_INPUT: ("tensor(float)", [3]),
+        IOU_INPUT: ("tensor(float)", [1]),
+    }
+    assert smaller.ir_version == 10
+    assert [(entry.domain, entry.version) for entry in smaller.opset_import] == [("", 18)]
+    assert smaller.producer_name == "ghm-triton"
+    for size in (1, 3):
+        found = answer(smaller, np.stack(images[:size]))
+        assert [len(found[name]) for name in OUTPUTS] == [size] * 4
+        assert found["num_detections"].min() > 0
+    none = answer(smaller, images[0][None], class_thresholds=np.full(3, 1.1, np.float32))
+    assert none["num_detections"].tolist() == [0]
+
+
+def test_only_the_core_changes(model: ModelProto, smaller: ModelProto) -> None:
+    """What compares scores, decodes boxes and suppresses is there as it was, on the same names."""
+    before = {node.name: node for node in outside(model)}
+    after = {node.name: node for node in smaller.graph.node}
+    assert len(before) > 80
+    for name, node in before.items():
+        assert after[name].op_type == node.op_type
+        assert list(after[name].output) == list(node.output)
+        assert after[name].attribute == node.attribute
+    kept = initializers(smaller)
+    for name in {name for node in before.values() for name in node.input}:
+        if (tensor := initializers(model).get(name)) is not None:
+            assert kept[name].dtype == tensor.dtype
+            assert np.array_equal(kept[name], tensor)
+
+
+def test_the_model_is_left_as_it_was(detector_path: Path, images: list[np.ndarray]) -> None:
+    model = onnx.load(detector_path)
+    before = model.SerializeToString(deterministic=True)
+    to_int8(model, images[:1])
+    to_float16(model)
+    assert model.SerializeToString(deterministic=True) == before
+
+
+def test_the_same_model_and_images_give_the_same_graph(
+    int8: ModelProto,
+    float16: ModelProto,
+    detector_path: Path,
+    tmp_path: Path,
+    images: list[np.ndarray],
+) -> None:
+    np.save(tmp_path / "images.npy", np.stack(images))
+    code = """
+import sys, numpy, onnx
+from export.quantize import to_float16, to_int8
+model, images, folder = onnx.load(sys.argv[1]), numpy.load(sys.argv[2]), sys.argv[3]
+for name, made in (("int8", to_int8(model, images)), ("float16", to_float16(model))):
+    open(f"{folder}/{name}", "wb").write(made.SerializeToString(deterministic=True))
+"""
+    subprocess.run(
+        [sys.executable, "-c", code, detector_path, tmp_path / "images.npy", tmp_path],
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+    )
+    assert (tmp_path / "int8").read_bytes() == int8.SerializeToString(deterministic=True)
+    assert (tmp_path / "float16").read_bytes() == float16.SerializeToString(deterministic=True)
+
+
+def layers_of(model: ModelProto) -> list[NodeProto]:
+    return [node for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
+
+
+def readers(model: ModelProto, name: str) -> list[NodeProto]:
+    return [node for node in model.graph.node if name in node.input]
+
+
+def dequantized(model: ModelProto) -> dict[str, NodeProto]:
+    return {n.output[0]: n for n in model.graph.node if n.op_type == "DequantizeLinear"}
+
+
+def in_integers(model: ModelProto) -> list[NodeProto]:
+    made = dequantized(model)
+    return [node for node in layers_of(model) if all(name in made for name in node.input)]
+
+
+def test_layers_compute_with_integers_of_7_and_8_bits(int8: ModelProto) -> None:
+    kept, made, chosen = initializers(int8), dequantized(int8), in_integers(int8)
+    # All but the first, which sees three colours in windows of 3 x 3.
+    left = [node.input[0] for node in layers_of(int8) if node not in chosen]
+    assert (len(chosen), left) == (31, [INPUT])
+    for layer in chosen:
+        activation, weight, *bias = (made[name] for name in layer.input)
+        assert kept[activation.input[2]].dtype == np.uint8
+        numbers, scales = kept[weight.input[0]], kept[weight.input[1]]
+        assert numbers.dtype == np.int8
+        assert scales.shape == numbers.shape[:1]  # one a channel
+        assert not kept[weight.input[2]].any()  # symmetric
+        # So that two products, each of a uint8 and such a weight, fit in 16 bits.
+        assert np.abs(numbers.astype(int)).max() == 64
+        # Several levels share a bias, each with a scale of its own.
+        for node in bias:
+            assert kept[node.input[0]].dtype == np.int32
+            scale = kept[activation.input[1]] * scales
+            assert kept[node.input[1]] == pytest.approx(scale, rel=1e-6)  # float32
+        # What a layer gives is rounded at once, so that no float32 comes in between.
+        assert [node.op_type for node in readers(int8, layer.output[0])] == ["QuantizeLinear"]
+
+
+def said(model: ModelProto, made: ModelProto) -> list[tuple[str, str]]:
+    """What the last layers say, by its name in a model and in what was made of that."""
+    names = []
+    for layer in find_core(model.graph).last:
+        name = layer.output[0]
+        (reader, *_) = readers(made, name)
+        if reader.op_type == "QuantizeLinear":
+            (reader,) = readers(made, reader.output[0])
+            names.append((name, reader.output[0]))
+        else:
+            names.append((name, name))
+    return names
+
+
+def errors(model: ModelProto, made: ModelProto, images: list[np.ndarray]) -> list[float]:
+    """Of what each of the last layers says: spread of the error by the range, which has a zero."""
+    batch = np.stack(images)
+    names, new_names = zip(*said(model, made), strict=True)
+    truth, found = answer(model, batch, *names), answer(made, batch, *new_names)
+    return [
+        float(
+            np.std(found[new] - truth[name]) / np.ptp([0.0, truth[name].min(), truth[name].max()])
+        )
+        for name, new in zip(names, new_names, strict=True)
+    ]
+
+
+# Ten layers in a row, each off by a step of 1 / 255 of its range; errors that know nothing of each
+# other add up by their squares. Likewise with float16, whose step is 2**-11.
+INT8_ERROR = 10**0.5 / 255
+FLOAT16_ERROR = 10**0.5 / 2**11
+# A group norm divides by how much a few numbers differ, and their errors with them.
+NORMED = 3.0
+
+
+def test_the_detector_says_nearly_what_it_said(
+    model: ModelProto, int8: ModelProto, float16: ModelProto, images: list[np.ndarray]
+) -> None:
+    assert max(errors(model, int8, images)) < INT8_ERROR
+    assert max(errors(model, float16, images)) < FLOAT16_ERROR
+
+
+def test_a_recipe_is_followed(
+    model: ModelProto, int8: ModelProto, images: list[np.ndarray]
+) -> None:
+    recipes = {
+        "8 bits": Int8Recipe(weight_bits=8),
+        "by tensor": Int8Recipe(per_channel=False),
+        "cut": Int8Recipe(coverage=98.0),
+        "last": Int8Recipe(float_last=True),
+    }
+    made = {name: to_int8(model, images, recipe) for name, recipe in recipes.items()}
+    error = {name: np.mean(errors(model, each, images)) for name, each in made.items()}
+    usual = np.mean(errors(model, int8, images))
+    assert error["8 bits"] < usual < error["by tensor"] < error["cut"]
+    assert error["last"] < usual
+    left = [n.name for n in layers_of(made["last"]) if n not in in_integers(made["last"])]
+    core = find_core(model.graph)
+    assert sorted(left) == sorted(node.name for node in (*core.first, *core.last))
+
+
+@pytest.mark.parametrize("coverage", [0.0, 100.1, float("nan")])
+def test_a_coverage_is_a_share(coverage: float) -> None:
+    with pytest.raises(ValueError, match=rf"coverage must lie in \(0, 100\], got {coverage}"):
+        Int8Recipe(coverage=coverage)
+
+
+def test_weights_have_7_or_8_bits() -> None:
+    with pytest.raises(ValueError, match="weight_bits must be 7 or 8, got 4"):
+        Int8Recipe(weight_bits=4)
+
+
+def test_there_must_be_images(model: ModelProto) -> None:
+    with pytest.raises(ValueError, match="no images to calibrate on"):
+        to_int8(model, [])
+
+
+def test_float16_is_half_the_weights(model: ModelProto, float16: ModelProto) -> None:
+    before, after = initializers(model), initializers(float16)
+    weights = [name for node in layers_of(float16) for name in node.input[1:]]
+    assert len(layers_of(float16)) == 32
+    assert {after[name].dtype for name in weights} == {np.dtype(np.float16)}
+    originals = [name for node in layers_of(model) for name in node.input[1:]]
+    size = sum(before[name].nbytes for name in set(originals))
+    assert sum(after[name].nbytes for name in set(weights)) == size // 2
+
+
+def test_a_constant_of_core_and_rest_stays_float32_for_the_rest() -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    g (float[b, 1, 2, 2] images) => (float[b, 1, 2, 2] y)
+    <float[1, 1, 1, 1] w = {0.1}>
+    {
+        [layer] a = Conv (images, w)
+        [tail] y = Mul (a, w)
+    }
+    """
+    made = to_float16(parser.parse_model(text))
+    (tail,) = (node for node in made.graph.node if node.name == "tail")
+    assert initializers(made)[tail.input[1]].tolist() == [[[[np.float32(0.1)]]]]
+    session = load(made.SerializeToString())
+    (found,) = session.run(None, {INPUT: np.ones((1, 1, 2, 2), np.float32)})
+    half = np.float32(np.float16(0.1))
+    assert np.array_equal(found, np.full((1, 1, 2, 2), half * np.float32(0.1)))
+
+
+@pytest.mark.parametrize(("architecture", "factor"), [("fcos", NORMED), ("faster-rcnn", 1.0)])
+def test_other_detectors(architecture: str, factor: float) -> None:
+    torch.manual_seed(0)
+    config = DetectorConfig(("a", "b"), (64, 64), channels=16, architecture=architecture)
+    model = build_graph(build_detector(config), [0.0, 0.0], 0.5)
+    generator = np.random.default_rng(0)
+    images = [generator.standard_normal((3, 64, 64)).astype(np.float32) for _ in range(2)]
+    made = {"int8": to_int8(model, images), "float16": to_float16(model)}
+    for name, limit in (("int8", INT8_ERROR), ("float16", FLOAT16_ERROR)):
+        onnx.checker.check_model(made[name], full_check=True)
+        # The second stage of Faster R-CNN looks at the regions that the first chose.
+        convolutions = [n for n in find_core(model.graph).last if n.op_type == "Conv"]
+        assert max(errors(model, made[name], images)[: len(convolutions)]) < factor * limit
+        assert answer(made[name], images[0][None])["num_detections"].tolist() == [100]
+    left = [n.input[0] for n in layers_of(made["int8"]) if n not in in_integers(made["int8"])]
+    assert left == [INPUT]
