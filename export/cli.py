@@ -1,4 +1,4 @@
-"""`ghm export`, `ghm inspect`, `ghm thresholds set` and `ghm verify`."""
+"""`ghm export`, `ghm attach`, `ghm inspect`, `ghm thresholds set` and `ghm verify`."""
 
 from __future__ import annotations
 
@@ -76,6 +76,65 @@ def run_export(arguments: argparse.Namespace) -> int:
     for path in output_paths(arguments.out, arguments.input):
         size = path.stat().st_size / 1e6
         print(f"{path}: {card.name}, {frame.height}x{frame.width} px, {size:.1f} MB")
+    return 0
+
+
+def configure_attach(parser: argparse.ArgumentParser) -> None:
+    """Describe `ghm attach`."""
+    parser.description = """\
+Give somebody else's ONNX detector thresholds, NMS and a card, so that it can be served, inspected
+and given other thresholds like our own. The model takes float32 images [batch, 3, H, W], a batch of
+any size, and yields [batch, 4 + C, A] as YOLO does, or boxes [batch, A, 4] and scores
+[batch, A, C]. The card is JSON; these it must have, export/attach_card.py has all:
+
+  {"name": "yolo", "class_names": ["cat", "dog"], "thresholds": {"cat": 0.3, "dog": 0.25},
+   "size": [640, 640]}
+
+example:
+  ghm attach yolo.onnx --card card.json --out detector.onnx"""
+    add = parser.add_argument
+    add("model", type=Path, help="an .onnx file")
+    add("--card", type=Path, required=True, metavar="JSON", help="what the file does not say")
+    add("--out", type=Path, required=True, metavar="ONNX", help="the file to write")
+    add(
+        "--layout",
+        choices=("yolo", "boxes+scores"),
+        help="of the outputs (default: by their shapes)",
+    )
+    add(
+        "--boxes",
+        choices=("cxcywh", "xyxy"),
+        help="what four numbers are (default: cxcywh for yolo, xyxy for boxes+scores)",
+    )
+    add(
+        "--unit",
+        choices=("pixels", "normalised"),
+        help="of boxes: pixels of the input, or shares of its sides (default: pixels)",
+    )
+    add(
+        "--scores",
+        choices=("probability", "logit"),
+        help="what scores are (default: probability)",
+    )
+
+
+def run_attach(arguments: argparse.Namespace) -> int:
+    """Carry out `ghm attach`."""
+    from export.attach import attach
+
+    card, reading = attach(
+        arguments.model,
+        arguments.card,
+        arguments.out,
+        layout=arguments.layout,
+        boxes=arguments.boxes,
+        unit=arguments.unit,
+        scores=arguments.scores,
+    )
+    print(threshold_table(card.threshold_policy, card.thresholds))
+    frame, size = card.preprocessing, arguments.out.stat().st_size / 1e6
+    read = f"{reading.layout}, {reading.boxes} in {reading.unit}, scores as {reading.scores}"
+    print(f"{arguments.out}: {card.name}, {frame.height}x{frame.width} px, {size:.1f} MB; {read}")
     return 0
 
 
@@ -213,6 +272,13 @@ def run_verify(arguments: argparse.Namespace) -> int:
 COMMANDS = (
     Command(
         "export", "write a checkpoint as an ONNX detector", configure_export, run_export, "export"
+    ),
+    Command(
+        "attach",
+        "give another's ONNX detector thresholds, NMS and a card",
+        configure_attach,
+        run_attach,
+        "export",
     ),
     Command(
         "inspect",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -49,7 +49,31 @@ def build_graph(
     classes = detector.config.num_classes
     if len(class_thresholds) != classes:
         raise ValueError(f"{len(class_thresholds)} thresholds for {classes} classes")
-    model = _export(DeployedDetector(detector).eval())
+    images = {INPUT: (3, *detector.config.image_size)}
+    return trace(DeployedDetector(detector).eval(), images, class_thresholds, iou_threshold)
+
+
+def trace(
+    deployed: DeployedDetector,
+    inputs: Mapping[str, tuple[int, ...]],
+    class_thresholds: list[float],
+    iou_threshold: float,
+) -> ModelProto:
+    """Export whatever ends in thresholds and NMS.
+
+    Args:
+        deployed: Takes `inputs`, then `class_thresholds` and `iou_threshold`.
+        inputs: Shapes of float32 inputs by name, without the batch.
+        class_thresholds: As for `build_graph`.
+        iou_threshold: As for `build_graph`.
+
+    Returns:
+        As `build_graph`.
+
+    Raises:
+        onnx.checker.ValidationError: The exporter produced an invalid model.
+    """
+    model = _export(deployed, inputs, len(class_thresholds))
     _forget_origin(model)
     model.ir_version = IR_VERSION
     model.producer_name = "ghm-triton"
@@ -61,19 +85,20 @@ def build_graph(
     return model
 
 
-def _export(deployed: DeployedDetector) -> ModelProto:
-    config = deployed.config
+def _export(
+    deployed: DeployedDetector, inputs: Mapping[str, tuple[int, ...]], classes: int
+) -> ModelProto:
     # Traced with two images: torch.export takes a batch of one for a constant.
-    images = torch.zeros(2, 3, *config.image_size)
-    thresholds = torch.full((config.num_classes,), 0.5)
+    examples = tuple(torch.zeros(2, *shape) for shape in inputs.values())
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    shapes = tuple({0: batch} for _ in inputs)
     with _quietly():
         program = torch.onnx.export(
             deployed,
-            (images, thresholds, torch.full((1,), 0.5)),
-            input_names=[INPUT, THRESHOLDS_INPUT, IOU_INPUT],
+            (*examples, torch.full((classes,), 0.5), torch.full((1,), 0.5)),
+            input_names=[*inputs, THRESHOLDS_INPUT, IOU_INPUT],
             output_names=list(OUTPUTS),
-            dynamic_shapes=({0: batch}, None, None),
+            dynamic_shapes=(*shapes, None, None),
             dynamo=True,
             opset_version=OPSET,
             external_data=False,
@@ -119,6 +144,8 @@ def _quietly() -> Iterator[None]:
         with warnings.catch_warnings():
             for category in (DeprecationWarning, FutureWarning):
                 warnings.simplefilter("ignore", category)
+            # Two inputs share their batch.
+            warnings.filterwarnings("ignore", message="# The axis name: batch")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

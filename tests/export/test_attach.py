@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from PIL import Image
+from starlette.testclient import TestClient
+
+from export.attach import AttachError, Reading, attach
+from export.contract import IOU_INPUT, THRESHOLDS_INPUT
+from export.file import read_detector
+from export.runtimes import RUNTIMES, OnnxRuntime
+from export.thresholds import rewrite_thresholds
+from ghm_triton.cli import main
+from service.app import create_app
+from service.model import ServedModel
+from service.settings import Settings
+
+HEIGHT, WIDTH = 40, 60  # no multiples of 32: another's model may have any size
+CARD = {
+    "name": "pets",
+    "class_names": ["cat", "dog", "eel"],
+    "thresholds": {"cat": 0.5, "dog": 0.25, "eel": 0.75},
+    "size": [HEIGHT, WIDTH],
+    "iou_threshold": 0.5,
+}
+# Corners in pixels, and scores of cat, dog and eel, for a white image.
+PLACES = np.array(
+    [
+        [5, 5, 25, 25, 0.9, 0.1, 0.0],
+        [6, 5, 26, 25, 0.8, 0.3, 0.0],  # overlaps the first by 0.9: no cat, but a dog
+        [40, 10, 70, 30, 0.4, 0.2, 0.76],  # leaves the image on the right; a weak cat
+        [30, 30, 34, 38, 0.0, 0.24, 0.74],  # just below
+        [0, 0, 60, 40, 0.5, 0.0, 0.0],  # at its threshold; overlaps the first by 1/6
+    ],
+    np.float32,
+)
+# By hand: score, label, box.
+WHITE = [
+    (0.9, 0, [5, 5, 25, 25]),
+    (0.76, 2, [40, 10, 60, 30]),
+    (0.5, 0, [0, 0, 60, 40]),
+    (0.3, 1, [6, 5, 26, 25]),
+]
+GREY = [(0.45, 0, [5, 5, 25, 25])]  # at half the light scores halve; cat's threshold is 0.39 there
+
+
+def another(
+    reading: Reading,
+    *,
+    batch: str | int = "n",
+    size: tuple[Any, Any] = (HEIGHT, WIDTH),
+    element: int = TensorProto.FLOAT,
+    opset: int = 13,
+    transposed: bool = False,
+) -> ModelProto:
+    """A detector that finds PLACES in any image, the surer the lighter it is."""
+    boxes, scores = PLACES[:, :4].copy(), PLACES[:, 4:].copy()
+    if reading.boxes == "cxcywh":
+        low, high = boxes[:, :2].copy(), boxes[:, 2:].copy()
+        boxes = np.concatenate([(low + high) / 2, high - low], axis=1)
+    if reading.unit == "normalised":
+        boxes /= np.array([WIDTH, HEIGHT, WIDTH, HEIGHT], np.float32)
+    make = helper.make_node
+    constants = {"boxes_table": boxes[None], "scores_table": scores[None]}
+    axes = {"axes": [1, 2, 3]} if opset < 18 else {}
+    nodes = [make("ReduceMean", ["pixels"] if axes else ["pixels", "axes"], ["grey"], **axes)]
+    if not axes:
+        constants["axes"] = np.array([1, 2, 3])
+    nodes += [
+        make("Reshape", ["grey", "column"], ["light"]),
+        make("Mul", ["light", "zero"], ["dark"]),
+        make("Add", ["dark", "boxes_table"], ["boxes"]),
+        make("Mul", ["light", "scores_table"], ["p"]),
+    ]
+    constants |= {"column": np.array([-1, 1, 1]), "zero": np.zeros(1, np.float32)}
+    if reading.scores == "logit":  # log(p / (1 - p)), kept finite
+        constants |= {"one": np.ones(1, np.float32), "tiny": np.full(1, 1e-6, np.float32)}
+        nodes += [
+            make("Max", ["p", "tiny"], ["some"]),
+            make("Sub", ["one", "some"], ["rest"]),
+            make("Div", ["some", "rest"], ["odds"]),
+            make("Log", ["odds"], ["scores"]),
+        ]
+    else:
+        nodes.append(make("Identity", ["p"], ["scores"]))
+    outputs = ["scores", "boxes"]  # not in our order, and with names of ours
+    if reading.layout == "yolo":
+        nodes.append(make("Concat", ["boxes", "scores"], ["rows"], axis=2))
+        nodes.append(make("Transpose", ["rows"], ["columns"], perm=[0, 2, 1]))
+        outputs = ["rows" if transposed else "columns"]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "theirs",
+        [info("pixels", element, [batch, 3, *size])],
+        [info(name, TensorProto.FLOAT, ["n", None, None]) for name in outputs],
+        [numpy_helper.from_array(values, name) for name, values in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7)
+
+
+YOLO = Reading("yolo", "cxcywh", "pixels", "probability")
+PAIR = Reading("boxes+scores", "xyxy", "normalised", "logit")
+
+
+def write(folder: Path, model: ModelProto, **card: Any) -> dict[str, Path]:
+    paths = {
+        "model_path": folder / "theirs.onnx",
+        "card_path": folder / "card.json",
+        "output_path": folder / "detector.onnx",
+    }
+    onnx.save(model, paths["model_path"])
+    paths["card_path"].write_text(json.dumps({**CARD, **card}))
+    return paths
+
+
+def images(*levels: float) -> np.ndarray:
+    return np.stack([np.full((3, HEIGHT, WIDTH), level, np.float32) for level in levels])
+
+
+def found(answer: list[np.ndarray], image: int) -> list[tuple[float, int, list[float]]]:
+    boxes, scores, labels, counts = (part[image] for part in answer)
+    assert (labels[counts:] == -1).all()
+    return [(float(scores[i]), int(labels[i]), boxes[i].tolist()) for i in range(counts)]
+
+
+def assert_found(ours: list[Any], wanted: list[Any]) -> None:
+    assert [label for _, label, _ in ours] == [label for _, label, _ in wanted]
+    for (score, _, box), (right_score, _, right_box) in zip(ours, wanted, strict=True):
+        assert score == pytest.approx(right_score, abs=1e-6)  # float32, through a logit and back
+        assert box == pytest.approx(right_box, abs=1e-4)  # through shares of the sides
+
+
+@pytest.fixture(scope="module")
+def yolo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    paths = write(tmp_path_factory.mktemp("yolo"), another(YOLO))
+    card, reading = attach(**paths)
+    assert (card, reading) == (read_detector(paths["output_path"]).card, YOLO)
+    return paths["output_path"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Newer than our opset, trained on BGR; the size of its input is open."""
+    model = another(PAIR, opset=20, size=("h", "w"))
+    paths = write(tmp_path_factory.mktemp("pair"), model, color_order="BGR")
+    _, reading = attach(**paths, unit="normalised", scores="logit")
+    assert reading == PAIR
+    return paths["output_path"]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES, ids=[one.name for one in RUNTIMES])
+@pytest.mark.parametrize("which", ["yolo", "pair"])
+def test_it_finds_what_the_model_says_in_any_batch(
+    which: str, runtime: Any, request: pytest.FixtureRequest
+) -> None:
+    loaded = runtime(read_detector(request.getfixturevalue(which)))
+    if which == "yolo":
+        assert_found(found(loaded.run(images(1.0), {}), 0), WHITE)
+    lower = {THRESHOLDS_INPUT: np.array([0.39, 0.25, 0.75], np.float32)}
+    answer = loaded.run(images(0.5, 1.0, 0.0), lower)
+    assert_found(found(answer, 0), GREY)
+    assert [label for _, label, _ in found(answer, 1)] == [0, 2, 0, 0, 1]
+    assert found(answer, 2) == []
+    more = loaded.run(images(1.0), {**lower, IOU_INPUT: np.array([0.95], np.float32)})
+    assert [label for _, label, _ in found(more, 0)] == [0, 0, 2, 0, 0, 1]
+
+
+def test_the_card_says_what_was_told_and_no_more(yolo: Path) -> None:
+    card = read_detector(yolo).card
+    assert card.class_thresholds == [0.5, 0.25, 0.75]
+    assert {entry.source for entry in card.thresholds} == {"manual"}
+    assert (card.preprocessing.height, card.preprocessing.width) == (HEIGHT, WIDTH)
+    assert (card.architecture, card.training.data) == ("not told", "not told")
+    assert card.statistics.anchors == 0
+    assert len(card.training.checkpoint_sha256) == 64
+    model = onnx.load(yolo)
+    assert model.opset_import[0].version == 18
+    assert model.ir_version == 10
+
+
+def test_bgr_is_swapped_in_the_graph(pair: Path) -> None:
+    nodes = onnx.load(pair).graph.node
+    assert (nodes[0].op_type, nodes[0].input[0]) == ("Gather", "images")
+    assert onnx.load(pair).opset_import[0].version == 20
+
+
+def test_it_is_served_with_equal_answers(yolo: Path) -> None:
+    model = ServedModel(read_detector(yolo), provider="cpu")
+    stream = io.BytesIO()
+    Image.new("RGB", (WIDTH * 2, HEIGHT * 2), "white").save(stream, "PNG")
+    with TestClient(create_app(Settings(model=yolo), model)) as client:
+        response = client.post("/v1/detect", content=stream.getvalue())
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    served = [(d["score"], d["label"], [x / 2 for x in d["box"]]) for d in answer["detections"]]
+    assert_found(served, WHITE)
+    assert [d["class"] for d in answer["detections"]] == ["cat", "eel", "cat", "dog"]
+    assert [d["threshold"] for d in answer["detections"]] == [0.5, 0.75, 0.5, 0.25]
+
+
+def test_its_thresholds_can_be_set(yolo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "strict.onnx"
+    rewrite_thresholds(yolo, out, {"cat": 0.6})
+    answer = OnnxRuntime(read_detector(out)).run(images(1.0), {})
+    assert [label for _, label, _ in found(answer, 0)] == [0, 2, 1]
+
+
+def test_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = write(tmp_path, another(YOLO, transposed=True), thresholds=0.5, max_detections=2)
+    words = [paths["model_path"], "--card", paths["card_path"], "--out", paths["output_path"]]
+    assert main(["attach", *map(str, words)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].endswith("; yolo, cxcywh in pixels, scores as probability")
+    answer = OnnxRuntime(read_detector(paths["output_path"])).run(images(1.0), {})
+    assert_found(found(answer, 0), WHITE[:2])
+    assert main(["inspect", str(paths["output_path"])]) == 0
+    assert main(["attach", *map(str, [*words[:4], paths["model_path"]])]) == 2
+    assert "is the model; it would be overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "said"),
+    [
+        (another(YOLO, batch=1), {}, "its batch is fixed to 1, .*export it with a dynamic batch"),
+        (another(YOLO, size=(40, 61)), {}, r"\[any, 3, 40, 61\], and by the card.* 40, 60\]"),
+        (another(YOLO, element=TensorProto.FLOAT16), {}, "'pixels' is FLOAT16, not FLOAT"),
+        (another(PAIR), {}, "scores reach from -1.*pass --scores logit"),
+        (another(PAIR), {"scores": "logit"}, "boxes reach no further than 1.17: pass --unit norm"),
+        (another(YOLO), {"layout": "boxes+scores"}, r"\[batch, A, 4\] and \[batch, A, 3\]"),
+        (another(PAIR), {"layout": "yolo"}, r"one output float32 \[batch, 7, A\]"),
+    ],
+)
+def test_what_cannot_be_attached_to_is_refused_in_a_sentence(
+    tmp_path: Path, model: ModelProto, flags: dict[str, Any], said: str
+) -> None:
+    paths = write(tmp_path, model)
+    with pytest.raises(AttachError, match=said) as caught:
+        attach(**paths, **flags)
+    assert str(caught.value).startswith(f"{paths['model_path']}: ")
+    assert not paths["output_path"].exists()
+
+
+def test_a_batch_that_is_fixed_inside_is_refused(tmp_path: Path) -> None:
+    model = another(YOLO)
+    (column,) = (one for one in model.graph.initializer if one.name == "column")
+    column.CopyFrom(numpy_helper.from_array(np.array([1, 1, 1]), "column"))
+    with pytest.raises(AttachError, match="does not run on a batch of 2"):
+        attach(**write(tmp_path, model))
+
+
+def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
+    paths = write(tmp_path, another(YOLO), class_names=["cat", "dog"], thresholds=0.5)
+    with pytest.raises(AttachError, match=r"outputs are float32 \[2, 7, 5\]; 'yolo' for 2 classes"):
+        attach(**paths)
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x0a"])
+def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
+    paths = write(tmp_path, another(YOLO))
+    paths["model_path"].write_bytes(content)
+    with pytest.raises(AttachError, match="not an ONNX file"):
+        attach(**paths)
