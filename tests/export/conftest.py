@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from PIL import Image
 from torch import nn
 
 from export.detector import export_detector
+from export.measure import detect_all
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig
-from ghm_triton.detection.data import Sample
+from ghm_triton.detection.data import DetectionDataset, Sample
 from ghm_triton.detection.model import Detector, build_detector
 from ghm_triton.detection.recipe import TrainOptions
 from ghm_triton.statistics import SCORE_BINS, ClassStatistics
@@ -105,6 +107,35 @@ def samples() -> list[Sample]:
         boxes, ignore = none.reshape(0, 4), none.bool()
         made.append(Sample(image, boxes, none.long(), ignore, i, f"cloud_{i}.png"))
     return made
+
+
+class Listed(DetectionDataset):
+    """Samples in a list."""
+
+    def __init__(self, samples: Sequence[Sample], classes: tuple[str, ...], split: str) -> None:
+        super().__init__("clouds", split, classes)
+        self.samples = list(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    def sources(self) -> set[str]:
+        return {sample.source for sample in self.samples}
+
+
+@pytest.fixture(scope="session")
+def clouds(samples: list[Sample], detector_path: Path, config: DetectorConfig) -> Listed:
+    """The samples, labelled with every other of the best detections: neither all nor none."""
+    blank = Listed(samples, config.class_names, "test")
+    made = []
+    for sample, found in detect_all(detector_path.read_bytes(), config, blank):
+        boxes, labels = found.boxes[:12:2], found.labels[:12:2]
+        ignore = torch.zeros(len(labels), dtype=torch.bool)
+        made.append(replace(sample, boxes=boxes, labels=labels, ignore=ignore))
+    return Listed(made, config.class_names, "test")
 
 
 Change = Callable[[onnx.ModelProto], None]

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-import torch
 
 import export.measure
 from export.contract import CARD_KEY, INPUT, DetectorCard
@@ -20,46 +17,16 @@ from ghm_triton.detection.postprocess import DeployedDetector
 from ghm_triton.detection.transforms import Letterbox
 
 
-class Listed(DetectionDataset):
-    """Samples in a list."""
-
-    def __init__(self, samples: Sequence[Sample], classes: tuple[str, ...], split: str) -> None:
-        super().__init__("clouds", split, classes)
-        self.samples = list(samples)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
-
-    def sources(self) -> set[str]:
-        return {sample.source for sample in self.samples}
-
-
 @pytest.fixture(scope="module")
 def content(detector_path: Path) -> bytes:
     return detector_path.read_bytes()
 
 
-@pytest.fixture(scope="module")
-def clouds(samples: list[Sample], content: bytes, config: DetectorConfig) -> Listed:
-    """Clouds in which every other of the best detections is there to be found."""
-    found = detect_all(content, config, Listed(samples, config.class_names, "test"))
-    labelled = [
-        replace(
-            sample,
-            boxes=detections.boxes[:12:2],
-            labels=detections.labels[:12:2],
-            ignore=torch.zeros(len(detections.labels[:12:2]), dtype=torch.bool),
-        )
-        for sample, detections in found
-    ]
-    return Listed(labelled, config.class_names, "test")
-
-
 def test_the_precision_is_that_of_the_detector(
-    content: bytes, checkpoint: Checkpoint, clouds: Listed, monkeypatch: pytest.MonkeyPatch
+    content: bytes,
+    checkpoint: Checkpoint,
+    clouds: DetectionDataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(export.measure, "SECONDS", 0.0)
     other = content + b""
@@ -79,24 +46,28 @@ def test_the_precision_is_that_of_the_detector(
 
 
 def test_nothing_is_kept_back_when_precision_is_measured(
-    content: bytes, config: DetectorConfig, clouds: Listed
+    content: bytes, config: DetectorConfig, clouds: DetectionDataset
 ) -> None:
     (card,) = (
         p.value for p in onnx.load_model_from_string(content).metadata_props if p.key == CARD_KEY
     )
     found = detect_all(content, config, clouds)
-    assert [sample.source for sample, _ in found] == [sample.source for sample in clouds.samples]
+    assert [sample.source for sample, _ in found] == [clouds[i].source for i in range(len(clouds))]
     lowest = min(float(detections.scores.min()) for _, detections in found)
     assert 0.005 <= lowest < 0.06
     assert min(DetectorCard.from_json(card).class_thresholds) > 0.1
 
 
 def test_images_without_boxes_measure_nothing(
-    content: bytes, config: DetectorConfig, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+    content: bytes,
+    config: DetectorConfig,
+    samples: list[Sample],
+    clouds: DetectionDataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(export.measure, "SECONDS", 0.0)
     with pytest.raises(ValueError, match="clouds, split 'test', has no boxes"):
-        measure({"float32": content}, config, Listed(samples[:2], config.class_names, "test"))
+        measure({"float32": content}, config, type(clouds)(samples[:2], config.class_names, "test"))
 
 
 class Stopwatch:
@@ -142,7 +113,9 @@ def test_files_take_turns_on_the_same_images(monkeypatch: pytest.MonkeyPatch) ->
     assert seen[0] == seen[1] == [i % 5 for i in range(2 * ROUNDS)]
 
 
-def test_images_are_prepared_as_for_detection(clouds: Listed, config: DetectorConfig) -> None:
+def test_images_are_prepared_as_for_detection(
+    clouds: DetectionDataset, config: DetectorConfig
+) -> None:
     (image,) = prepared(clouds, config, [3])
     assert (image.shape, image.dtype) == ((3, 64, 96), np.float32)
     assert np.array_equal(image, Letterbox(config)(clouds[3].image)[0].numpy())
