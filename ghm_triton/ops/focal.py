@@ -145,7 +145,7 @@ def focal_kernel(
             loss, slope = one_side(tl.where(target, -x, x), large, small, series, GAMMA)
             slope = tl.where(target, -slope, slope)
             # What is the same all along a row is computed once a row.
-            present = tl.where(valid, tl.fma(share, 0.0, ALPHA), 0.0)
+            present = tl.where(valid, ALPHA, 0.0)  # no class out of range is ever present
             absent = tl.where(valid, tl.fma(share, 0.0, 1.0 - ALPHA), 0.0)
             factor = tl.where(target, present, absent)
         else:

@@ -177,8 +177,8 @@ def row_region(e, mine, BINS: tl.constexpr):
 
 @triton.jit
 def in_steps(e):
-    """The nearest multiple of `STEP`, of which the sum of a row needs more than 32 bits."""
-    return tl.fma(e, 1.0 / STEP, 0.5).to(tl.int32).to(tl.int64)
+    """How many whole `STEP` an exponential is; the sum of a row needs more than 32 bits."""
+    return (e * (1.0 / STEP)).to(tl.int32).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])

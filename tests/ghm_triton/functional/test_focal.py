@@ -158,7 +158,6 @@ class TestNumerics:
     @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
     @pytest.mark.parametrize("kind", ["index", "dense"])
     def test_huge_logits(self, paper, device, backend, gamma, kind):
-        # Where one minus a probability of nearly 1 would cancel, and where everything saturates.
         sizes = torch.tensor([0.0, 3.0, 8.0, 12.0, 16.0, 20.0, 40.0, 80.0, 120.0, 1e4])
         logits = torch.cat([sizes, -sizes]).repeat(2)[:, None]
         target = torch.arange(40) // 20
@@ -166,6 +165,19 @@ class TestNumerics:
             target = 1.0 - target[:, None].float()
         options = {"gamma": gamma, "reduction": "none", "backend": backend}
         check(paper, device, logits, target, **options)
+
+    @pytest.mark.parametrize("gamma", [1.0, 2.0])
+    def test_a_hard_entry_that_is_nearly_lost(self, paper, device, backend, gamma):
+        """Its slope holds `p_t log p_t`, where `p_t` of `1 - (1 - p_t)` would keep few digits."""
+        logits = torch.arange(8.0, 18.0, 0.25, device=device).requires_grad_()
+        target = torch.zeros(40, device=device)
+        options = {"gamma": gamma, "alpha": 0.0, "reduction": "none", "backend": backend}
+        loss = focal_loss(logits, target, **options)
+        (slope,) = torch.autograd.grad(loss.sum(), logits)
+        truth = paper.focal(logits, target, alpha=0.0, gamma=gamma)
+        # A division to 2 ulps, which gamma multiplies, and as many products; rounded 1 - p_t, 14.
+        paper.assert_close(slope, truth.slopes, ulps=2 + 2 * gamma)
+        paper.assert_close(loss, truth.entries, ulps=2 + 2 * gamma)
 
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
@@ -201,6 +213,7 @@ class TestNumerics:
         if kind == "index":
             target[20] = -1
             logits[20] = poison
+            weight[20] = torch.inf
         else:
             target[5:9, 1] = poison
         options = {"average": average, "weighted": True, "backend": backend}

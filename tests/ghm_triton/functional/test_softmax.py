@@ -248,8 +248,10 @@ class TestNumerics:
         logits[5:9, 1] = poison
         index[20] = -7
         logits[20] = poison
+        weight[20] = torch.inf
         for reduction in ("mean", "none"):
-            check(paper, device, logits, index, weight, reduction=reduction, backend=backend)
+            options = {"reduction": reduction, "weighted": True, "backend": backend}
+            check(paper, device, logits, index, weight, **options)
 
     def test_an_index_that_is_no_class(self, device, generator, backend):
         logits = torch.randn(40, 3, generator=generator).to(device).requires_grad_()

@@ -35,6 +35,29 @@ def test_poisoned_memory_and_programs_that_walk(
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(700, 3), (70, 40), (3, 1500)])
+@pytest.mark.parametrize("harmed", [False, True])
+def test_everything_that_is_counted_is_what_the_reference_counts(
+    paper, device, two_programs, shape, harmed
+):
+    from ghm_triton import ops
+
+    logits, index = draw(paper, shape)
+    index[0] = 0
+    if harmed:
+        logits[0, 1] = torch.inf
+    weight = (torch.arange(len(index)) % 3 != 1).float()
+    tensors = (logits.to(device), index.to(device), weight.to(device))
+    ours = ops.count_softmax(SoftmaxInputs(*tensors, index.shape), 30)
+    theirs = reference.count_softmax(SoftmaxInputs(logits, index, weight, index.shape), 30)
+    assert int(ours.invalid > 0) == int(theirs.invalid) == int(harmed)
+    # Rows that are not finite may count as positives or not: the loss is NaN.
+    difference = ours.positives.sum().cpu() - theirs.positives.sum()
+    assert difference == 0 or harmed
+    if not harmed:
+        assert torch.equal(ours.regions.cpu(), theirs.regions)
+
+
 @pytest.mark.parametrize(
     ("shape", "expected", "warps"),
     [
