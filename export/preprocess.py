@@ -2,9 +2,9 @@
 
 What is put before a detector's graph computes what the card's `preprocessing` says and the service
 does on the host: the triangle filter, antialiased, along each row and then each column, in Pillow's
-fixed-point arithmetic. So the grey levels are Pillow's; of images more than twice as tall as wide,
-whose columns Pillow 13 resizes first, they are within one of them. It is written in operators that
-every runtime computes alike. `Resize` is not one of them: some ignore its `antialias`.
+fixed-point arithmetic. So the grey levels are Pillow's. Where Pillow 13 takes the columns first, as
+it does for tall images, they are within one of them. It is written in operators that every runtime
+computes alike. `Resize` is not one of them: some ignore its `antialias`.
 
 A runtime without float64, such as OpenVINO, may resize an image one pixel wider or narrower when
 its scaled side lies half-way between two pixels.
