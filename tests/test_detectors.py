@@ -78,6 +78,7 @@ def by_checkpoint(path: Path) -> list[Detections]:
 
 def by_service(path: Path) -> list[Detections]:
     model = ServedModel(read_detector(path), provider="cpu")
+    model.warm_up()  # until then the service is not ready
     answers = []
     dataset = open_dataset(DATA, "test")
     with TestClient(create_app(Settings(model=path), model)) as client:
