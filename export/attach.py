@@ -38,6 +38,7 @@ Answers = dict[str, npt.NDArray[Any]]
 
 PREFIX = "attached/"
 PROBED = 2  # images: a batch of one does not show that a graph takes more
+ROUNDING = 1e-3  # that a runtime's softmax may leave [0, 1] by, many times over
 SMALL = 2.0  # boxes that reach no further are hardly in pixels
 
 
@@ -225,10 +226,11 @@ def _read_outputs(
     decode = Decode(reading, classes, (card.preprocessing.height, card.preprocessing.width))
     names = _outputs(answers, reading.layout, classes)
     places, values = decode.split([torch.from_numpy(answers[name]) for name in names])
-    if scores is None and (float(values.min()) < 0 or float(values.max()) > 1):
+    low, high = float(values.min()), float(values.max())
+    if scores is None and not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN is neither
         raise AttachError(
-            f"its scores reach from {float(values.min()):.3g} to {float(values.max()):.3g}, which"
-            " no probabilities do; if they are logits, pass --scores logit"
+            f"its scores reach from {low:.3g} to {high:.3g}, which no probabilities do; if they"
+            " are logits, pass --scores logit"
         )
     if unit is None and float(places.abs().max()) <= SMALL:
         raise AttachError(
