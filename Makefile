@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest -q
 # Where there is no GPU, the kernels run in Triton's interpreter, which wants a process of its own.
 INTERPRET := $(shell nvidia-smi >/dev/null 2>&1 || echo TRITON_INTERPRET=1)
 OUT ?= runs/demo
@@ -13,9 +14,16 @@ MODEL ?= runs/demo/detector.onnx
 demo: $(READY)  ## train, export, verify, serve and detect, on data that is built in
 	$(BIN)/ghm demo --out $(OUT)
 
-test: $(READY)  ## every test
-	$(BIN)/python -m pytest -q -m "not kernels"
-	$(INTERPRET) $(BIN)/python -m pytest -q -m kernels tests/ghm_triton
+test: $(READY)  ## every test, in two lanes that run side by side
+	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	( status=0; \
+	  $(INTERPRET) $(PYTEST) -m kernels tests/ghm_triton || status=1; \
+	  $(PYTEST) -m "not kernels" --ignore=tests/ghm_triton || status=1; \
+	  exit $$status ) > "$$log" 2>&1 & lane=$$!; \
+	status=0; \
+	$(PYTEST) -m "not kernels" tests/ghm_triton || status=1; \
+	wait $$lane || status=1; \
+	cat "$$log"; exit $$status
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .
