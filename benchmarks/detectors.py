@@ -1,0 +1,197 @@
+"""How well does each detector learn, and what does choosing among its boxes cost?
+
+Trains each on the same scenes in the same steps and reports average precision on the test split;
+and times each exported file beside its network alone, in turns in one process, on one thread. One
+JSON line a measurement, with provenance; what is in the file is not measured again.
+
+    python -m benchmarks.detectors --steps 600
+    python -m benchmarks.detectors --cost
+    python -m benchmarks.detectors --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from benchmarks.provenance import provenance
+from benchmarks.rows import Rows, read
+from export.graph import build_graph
+from ghm_triton.detection.checkpoint import Checkpoint
+from ghm_triton.detection.config import DetectorConfig
+from ghm_triton.detection.data import open_dataset
+from ghm_triton.detection.detector import Detector
+from ghm_triton.detection.evaluate import detect, mean_average_precision, torch_predictor
+from ghm_triton.detection.faster_rcnn import FasterRCNNDetector
+from ghm_triton.detection.model import build_detector
+from ghm_triton.detection.postprocess import DeployedDetector
+from ghm_triton.detection.recipe import TrainOptions
+from ghm_triton.detection.train import train
+
+RESULTS = Path(__file__).parent / "results" / "detectors.jsonl"
+LEARNT, COST = "learnt", "cost"
+ROUNDS = 20
+CHOSEN = 1000  # scores of the busiest image that reach their threshold
+# What is built, and what it is trained by, where that is not the default.
+DETECTORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "retinanet": ({}, {}),
+    "fcos": ({"architecture": "fcos"}, {"reg_loss": "giou"}),
+    "faster-rcnn": ({"architecture": "faster-rcnn"}, {}),
+    "faster-rcnn, softmax": (
+        {"architecture": "faster-rcnn", "classifier": "softmax"},
+        {"cls_loss": "ce", "reg_loss": "sl1"},
+    ),
+}
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS))
+    parser.add_argument("--cost", action="store_true", help="time instead of training")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        torch.set_num_threads(1)
+        rows = Rows(arguments.out, provenance())
+        for name in arguments.detectors:
+            if arguments.cost:
+                if not rows.here({"stage": COST, "detector": name}):
+                    print(rows.add({"stage": COST, "detector": name, **cost(name)}), flush=True)
+                continue
+            for seed in arguments.seeds:
+                key = {"stage": LEARNT, "detector": name, "seed": seed}
+                key |= {"steps": arguments.steps, "data": arguments.data}
+                if not rows.here(key):
+                    print(rows.add({**key, **learn(name, seed, arguments)}), flush=True)
+    print(table(read(arguments.out)))
+
+
+def learn(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train, and evaluate on the test split."""
+    built, trained_by = DETECTORS[name]
+    options = TrainOptions(data=arguments.data, steps=arguments.steps, seed=seed, **trained_by)
+    names = open_dataset(options.data, options.train_split).class_names
+    config = DetectorConfig(class_names=names, image_size=(128, 128), channels=48, **built)
+    started = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Checkpoint.load(train(options, config, Path(folder), progress=False).checkpoint)
+    seconds = time.process_time() - started
+    test = open_dataset(options.data, "test", class_names=names)
+    predict = torch_predictor(DeployedDetector(saved.detector()))
+    result = mean_average_precision(names, list(detect(predict, config, test)))
+    precision = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75}
+    rounded = {key: round(value, 4) for key, value in precision.items()}
+    return {**rounded, "processor_seconds": round(seconds, 1)}
+
+
+class Network(nn.Module):
+    """A detector without what chooses among its boxes; regions to look into are given.
+
+    Args:
+        detector: The whole.
+    """
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+        if isinstance(detector, FasterRCNNDetector):
+            with torch.no_grad():
+                levels = detector.features(torch.randn(1, 3, *detector.config.image_size))
+                regions, exist = detector.rpn.propose(list(levels.values()))
+            self.register_buffer("regions", regions)
+            self.register_buffer("exist", exist)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What its last layers say of an image `[1, 3, H, W]`."""
+        detector = self.detector
+        if not isinstance(detector, FasterRCNNDetector):
+            output = detector.raw(images)  # type: ignore[operator]
+            return tuple(output.values()) if isinstance(output, dict) else output
+        levels = detector.features(images)
+        objectness, deltas = detector.rpn.head(list(levels.values()))
+        pooled = detector.pool(levels, self.regions, self.exist)  # type: ignore[arg-type]
+        return (*detector.classify(pooled), *objectness, *deltas)
+
+
+def cost(name: str) -> dict[str, Any]:
+    """Milliseconds of a processor: the network alone, and the file at two sets of thresholds."""
+    torch.manual_seed(0)
+    config = DetectorConfig(
+        tuple("abcdefghij"), (320, 320), backbone="resnet18", **DETECTORS[name][0]
+    )
+    detector = build_detector(config).eval()
+    images = torch.randn(1, 3, *config.image_size)
+    program = torch.onnx.export(
+        Network(detector).eval(),
+        (images,),
+        input_names=["images"],
+        dynamo=True,
+        opset_version=18,
+        verbose=False,
+    )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    network = _session(program.model_proto.SerializeToString())
+    classes = [0.5] * config.num_classes
+    file = _session(build_graph(detector, classes, 0.5).SerializeToString())
+    with torch.inference_mode():
+        scores = detector.predict(images).scores.flatten()
+    busy = float(scores.topk(min(CHOSEN, len(scores))).values[-1])
+    feeds = {
+        "network": (network, {}),
+        "quiet": (file, {"class_thresholds": np.ones(config.num_classes, np.float32)}),
+        "busy": (file, {"class_thresholds": np.full(config.num_classes, busy, np.float32)}),
+    }
+    spent: dict[str, list[float]] = {key: [] for key in feeds}
+    for _ in range(ROUNDS):
+        for key, (session, more) in feeds.items():
+            started = time.thread_time()  # of this thread, whoever else is on the machine
+            session.run(None, {"images": images.numpy(), **more})
+            spent[key].append(time.thread_time() - started)
+    medians = {key: statistics.median(times[2:]) * 1e3 for key, times in spent.items()}
+    shares = {
+        f"{key}_share": round(medians[key] / medians["network"] - 1, 4) for key in ("quiet", "busy")
+    }
+    return {"network_ms": round(medians["network"], 2), **shares, "rounds": ROUNDS}
+
+
+def _session(content: bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3  # it warns that thresholds can be overridden: they shall
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """What was learnt and what it costs, as Markdown; the newest cost of a detector counts."""
+    head = ("detector", "steps", "seeds", "AP", "AP50", "AP75", "choosing boxes costs")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    costs = {row["detector"]: row for row in rows if row["stage"] == COST}
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["stage"] == LEARNT:
+            runs.setdefault((row["detector"], row["steps"]), []).append(row)
+    for (name, steps), own in runs.items():
+        means = [f"{statistics.mean(r[key] for r in own):.3f}" for key in ("ap", "ap50", "ap75")]
+        price = f"{costs[name]['busy_share']:.1%}" if name in costs else ""
+        cells = [name, str(steps), str(len(own)), *means, price]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
