@@ -22,6 +22,7 @@ ORDER = (
     "eval",
     "thresholds",
     "export",
+    "attach",
     "inspect",
     "thresholds set",
     "verify",

@@ -7,8 +7,8 @@ import pytest
 from ghm_triton import __version__, cli
 from ghm_triton.command import Command
 
-NAMES = ["train", "eval", "thresholds", "export", "inspect", "thresholds set", "verify"]
-NAMES += ["predict", "serve", "demo"]
+NAMES = ["train", "eval", "thresholds", "export", "attach", "inspect", "thresholds set"]
+NAMES += ["verify", "predict", "serve", "demo"]
 
 
 def test_every_package_offers_its_commands_in_the_order_of_the_road():
