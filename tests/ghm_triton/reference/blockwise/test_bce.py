@@ -220,6 +220,43 @@ def test_nan_weights_make_everything_nan(generator, dtype, reduce):
     assert blockwise.weighted_bce(none, nan, nan[0], weighted=False, reduce=True).isnan()
 
 
+@pytest.mark.parametrize("wrong", [5.0, -300.0, torch.nan, torch.inf])
+def test_nan_weights_with_any_target(generator, wrong):
+    """No region is looked for outside the table."""
+    x = torch.randn(23, 7, generator=generator, requires_grad=True)
+    target = torch.zeros(23, 7)
+    target[11, 3] = wrong
+    nan = torch.full((BINS,), torch.nan)
+    given = {"weighted": False, "reduce": True}
+    loss = blockwise.weighted_bce(classification(x, target), nan, nan[0], **given)
+    loss.backward()
+    assert loss.isnan()
+    assert x.grad.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["index", "soft"])
+@pytest.mark.parametrize("reduce", [False, True])
+def test_what_lies_beside_an_unsound_entry_gets_its_gradient(paper, generator, dtype, kind, reduce):
+    """Should the weights know nothing of it: the specification takes over for its block."""
+    logits, target = draw(paper, (23, 7), kind, generator, dtype)
+    weight = torch.ones(23, 7)
+    outer = torch.tensor(-2.3) if reduce else torch.randn(23, 7, generator=generator)
+    options = {"weighted": True, "reduce": reduce}
+    _, slopes = specification(logits, target, weight, outer=outer, **options)
+    logits[11, 3] = torch.nan
+    if kind == "index":
+        target[11] = 0
+    x = logits.requires_grad_()
+    loss = blockwise.weighted_bce(classification(x, target, weight), TABLE, SCALE, **options)
+    loss.backward(outer)
+    assert loss.isnan().any()
+    assert x.grad[11, 3].isnan()
+    x.grad[11], slopes[11] = 0.0, 0.0
+    lost = paper.cancellation(logits.nan_to_num(), target) * float(TABLE.max() * SCALE) * 2
+    paper.assert_close(x.grad, slopes, lost * np.abs(outer.numpy()))
+
+
 def test_inputs_are_left_as_they_are(generator):
     given = (
         torch.randn(23, 7, generator=generator, requires_grad=True),
