@@ -46,6 +46,40 @@ class Detections:
     labels: npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What the graph answered for a batch, padded as the contract says.
+
+    Attributes:
+        boxes: float32 `[B, M, 4]`, x1, y1, x2, y2 in pixels of the images that the model was given.
+        scores: float32 `[B, M]`, in [0, 1], falling; 0 pads.
+        labels: int64 `[B, M]`, indices into the card's class names; -1 pads.
+        num_detections: int64 `[B]`, in [0, M].
+    """
+
+    boxes: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    num_detections: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def image(self, place: int) -> Detections:
+        """What was found in one image of the batch."""
+        number = int(self.num_detections[place])
+        return Detections(
+            self.boxes[place, :number], self.scores[place, :number], self.labels[place, :number]
+        )
+
+    def part(self, start: int, stop: int) -> Outputs:
+        """The answers of some images of the batch, `start` to `stop` exclusive."""
+        rows = slice(start, stop)
+        return Outputs(
+            self.boxes[rows], self.scores[rows], self.labels[rows], self.num_detections[rows]
+        )
+
+
 class ServedModel:
     """A detector that answers. Safe to call from several threads at once.
 
@@ -53,8 +87,12 @@ class ServedModel:
         file: The detector, as `export.file.read_detector` returns it.
         provider: `auto`, `cpu` or `cuda`. `auto` takes CUDA where it works and the CPU elsewhere.
         threads: Threads of one inference on the CPU.
+        name: What requests call it; the card's name where None.
+        version: Which of the models of this name it is.
 
     Attributes:
+        name: What requests call it.
+        version: Which of the models of this name it is.
         card: The detector's card.
         sha256: The digest of its file.
         providers: What runs it, in order of preference, by onnxruntime's names.
@@ -64,8 +102,18 @@ class ServedModel:
         ModelError: The runtime refuses the graph, or CUDA was asked for and does not work here.
     """
 
-    def __init__(self, file: DetectorFile, *, provider: str = "auto", threads: int = 1) -> None:
+    def __init__(
+        self,
+        file: DetectorFile,
+        *,
+        provider: str = "auto",
+        threads: int = 1,
+        name: str | None = None,
+        version: str = "1",
+    ) -> None:
         self.card: DetectorCard = file.card
+        self.name = file.card.name if name is None else name
+        self.version = version
         self.sha256 = file.sha256
         self.warm = False
         self._session = _session(file, provider, threads)
@@ -91,7 +139,31 @@ class ServedModel:
         class_thresholds: npt.NDArray[np.float32] | None = None,
         iou_threshold: float | None = None,
     ) -> list[Detections]:
-        """Find objects in a batch of images.
+        """Find objects in a batch of images: `run`, taken apart.
+
+        Args:
+            batch: As `run` takes it.
+            class_thresholds: As `run` takes them.
+            iou_threshold: As `run` takes it.
+
+        Returns:
+            One entry an image.
+
+        Raises:
+            ValueError: An input has another shape or type, or holds NaN or infinity.
+            ModelError: The runtime fails, or the graph answers with something else than the
+                contract says.
+        """
+        outputs = self.run(batch, class_thresholds, iou_threshold)
+        return [outputs.image(place) for place in range(len(outputs))]
+
+    def run(
+        self,
+        batch: npt.NDArray[Any],
+        class_thresholds: npt.NDArray[np.float32] | None = None,
+        iou_threshold: float | None = None,
+    ) -> Outputs:
+        """Run the graph on a batch of images.
 
         Args:
             batch: Images as the card's `input` says: float32 `[B, 3, H, W]`, prepared
@@ -102,7 +174,7 @@ class ServedModel:
                 [0, 1]; the card's where None.
 
         Returns:
-            One entry an image.
+            The graph's outputs, found to be what the contract says.
 
         Raises:
             ValueError: An input has another shape or type, or holds NaN or infinity.
@@ -118,13 +190,11 @@ class ServedModel:
                 raise ValueError(f"iou_threshold must be in [0, 1], got {iou_threshold}")
             feeds[IOU_INPUT] = np.array([iou_threshold], dtype=np.float32)
         try:
-            boxes, scores, labels, numbers = self._session.run(list(OUTPUTS), feeds)
+            outputs = Outputs(*self._session.run(list(OUTPUTS), feeds))
         except Exception as error:
             raise ModelError(f"inference failed: {error}") from error
-        return [
-            self._checked_answer(boxes[i], scores[i], labels[i], int(numbers[i]))
-            for i in range(len(batch))
-        ]
+        self._check_outputs(outputs, len(batch))
+        return outputs
 
     def _check_batch(self, batch: npt.NDArray[Any]) -> None:
         size = self.card.preprocessing
@@ -153,18 +223,17 @@ class ServedModel:
             raise ValueError(f"class_thresholds must be finite and not negative, got {values}")
         return values
 
-    def _checked_answer(
-        self,
-        boxes: npt.NDArray[np.float32],
-        scores: npt.NDArray[np.float32],
-        labels: npt.NDArray[np.int64],
-        number: int,
-    ) -> Detections:
-        found = Detections(boxes[:number], scores[:number], labels[:number])
-        known = (found.labels >= 0) & (found.labels < len(self._thresholds))
-        if not (np.isfinite(found.boxes).all() and np.isfinite(found.scores).all() and known.all()):
+    def _check_outputs(self, outputs: Outputs, images: int) -> None:
+        """Padding is checked too: it is finite, and its label is -1."""
+        numbers, labels = outputs.num_detections, outputs.labels
+        whole = len(outputs) == images and outputs.boxes.shape == (*labels.shape, 4)
+        if not whole or numbers.min() < 0 or numbers.max() > labels.shape[1]:
+            raise ModelError("the graph answered with outputs of another shape than the contract's")
+        standing = np.arange(labels.shape[1]) < numbers[:, None]
+        known = np.where(standing, labels >= 0, labels == -1).all()
+        known = known and labels.max(initial=-1) < len(self._thresholds)
+        if not (known and np.isfinite(outputs.boxes).all() and np.isfinite(outputs.scores).all()):
             raise ModelError("the graph answered with a box, score or label out of range")
-        return found
 
 
 def _session(file: DetectorFile, provider: str, threads: int) -> onnxruntime.InferenceSession:
