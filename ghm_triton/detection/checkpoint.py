@@ -20,6 +20,7 @@ from ghm_triton.statistics import ClassStatistics
 
 FORMAT = "ghm-triton checkpoint"
 FORMAT_VERSION = 1
+SHOWN = 3  # weights that do not fit, spelled out in an error
 
 
 class CheckpointError(ValueError):
@@ -95,9 +96,21 @@ class Checkpoint:
         )
 
     def detector(self) -> Detector:
-        """The trained detector, in evaluation mode, without its losses."""
+        """The trained detector, in evaluation mode, without its losses.
+
+        Raises:
+            CheckpointError: The weights are not those of the detector that `config` describes.
+        """
         detector = build_detector(self.config)
         weights = {k: v for k, v in self.model.items() if not _belongs_to_loss(k)}
+        misfits = _misfits(detector.state_dict(), weights)
+        if misfits:
+            shown = "; ".join(misfits[:SHOWN])
+            more = f"; and {len(misfits) - SHOWN} more" if len(misfits) > SHOWN else ""
+            raise CheckpointError(
+                f"the checkpoint's weights do not fit a {self.config.architecture} detector with"
+                f" backbone {self.config.backbone}, as this version builds it: {shown}{more}"
+            )
         detector.load_state_dict(weights)
         detector.eval()
         return detector
@@ -118,6 +131,20 @@ def sha256_of(path: Path) -> str:
     """The hex digest that a card names its checkpoint by."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _misfits(wanted: dict[str, Tensor], given: dict[str, Any]) -> list[str]:
+    """What keeps weights from being loaded, in words: wanted ones first, in the layers' order."""
+    misfits = []
+    for key, weight in wanted.items():
+        other = given.get(key)
+        if other is None:
+            misfits.append(f"{key!r} is missing")
+        elif not isinstance(other, Tensor):
+            misfits.append(f"{key!r} is {type(other).__name__}, not a tensor")
+        elif other.shape != weight.shape:
+            misfits.append(f"{key!r} is {list(other.shape)}, not {list(weight.shape)}")
+    return misfits + [f"{key!r} has no place" for key in given if key not in wanted]
 
 
 def _belongs_to_loss(key: str) -> bool:

@@ -26,6 +26,41 @@ def test_the_detector_computes_what_was_trained(trained):
     assert not any("loss" in key for key in detector.state_dict())
 
 
+def first_key(model: dict[str, torch.Tensor]) -> str:
+    return next(key for key in model if "loss" not in key)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda model, key: model.pop(key), "{key!r} is missing"),
+        (lambda model, key: model.update({key: torch.zeros(3, 7)}), "{key!r} is [3, 7], not [{n}"),
+        (lambda model, key: model.update({key: 0.5}), "{key!r} is float, not a tensor"),
+        (lambda model, _: model.update({"head.more": torch.zeros(1)}), "'head.more' has no place"),
+    ],
+    ids=["missing", "of another shape", "no tensor", "unknown"],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(trained, tmp_path, spoil, said):
+    saved = Checkpoint.load(trained)
+    key = first_key(saved.model)
+    size = len(saved.model[key])
+    spoil(saved.model, key)
+    saved.save(tmp_path / "spoilt.pt")
+    with pytest.raises(CheckpointError, match="do not fit a retinanet detector") as caught:
+        Checkpoint.load(tmp_path / "spoilt.pt").detector()
+    assert said.format(key=key, n=size) in str(caught.value)
+    assert "more" not in str(caught.value).replace("head.more", "")
+
+
+def test_of_many_weights_that_do_not_fit_the_first_are_named(trained):
+    saved = Checkpoint.load(trained)
+    saved.model = {key: weight for key, weight in saved.model.items() if "loss" in key}
+    wanted = len(Checkpoint.load(trained).detector().state_dict())
+    with pytest.raises(CheckpointError, match=f"; and {wanted - 3} more$") as caught:
+        saved.detector()
+    assert str(caught.value).count("is missing") == 3
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch pwned",)
