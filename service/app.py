@@ -6,8 +6,6 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-import anyio
-from anyio import to_thread
 from fastapi import FastAPI
 
 from export.file import read_detector
@@ -26,14 +24,15 @@ names the one that it passed.
 
 
 def load_model(settings: Settings) -> ServedModel:
-    """Read and load the detector that the settings name, without running it.
+    """Read and load the one detector that the settings name, without running it.
 
     Raises:
         CardError: The file does not keep the contract.
         ModelError: The runtime cannot load it, or not on the provider asked for.
         OSError: The file cannot be read.
+        SettingsError: No model is named.
     """
-    file = read_detector(settings.model)
+    file = read_detector(settings.source)
     return ServedModel(file, provider=settings.provider, threads=settings.threads)
 
 
@@ -43,25 +42,26 @@ def create_app(settings: Settings | None = None, model: ServedModel | None = Non
     Args:
         settings: What the service is told; read from `GHM_*` where None, so that
             `uvicorn --factory service.app:create_app` works.
-        model: A loaded model; where None, the start loads the one that the settings name.
+        model: A loaded model; where None, the start loads what the settings name.
 
     Returns:
-        The application. Its start fails if the model cannot be loaded; it is ready once the model
-        has answered a warm-up image.
+        The application. Its start fails if no model can be loaded; a model is ready once it has
+        answered a warm-up image.
 
     Raises:
         SettingsError: The environment has a value that is no setting.
     """
-    service = ServiceState(load_settings() if settings is None else settings, model)
+    service = ServiceState(load_settings() if settings is None else settings)
+    if model is not None:
+        service.registry.adopt(model)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:  # noqa: ARG001  FastAPI's signature
-        if service.model is None:
-            service.model = await to_thread.run_sync(load_model, service.settings)
-        # The warm-up runs beside the first requests, so that /health answers from the start.
-        async with anyio.create_task_group() as background:
-            background.start_soon(service.warm_up)
+        await service.start()
+        try:
             yield
+        finally:
+            await service.stop()
 
     app = FastAPI(
         title="ghm-triton",

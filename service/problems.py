@@ -18,11 +18,14 @@ MEDIA_TYPE = "application/problem+json"
 _MEANINGS = {
     400: "The request is malformed: its body is not what its headers say, or an image is damaged.",
     404: "There is no such model.",
+    409: "The file cannot be served as it is. The model before it goes on serving.",
     413: "The body has more bytes, or an image more pixels, than this service reads.",
     415: "Not an image of a kind that this service reads.",
     422: "An option has a value that cannot be, or names a class that the model does not know.",
+    429: "Too many images wait already. Ask again after `Retry-After` seconds.",
     500: "The service failed. The log has the reason beside the `request_id`.",
     503: "The model is not ready. Ask again after `Retry-After` seconds.",
+    504: "The answer was not ready in time.",
 }
 
 

@@ -5,6 +5,7 @@ The detection route writes its JSON itself, for speed; a test holds it to these 
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -78,7 +79,12 @@ class ModelSummary(_Answer):
     """A model in the list of models."""
 
     name: str = Field(examples=["pets"])
+    version: str = Field(description="Which of the models of its name", examples=["1"])
     sha256: str = Field(description="The digest of the file", examples=["9f86d081884c7d65" * 4])
+    loaded_at: datetime | None = Field(description="When it began to serve, UTC")
+    problem: str | None = Field(
+        description="Why the file as it is now is not what serves; null where it is"
+    )
     class_names: list[str] = Field(examples=[["dog", "cat"]])
     thresholds: dict[str, Probability] = Field(
         description="The file's threshold of each class", examples=[{"dog": 0.5, "cat": 0.25}]
@@ -96,7 +102,12 @@ class ModelDetail(_Answer):
     """Everything that a model says of itself."""
 
     name: str = Field(examples=["pets"])
+    version: str = Field(description="Which of the models of its name", examples=["1"])
     sha256: str = Field(description="The digest of the file", examples=["9f86d081884c7d65" * 4])
+    loaded_at: datetime | None = Field(description="When it began to serve, UTC")
+    problem: str | None = Field(
+        description="Why the file as it is now is not what serves; null where it is"
+    )
     providers: list[str] = Field(
         description="What runs it, by onnxruntime's names", examples=[["CPUExecutionProvider"]]
     )
@@ -107,7 +118,28 @@ class ModelDetail(_Answer):
 class Health(_Answer):
     """A sign of life."""
 
-    status: Literal["alive", "ready"]
+    status: Literal["alive"]
+
+
+class ModelHealth(_Answer):
+    """Whether one model answers."""
+
+    name: str = Field(examples=["pets"])
+    version: str = Field(examples=["1"])
+    ready: bool
+    problem: str | None = Field(
+        description="Why the file as it is now is not what serves; null where it is"
+    )
+
+
+class Readiness(_Answer):
+    """What can be asked."""
+
+    status: Literal["ready"]
+    models: list[ModelHealth]
+    problems: list[str] = Field(
+        description="What an operator should look at: files that do not serve as they are"
+    )
 
 
 class ProblemDetails(_Answer):

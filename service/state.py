@@ -2,74 +2,62 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from anyio import CapacityLimiter, to_thread
 from fastapi import Request
 
-from service.model import ModelError, ServedModel
-from service.problems import ProblemError
+from service.batching import Scheduler
+from service.registry import Registry
 from service.settings import Settings
-
-logger = logging.getLogger("ghm.service")
-
-_RETRY_AFTER = {"Retry-After": "1"}
 
 
 @dataclass
 class ServiceState:
-    """The settings, the model, and the limits that keep work from piling up.
+    """The settings, the models, and who runs them.
 
     Attributes:
         settings: What the service was told.
-        model: None until it is loaded.
-        waiting_for: Why the model is not ready, while it is not.
-        decoders: Images decoded at a time. A decoded image is large, so this bounds memory too.
-        inferences: One at a time, each with all the threads.
+        registry: The models.
+        scheduler: Runs them.
+        draining: Whether the service is about to stop: it still answers, and says that it is not
+            ready so that no more requests are sent to it.
     """
 
     settings: Settings
-    model: ServedModel | None = None
-    waiting_for: str = "the model is not loaded"
-    decoders: CapacityLimiter = field(init=False)
-    inferences: CapacityLimiter = field(init=False)
+    registry: Registry = field(init=False)
+    scheduler: Scheduler = field(init=False)
+    draining: bool = False
+    _background: list[asyncio.Task[None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.decoders = CapacityLimiter(self.settings.threads)
-        self.inferences = CapacityLimiter(1)
+        told = self.settings
+        self.registry = Registry(told.source, provider=told.provider, threads=told.threads)
+        self.scheduler = Scheduler(told)
 
-    def ready_model(self) -> ServedModel:
-        """The model, once it has answered its warm-up.
-
-        Raises:
-            ProblemError: 503 before that.
-        """
-        if self.model is None or not self.model.warm:
-            raise ProblemError(503, f"not ready: {self.waiting_for}", _RETRY_AFTER)
-        return self.model
-
-    def loaded_model(self) -> ServedModel:
-        """The model, once it is loaded.
+    async def start(self) -> None:
+        """Load what is not loaded. Warm up beside the first requests, so that health answers.
 
         Raises:
-            ProblemError: 503 before that.
+            CardError, ModelError, OSError, CatalogueError: As `Registry.load`.
         """
-        if self.model is None:
-            raise ProblemError(503, f"not ready: {self.waiting_for}", _RETRY_AFTER)
-        return self.model
+        if not self.registry.entries():
+            await self.registry.load()
+        self._background = [asyncio.create_task(self._warm_up_and_watch())]
 
-    async def warm_up(self) -> None:
-        """Let the model answer once. If it cannot, the service stays unready and says why."""
-        model = self.loaded_model()
-        if model.warm:
-            return
-        self.waiting_for = "the model is warming up"
-        try:
-            await to_thread.run_sync(model.warm_up, limiter=self.inferences)
-        except ModelError as error:
-            self.waiting_for = f"the model failed its warm-up: {error}"
-            logger.error("%s", self.waiting_for)
+    async def stop(self) -> None:
+        """End what runs in the background."""
+        for task in self._background:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        self.scheduler.close()
+
+    async def _warm_up_and_watch(self) -> None:
+        await self.registry.warm_up()
+        if self.settings.reload_seconds:
+            await self.registry.watch(self.settings.reload_seconds)
 
 
 def service_state(request: Request) -> ServiceState:

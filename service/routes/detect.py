@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import orjson
-from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from export.contract import DetectorCard
 from service.answers import image_answer
 from service.body import Upload, read_upload
+from service.deadline import while_wanted
 from service.images import (
     DamagedImageError,
     Geometry,
@@ -24,7 +24,7 @@ from service.images import (
     decode,
     prepare,
 )
-from service.model import Detections, ServedModel
+from service.model import ServedModel
 from service.options import Wanted, form_properties, parse_options, query_parameters, resolve
 from service.problems import ProblemError, documented
 from service.schemas import DetectManyResponse, DetectResponse
@@ -78,7 +78,7 @@ class _Timer:
     "/detect",
     summary="Find objects in images",
     response_model=DetectResponse | DetectManyResponse,
-    responses=documented(400, 413, 415, 422, 500, 503),
+    responses=documented(400, 413, 415, 422, 429, 500, 503, 504),
     openapi_extra={"requestBody": _REQUEST_BODY, "parameters": query_parameters()},
 )
 async def detect(request: Request) -> Response:
@@ -92,22 +92,34 @@ async def detect(request: Request) -> Response:
     """
     timer = _Timer(perf_counter(), {})
     service = service_state(request)
-    model = service.ready_model()
+    model = service.registry.get()
+    service.scheduler.check_room()
     settings = service.settings
     upload = await read_upload(request, settings.max_upload_bytes, settings.max_images)
     options = parse_options([*request.query_params.multi_items(), *upload.fields])
     wanted = resolve(options, model.card)
     timer.parts["read_ms"] = (perf_counter() - timer.started) * 1000
-    batch, geometries = await _prepare(service, model, upload, timer)
-    found = await _infer(service, model, batch, wanted, timer)
-    answers = [
-        image_answer(geometry, detections, wanted, model.card)
-        for geometry, detections in zip(geometries, found, strict=True)
-    ]
+    with service.scheduler.admit(len(upload.images)):
+        answers = await while_wanted(
+            request, _answer(service, model, upload, wanted, timer), settings.deadline_ms
+        )
     body: dict[str, Any] = {"model": model.card.name}
     body |= {"results": answers} if upload.many else answers[0]
     body["timings"] = timer.done()
     return Response(orjson.dumps(body), media_type="application/json")
+
+
+async def _answer(
+    service: ServiceState, model: ServedModel, upload: Upload, wanted: Wanted, timer: _Timer
+) -> list[dict[str, Any]]:
+    batch, geometries = await _prepare(service, model, upload, timer)
+    started = perf_counter()
+    outputs = await service.scheduler.run(model, batch, wanted)
+    timer.parts["inference_ms"] = (perf_counter() - started) * 1000
+    return [
+        image_answer(geometry, outputs.image(place), wanted, model.card)
+        for place, geometry in enumerate(geometries)
+    ]
 
 
 async def _prepare(
@@ -117,13 +129,8 @@ async def _prepare(
     rows = []
     timer.parts["decode_ms"] = 0.0
     for name, content in upload.images:
-        row, geometry, milliseconds = await to_thread.run_sync(
-            _decode_one,
-            name,
-            content,
-            service.settings.max_pixels,
-            model.card,
-            limiter=service.decoders,
+        row, geometry, milliseconds = await service.scheduler.decode(
+            _decode_one, name, content, service.settings.max_pixels, model.card
         )
         rows.append((row, geometry))
         timer.parts["decode_ms"] += milliseconds
@@ -140,21 +147,3 @@ def _decode_one(
         raise ProblemError(_STATUS[type(error)], f"{name}: {error}") from error
     row, geometry = prepare(image, card)
     return row, geometry, (perf_counter() - started) * 1000
-
-
-async def _infer(
-    service: ServiceState,
-    model: ServedModel,
-    batch: npt.NDArray[Any],
-    wanted: Wanted,
-    timer: _Timer,
-) -> list[Detections]:
-    """Run the model, off the event loop."""
-
-    def run() -> tuple[list[Detections], float]:
-        started = perf_counter()
-        found = model.detect(batch, wanted.class_thresholds, wanted.iou_threshold)
-        return found, (perf_counter() - started) * 1000
-
-    found, timer.parts["inference_ms"] = await to_thread.run_sync(run, limiter=service.inferences)
-    return found

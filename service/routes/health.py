@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from service.problems import documented
-from service.schemas import Health
+from service.problems import ProblemError, documented
+from service.schemas import Health, ModelHealth, Readiness
 from service.state import service_state
 
 router = APIRouter(prefix="/health", tags=["health"])
@@ -18,7 +18,18 @@ async def live() -> Health:
 
 
 @router.get("/ready", summary="Whether requests can be answered", responses=documented(503))
-async def ready(request: Request) -> Health:
-    """Answers 200 once the model is loaded and has run; send no requests before."""
-    service_state(request).ready_model()
-    return Health(status="ready")
+async def ready(request: Request) -> Readiness:
+    """Answers 200 once models are loaded and have run; send no requests before.
+
+    Where several are served, those that serve count; `problems` names files that do not serve as
+    they are. Answers 503 again when the service is about to stop.
+    """
+    service = service_state(request)
+    if service.draining:
+        raise ProblemError(503, "not ready: the service is stopping", {"Retry-After": "1"})
+    entries = service.registry.check_ready()
+    models = [
+        ModelHealth(name=e.name, version=e.version, ready=e.ready, problem=e.problem)
+        for e in entries
+    ]
+    return Readiness(status="ready", models=models, problems=service.registry.problems())

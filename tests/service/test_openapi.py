@@ -17,7 +17,7 @@ def document(client):
 class BrokenModel(ServedModel):
     """Loads and does not run."""
 
-    def detect(self, *inputs):
+    def run(self, *inputs):
         raise ModelError("broken")
 
 
@@ -27,21 +27,26 @@ def unready(settings) -> TestClient:
 
 
 def test_every_documented_status_of_detect_is_real_and_no_other(
-    document, client, unready, settings, detector, png, encode
+    document, client, unready, settings, model, detector, png, encode
 ):
-    model = BrokenModel(read_detector(detector), provider="cpu")
-    model.warm = True
+    broken = BrokenModel(read_detector(detector), provider="cpu")
+    broken.warm = True
+    late = settings.model_copy(update={"deadline_ms": 1e-6})
+    busy = create_app(settings, model)
+    busy.state.service.scheduler.in_flight = 1000
     requests = [
         (client, {"content": png}),
         (client, {"content": b""}),
         (client, {"content": encode(Image.new("L", (7000, 7000)))}),
         (client, {"content": b"x"}),
         (client, {"content": png, "params": {"iou": "2"}}),
-        (TestClient(create_app(settings, model)), {"content": png}),
+        (TestClient(busy), {"content": png}),
+        (TestClient(create_app(settings, broken)), {"content": png}),
         (unready, {"content": png}),
+        (TestClient(create_app(late, model)), {"content": png}),
     ]
     real = [one.post("/v1/detect", **request).status_code for one, request in requests]
-    assert real == [200, 400, 413, 415, 422, 500, 503]
+    assert real == [200, 400, 413, 415, 422, 429, 500, 503, 504]
     documented = document["paths"]["/v1/detect"]["post"]["responses"]
     assert sorted(int(status) for status in documented) == real
 
@@ -71,6 +76,7 @@ def test_every_path_is_documented_with_its_only_method(document):
         "/v1/detect": ["post"],
         "/v1/models": ["get"],
         "/v1/models/{name}": ["get"],
+        "/v1/models/{name}/reload": ["post"],
         "/health/live": ["get"],
         "/health/ready": ["get"],
     }

@@ -33,7 +33,7 @@ def broken(settings, model, monkeypatch):
     def fail(*inputs):
         raise ModelError("the secret insides")
 
-    monkeypatch.setattr(model, "detect", fail)
+    monkeypatch.setattr(model, "run", fail)
     with TestClient(create_app(settings, model)) as client:
         yield client
 

@@ -60,10 +60,29 @@ def test_an_argument_that_cannot_be_is_named():
 
 
 def test_without_a_model():
-    with pytest.raises(SettingsError, match="GHM_MODEL is not set"):
+    with pytest.raises(SettingsError, match="neither GHM_MODEL nor GHM_MODELS is set"):
         load_settings()
 
 
 def test_an_empty_variable_is_not_set(monkeypatch):
     monkeypatch.setenv("GHM_PORT", "")
     assert load_settings(model="m.onnx").port == 8000
+
+
+def test_a_file_and_a_folder_are_not_both_served(monkeypatch):
+    with pytest.raises(SettingsError, match=r"both a model \(m.onnx\) and a folder"):
+        load_settings(model="m.onnx", models="folder")
+
+
+def test_a_source_that_is_given_wins_over_both_of_the_environment(monkeypatch):
+    monkeypatch.setenv("GHM_MODEL", "env.onnx")
+    settings = load_settings(models="folder")
+    assert (settings.model, settings.models, settings.source) == (
+        None,
+        Path("folder"),
+        Path("folder"),
+    )
+
+
+def test_no_secret_is_shown():
+    assert "hush" not in repr(load_settings(model="m.onnx", tokens="anna:hush"))

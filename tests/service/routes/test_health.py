@@ -11,7 +11,21 @@ from service.model import ModelError, ServedModel
 
 def test_live_and_ready(client):
     assert client.get("/health/live").json() == {"status": "alive"}
-    assert client.get("/health/ready").json() == {"status": "ready"}
+    assert client.get("/health/ready").json() == {
+        "status": "ready",
+        "models": [{"name": "colours", "version": "1", "ready": True, "problem": None}],
+        "problems": [],
+    }
+
+
+def test_not_ready_while_it_is_draining_but_alive(settings, model):
+    app = create_app(settings, model)
+    with TestClient(app) as client:
+        app.state.service.draining = True
+        response = client.get("/health/ready")
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert "stopping" in response.json()["error"]
+        assert client.get("/health/live").status_code == 200
 
 
 def test_alive_but_not_ready_before_the_start(settings):
@@ -61,7 +75,7 @@ def test_not_ready_until_the_model_has_answered(settings, slow):
             assert client.get("/v1/models").status_code == 200
         finally:
             slow.go.set()
-        assert wait_until(client, lambda r: r.status_code == 200).json() == {"status": "ready"}
+        assert wait_until(client, lambda r: r.status_code == 200).json()["status"] == "ready"
 
 
 def test_a_model_that_fails_its_warm_up_is_never_ready_and_says_why(settings, slow):
@@ -77,7 +91,7 @@ def test_the_start_loads_and_warms_the_model(settings):
     app = create_app(settings)
     with TestClient(app) as client:
         wait_until(client, lambda r: r.status_code == 200)
-        assert app.state.service.model.card.name == "colours"
+        assert app.state.service.registry.get().card.name == "colours"
         assert np.isfinite(
-            app.state.service.model.detect(np.zeros((1, 3, 64, 96), "f4"))[0].boxes
+            app.state.service.registry.get().detect(np.zeros((1, 3, 64, 96), "f4"))[0].boxes
         ).all()

@@ -33,7 +33,7 @@ def test_an_unknown_model_is_404_and_the_known_one_named(client):
     assert response.headers["content-type"] == "application/problem+json"
     detail = ProblemDetails.model_validate(response.json()).detail
     assert "'shapes'" in detail
-    assert "'colours'" in detail
+    assert "there is colours" in detail
 
 
 def test_before_the_model_is_loaded_503(settings):
@@ -42,3 +42,40 @@ def test_before_the_model_is_loaded_503(settings):
         response = client.get(path)
         assert response.status_code == 503
         assert "not loaded" in response.json()["error"]
+
+
+def test_a_version_that_is_there_and_one_that_is_not(client):
+    assert client.get("/v1/models/colours?version=1").json()["version"] == "1"
+    response = client.get("/v1/models/colours?version=7")
+    assert response.status_code == 404
+    assert response.json()["error"] == "no version '7' of 'colours'; there is 1"
+
+
+def test_reload_takes_what_the_file_holds_now(tmp_path, write_detector, settings):
+    path = tmp_path / "served.onnx"
+    path.write_bytes(write_detector().read_bytes())
+    with TestClient(create_app(settings.model_copy(update={"model": path}))) as client:
+        before = client.get("/v1/models/colours").json()
+        path.write_bytes(write_detector(backbone="another").read_bytes())
+        (after,) = ModelList.model_validate(client.post("/v1/models/colours/reload").json()).models
+        assert after.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != before["sha256"]
+        assert client.get("/v1/models/colours").json()["card"]["backbone"] == "another"
+
+
+def test_a_bad_file_is_409_and_its_predecessor_serves(tmp_path, detector, settings, png):
+    path = tmp_path / "served.onnx"
+    path.write_bytes(detector.read_bytes())
+    told = settings.model_copy(update={"model": path, "reload_seconds": 0})
+    app = create_app(told)
+    with TestClient(app) as client:
+        path.write_bytes(b"not a model")
+        response = client.post("/v1/models/colours/reload")
+        assert response.status_code == 409
+        assert "served.onnx" in response.json()["error"]
+        app.state.service.registry.get().warm_up()
+        assert client.post("/v1/detect", content=png).status_code == 200
+        ready = client.get("/health/ready").json()
+        assert ready["models"][0]["ready"]
+        assert "served.onnx" in ready["problems"][0]
+        assert "served.onnx" in client.get("/v1/models/colours").json()["problem"]
+        assert client.post("/v1/models/shapes/reload").status_code == 404
