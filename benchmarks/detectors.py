@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.provenance import provenance
-from benchmarks.rows import Rows, read
+from benchmarks.rows import Row, Rows, latest, read
 from export.graph import build_graph
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig
@@ -40,6 +40,8 @@ from ghm_triton.detection.train import train
 RESULTS = Path(__file__).parent / "results" / "detectors.jsonl"
 LEARNT, COST = "learnt", "cost"
 ROUNDS = 20
+# Networks to time: one as small as they come, and one of a usual size.
+NETWORKS = {"tiny": (128, 128), "resnet18": (320, 320)}
 CHOSEN = 1000  # scores of the busiest image that reach their threshold
 # What is built, and what it is trained by, where that is not the default.
 DETECTORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -69,8 +71,10 @@ def main() -> None:
         rows = Rows(arguments.out, provenance())
         for name in arguments.detectors:
             if arguments.cost:
-                if not rows.here({"stage": COST, "detector": name}):
-                    print(rows.add({"stage": COST, "detector": name, **cost(name)}), flush=True)
+                for backbone in NETWORKS:
+                    key = {"stage": COST, "detector": name, "backbone": backbone}
+                    if not rows.here(key):
+                        print(rows.add({**key, **cost(name, backbone)}), flush=True)
                 continue
             for seed in arguments.seeds:
                 key = {"stage": LEARNT, "detector": name, "seed": seed}
@@ -127,11 +131,11 @@ class Network(nn.Module):
         return (*detector.classify(pooled), *objectness, *deltas)
 
 
-def cost(name: str) -> dict[str, Any]:
+def cost(name: str, backbone: str) -> dict[str, Any]:
     """Milliseconds of a processor: the network alone, and the file at two sets of thresholds."""
     torch.manual_seed(0)
     config = DetectorConfig(
-        tuple("abcdefghij"), (320, 320), backbone="resnet18", **DETECTORS[name][0]
+        tuple("abcdefghij"), NETWORKS[backbone], backbone=backbone, **DETECTORS[name][0]
     )
     detector = build_detector(config).eval()
     images = torch.randn(1, 3, *config.image_size)
@@ -166,7 +170,8 @@ def cost(name: str) -> dict[str, Any]:
     shares = {
         f"{key}_share": round(medians[key] / medians["network"] - 1, 4) for key in ("quiet", "busy")
     }
-    return {"network_ms": round(medians["network"], 2), **shares, "rounds": ROUNDS}
+    about = {"image_size": list(config.image_size), "network_ms": round(medians["network"], 2)}
+    return {**about, **shares, "rounds": ROUNDS}
 
 
 def _session(content: bytes) -> onnxruntime.InferenceSession:
@@ -176,19 +181,25 @@ def _session(content: bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """What was learnt and what it costs, as Markdown; the newest cost of a detector counts."""
-    head = ("detector", "steps", "seeds", "AP", "AP50", "AP75", "choosing boxes costs")
+def table(rows: list[Row]) -> str:
+    """What was learnt and what it costs, as Markdown: two tables; the newest cost counts."""
+    head = ["detector", "steps", "seeds", "AP", "AP50", "AP75"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    costs = {row["detector"]: row for row in rows if row["stage"] == COST}
-    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    runs: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row["stage"] == LEARNT:
             runs.setdefault((row["detector"], row["steps"]), []).append(row)
     for (name, steps), own in runs.items():
         means = [f"{statistics.mean(r[key] for r in own):.3f}" for key in ("ap", "ap50", "ap75")]
-        price = f"{costs[name]['busy_share']:.1%}" if name in costs else ""
-        cells = [name, str(steps), str(len(own)), *means, price]
+        lines.append(f"| {' | '.join([name, str(steps), str(len(own)), *means])} |")
+    costs = latest((row for row in rows if row["stage"] == COST), ("detector", "backbone"))
+    head = ["detector", "network", "its latency, ms", "choosing none", f"choosing among {CHOSEN:,}"]
+    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in costs:
+        height, width = row["image_size"]
+        shares = [f"{row[key]:+.1%}" for key in ("quiet_share", "busy_share")]
+        network = f"{row['backbone']}, {height}x{width}"
+        cells = (row["detector"], network, f"{row['network_ms']:.2f}", *shares)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

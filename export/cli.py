@@ -244,8 +244,15 @@ example:
         "--runtime",
         action="append",
         choices=("onnxruntime", "openvino", "reference", "all"),
-        help="what runs the file; may be repeated. reference is onnx's own, slow: it gets two"
-        " images. all: whatever is installed (default: onnxruntime)",
+        help="what runs the file; may be repeated. reference is onnx's own, and slow. all: whatever"
+        " is installed (default: onnxruntime)",
+    )
+    add(
+        "--slow-images",
+        type=int,
+        default=2,
+        metavar="N",
+        help="how many of the images reference gets (default: 2)",
     )
 
 
@@ -264,6 +271,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
         samples,
         images=arguments.images,
         runtimes=arguments.runtime or ["onnxruntime"],
+        slow_images=arguments.slow_images,
     )
     print(report.table())
     return 0 if report.ok else MISMATCH

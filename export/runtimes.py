@@ -41,7 +41,7 @@ class Runtime(ABC):
         name: What it is asked for by.
         package: What it is imported as.
         extra: The extra of `ghm-triton` that brings it.
-        most_images: Images that it is fast enough for in a comparison; None for any number.
+        slow: Whether a comparison on many images takes it minutes.
 
     Raises:
         UnrunnableError: The runtime refuses the file.
@@ -50,7 +50,7 @@ class Runtime(ABC):
     name: ClassVar[str]
     package: ClassVar[str]
     extra: ClassVar[str] = "export"
-    most_images: ClassVar[int | None] = None
+    slow: ClassVar[bool] = False
 
     def __init__(self, file: DetectorFile) -> None:
         try:
@@ -147,7 +147,7 @@ class Reference(Runtime):
     """onnx's reference in numpy: the standard's word on what a graph means, and slow."""
 
     name, package = "reference", "onnx"
-    most_images = 2
+    slow = True
 
     def _load(self, file: DetectorFile) -> None:
         from onnx.reference import ReferenceEvaluator

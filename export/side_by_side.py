@@ -71,6 +71,7 @@ class SideBySide:
         checkpoint: The checkpoint, of the same classes and input size; run by torch on the CPU.
         tolerance: How far matched detections may differ.
         runtimes: What runs the file.
+        slow_images: Images that slow runtimes get, of all that are ever compared.
 
     Attributes:
         runtimes: Those that run it.
@@ -83,12 +84,13 @@ class SideBySide:
         checkpoint: Checkpoint,
         tolerance: Tolerance,
         runtimes: Sequence[type[Runtime]],
+        slow_images: int,
     ) -> None:
         self.card = file.card
         self.deployed = DeployedDetector(checkpoint.detector()).eval()
         self.letterbox = Letterbox(checkpoint.config)
         self.tolerance = tolerance
-        self.compared = 0
+        self.slow_images_left = slow_images
         self.runtimes: list[Runtime] = []
         self.refusals: list[str] = []
         for runtime in runtimes:
@@ -118,8 +120,7 @@ class SideBySide:
         )
         proposals, images = _proposals(predictions), self._as_the_file_takes_them(inputs)
         for runtime in list(self.runtimes):
-            few = runtime.most_images
-            rows = slice(None if few is None else max(0, few - self.compared))
+            rows = slice(self.slow_images_left if runtime.slow else None)
             try:
                 for setting, right in zip(settings, expected, strict=True):
                     for size in batch_sizes:
@@ -128,7 +129,7 @@ class SideBySide:
                         findings.runs[key] = self._compare_images(
                             samples[rows], right[rows], answers, proposals[rows], setting.rules
                         )
-                if few is None:
+                if not runtime.slow:
                     shown = _answers(runtime, images, low.feeds, max(batch_sizes))
                     broken = (broken_rules(outputs, low.rules) for outputs in shown)
                     detections = [
@@ -139,7 +140,7 @@ class SideBySide:
             except UnrunnableError as fault:
                 findings.faults[runtime.name] = str(fault)
                 self.runtimes.remove(runtime)
-        self.compared += len(samples)
+        self.slow_images_left = max(0, self.slow_images_left - len(samples))
         return findings
 
     def _as_the_file_takes_them(self, inputs: Tensor) -> npt.NDArray[Any]:

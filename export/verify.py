@@ -25,6 +25,7 @@ from ghm_triton.thresholds import ThresholdWarning
 
 # Rounding may decide this share of the detections, or one; more is a fault that looks like it.
 BORDERLINE_SHARE = 0.01
+SLOW_IMAGES = 2  # as many as a slow runtime gets through in seconds
 SHOWN = 10  # mismatches spelled out in a report
 GROUP = 24  # images in memory at a time; whole batches of 1, 3 and 8
 
@@ -149,6 +150,7 @@ def verify(
     batch_sizes: Sequence[int] = (1, 3, 8),
     tolerance: Tolerance | None = None,
     runtimes: Sequence[str] = ("onnxruntime",),
+    slow_images: int = SLOW_IMAGES,
 ) -> VerifyReport:
     """Compare a file with the checkpoint it claims to come from, on images.
 
@@ -165,7 +167,8 @@ def verify(
         batch_sizes: Images a call of the file; too few images are repeated to fill a batch.
         tolerance: How far matched detections may differ; 0.1 px and 1e-4 where None.
         runtimes: What runs the file, of `export.runtimes.RUNTIME_NAMES`; or `all`: whatever is
-            installed. `reference` is slow and gets two of the images.
+            installed.
+        slow_images: How many of the images the slow one gets, `reference`: the first of them.
 
     Returns:
         A report; `report.ok` says whether the file stands for the checkpoint.
@@ -174,26 +177,28 @@ def verify(
         CardError: The file breaks its contract, as when its thresholds are not its card's.
         CheckpointError: The checkpoint is missing or damaged.
         MissingRuntimeError: A runtime that was asked for by name is not installed.
-        ValueError: There are no images, a batch size is not between 1 and 64, or a runtime is
-            unknown.
+        ValueError: There are no images, for slow runtimes or for all, a batch size is not between
+            1 and 64, or a runtime is unknown.
     """
     count = len(samples) if images is None else min(images, len(samples))
     if count < 1:
         raise ValueError(f"no images to compare on ({len(samples)} given, {images} asked for)")
+    if slow_images < 1:
+        raise ValueError(f"slow runtimes need an image or more, got {slow_images}")
     if not batch_sizes or any(not 1 <= size <= 64 for size in batch_sizes):
         raise ValueError(f"batch sizes must lie in 1..64, got {tuple(batch_sizes)}")
     there, missing = find_runtimes(runtimes)
     file, checkpoint_path = read_detector(onnx_path), Path(checkpoint_path)
     checkpoint = Checkpoint.load(checkpoint_path)
     report = VerifyReport(count, checkpoint.config.class_names)
-    report.titles = {runtime.name: _title(runtime, count) for runtime in there}
+    report.titles = {runtime.name: _title(runtime, count, slow_images) for runtime in there}
     report.missing = {runtime.name: how_to_install(runtime) for runtime in missing}
     report.problems += card_problems(file.card, checkpoint, sha256_of(checkpoint_path))
     if not _comparable(file.card, checkpoint):
         return report
     chosen = [i * len(samples) // count for i in range(count)]
     size = max(GROUP, *batch_sizes)
-    pair = SideBySide(file, checkpoint, tolerance or Tolerance(), there)
+    pair = SideBySide(file, checkpoint, tolerance or Tolerance(), there, slow_images)
     report.problems += pair.refusals
     found: dict[str, Found] = {}
     for start in range(0, count if pair.runtimes else 0, size):
@@ -210,9 +215,9 @@ def verify(
     return report
 
 
-def _title(runtime: type[Runtime], count: int) -> str:
-    few = runtime.most_images
-    return runtime.title() + (f", slow: {few} of the images" if few and few < count else "")
+def _title(runtime: type[Runtime], count: int, slow_images: int) -> str:
+    few = runtime.slow and slow_images < count
+    return runtime.title() + (f", slow: {slow_images} of the images" if few else "")
 
 
 def _take_in(report: VerifyReport, found: dict[str, Found], findings: Findings) -> None:

@@ -54,7 +54,8 @@ def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
     """Boxes `[..., 4]`, x1 y1 x2 y2, cut off at the borders of an image of `(height, width)`."""
     height, width = image_size
     limit = torch.tensor([width, height, width, height], dtype=boxes.dtype, device=boxes.device)
-    return torch.minimum(boxes.clamp(min=0.0), limit)
+    # Expanded, as runtimes are slow to broadcast over so few numbers.
+    return torch.minimum(boxes.clamp(min=0.0), limit.expand(boxes.shape[-2:]))
 
 
 def decode_boxes(deltas: Tensor, anchors: Tensor, image_size: tuple[int, int]) -> Tensor:
@@ -149,7 +150,8 @@ class DeployedDetector(nn.Module):
         Scores decide what stands, ranks decide what is better.
         """
         boxes, scores, ranks = predictions
-        ranks = torch.where(scores >= class_thresholds, ranks, torch.full_like(ranks, OUT))
+        # Expanded, as runtimes are slow to broadcast over so few numbers.
+        ranks = torch.where(scores >= class_thresholds.expand(scores.shape[1:]), ranks, OUT)
         # The best places of any class stay; indexing, because gather exports badly.
         count = min(self.config.candidates, ranks.shape[1])
         _, best = ranks.amax(dim=2).topk(count, dim=1)

@@ -8,18 +8,28 @@ from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.model import build_detector
 
 
-def test_the_table_gives_means_over_seeds_and_the_newest_cost():
+def test_the_table_gives_means_over_seeds_and_the_newest_cost_of_each_network():
     ap = {"ap75": 0.5, "stage": LEARNT, "steps": 600}
+    cost = {"detector": "fcos", "stage": COST, "network_ms": 1.5, "quiet_share": 0.011}
+    tiny = {**cost, "backbone": "tiny", "image_size": [128, 96]}
+    other = {**cost, "backbone": "resnet18", "image_size": [320, 320], "busy_share": -0.001}
     rows = [
         {"detector": "fcos", "seed": 0, "ap": 0.5, "ap50": 0.75, **ap},
         {"detector": "fcos", "seed": 1, "ap": 0.7, "ap50": 0.85, **ap},
         {"detector": "retinanet", "seed": 0, "ap": 0.6, "ap50": 0.8, **ap},
-        {"detector": "fcos", "stage": COST, "busy_share": 0.5},
-        {"detector": "fcos", "stage": COST, "busy_share": 0.025},
+        {**tiny, "busy_share": 0.5},
+        other,
+        {**tiny, "busy_share": 0.025},
     ]
-    lines = table(rows).splitlines()
-    assert lines[2] == "| fcos | 600 | 2 | 0.600 | 0.800 | 0.500 | 2.5% |"
-    assert lines[3] == "| retinanet | 600 | 1 | 0.600 | 0.800 | 0.500 |  |"
+    learnt, costs = (part.splitlines()[2:] for part in table(rows).split("\n\n"))
+    assert learnt == [
+        "| fcos | 600 | 2 | 0.600 | 0.800 | 0.500 |",
+        "| retinanet | 600 | 1 | 0.600 | 0.800 | 0.500 |",
+    ]
+    assert costs == [
+        "| fcos | resnet18, 320x320 | 1.50 | +1.1% | -0.1% |",
+        "| fcos | tiny, 128x96 | 1.50 | +1.1% | +2.5% |",
+    ]
 
 
 @pytest.mark.parametrize("name", DETECTORS)

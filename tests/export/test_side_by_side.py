@@ -10,7 +10,7 @@ import torch
 
 from export.compare import Rules, Tolerance
 from export.file import read_detector
-from export.runtimes import OnnxRuntime
+from export.runtimes import OnnxRuntime, Reference
 from export.side_by_side import Outputs, SideBySide, broken_rules
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import Sample
@@ -56,7 +56,7 @@ def test_a_number_of_detections_that_cannot_be(count: int) -> None:
 
 @pytest.fixture
 def pair(detector_path: Path, checkpoint: Checkpoint) -> SideBySide:
-    return SideBySide(read_detector(detector_path), checkpoint, Tolerance(), [OnnxRuntime])
+    return SideBySide(read_detector(detector_path), checkpoint, Tolerance(), [OnnxRuntime], 2)
 
 
 def test_every_setting_and_batch_size_is_run(pair: SideBySide, samples: list[Sample]) -> None:
@@ -90,6 +90,31 @@ def test_the_file_is_given_whole_batches(
     assert len(seen) == 4 * -(-len(samples) // size)  # three settings, and mAP
 
 
+def test_slow_runtimes_get_the_first_images_of_all_that_are_compared(
+    detector_path: Path,
+    checkpoint: Checkpoint,
+    samples: list[Sample],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = read_detector(detector_path)
+    seen: list[np.ndarray] = []
+    pair = SideBySide(file, checkpoint, Tolerance(), [OnnxRuntime, Reference], 3)
+    fast, slow = pair.runtimes
+    monkeypatch.setattr(
+        slow, "run", lambda batch, overrides: seen.append(batch) or fast.run(batch, overrides)
+    )
+    first, second, third = (pair.compare(samples[i : i + 2], [1]) for i in (0, 2, 4))
+    key = ("every class shown", 1)
+    for findings in (first, second):
+        assert findings.runs["reference", *key].matched.any()
+    assert not third.runs["reference", *key].matched.any()
+    assert third.runs["onnxruntime", *key].matched.any()
+    given = [pair.letterbox(sample.image)[0] for sample in samples[:3]]
+    wanted = [given[0], given[1], given[0], given[1], given[0], given[1], *[given[2]] * 3]
+    np.testing.assert_array_equal(np.concatenate(seen), torch.stack(wanted))
+    assert list(first.found) == ["checkpoint", "onnxruntime"]  # no mAP of the first few
+
+
 def test_a_class_that_scores_low_is_seen(pair: SideBySide) -> None:
     probability = torch.rand(4, 500, 3, generator=torch.Generator().manual_seed(0))
     probability[..., 2] *= 1e-3
@@ -110,7 +135,7 @@ def test_an_answer_that_breaks_the_contract_is_a_mismatch(
         node.input[2] = "zero"
 
     pair = SideBySide(
-        read_detector(tampered(pad_with_zero)), checkpoint, Tolerance(), [OnnxRuntime]
+        read_detector(tampered(pad_with_zero)), checkpoint, Tolerance(), [OnnxRuntime], 2
     )
     run = pair.compare(samples, [3]).runs["onnxruntime", "the file's own thresholds", 3]
     assert run.mismatches[0] == "cloud_0.png: the padding is not 0, 0 and -1"

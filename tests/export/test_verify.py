@@ -454,6 +454,13 @@ def test_no_images_are_an_error(
         verify(detector_path, checkpoint_path, samples, images=images)
 
 
+def test_slow_runtimes_need_an_image(
+    detector_path: Path, checkpoint_path: Path, samples: list[Sample]
+) -> None:
+    with pytest.raises(ValueError, match="slow runtimes need an image or more, got 0"):
+        verify(detector_path, checkpoint_path, samples, slow_images=0)
+
+
 @pytest.mark.parametrize("sizes", [[], [0], [1, 65]])
 def test_batch_sizes_lie_in_1_to_64(
     detector_path: Path, checkpoint_path: Path, samples: list[Sample], sizes: list[int]

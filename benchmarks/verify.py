@@ -1,0 +1,145 @@
+"""Does each exported file detect what its checkpoint detects? On whole test splits, in numbers.
+
+Each checkpoint is exported, and its file compared with it by `ghm verify`'s own comparison: batches
+of 1, 3 and 8; the file's thresholds, thresholds that show every class, and another NMS on top. One
+JSON line a runtime, with provenance. Exits with 1 where a file differs from its checkpoint.
+
+    python -m benchmarks.verify retinanet=runs/cells/checkpoint.pt fcos=runs/fcos/checkpoint.pt
+    python -m benchmarks.verify --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.provenance import provenance
+from benchmarks.rows import Row, Rows, latest, read
+from export.detector import export_detector
+from export.runtimes import RUNTIME_NAMES, RUNTIMES
+from export.side_by_side import CHECKPOINT
+from export.verify import VerifyReport, verify
+from ghm_triton.detection.checkpoint import Checkpoint
+from ghm_triton.detection.data import open_dataset
+from ghm_triton.thresholds import ThresholdWarning
+
+RESULTS = Path(__file__).parent / "results" / "verify.jsonl"
+KEY = ("detector", "data", "runtime")
+BATCHES = (1, 3, 8)
+
+
+def main() -> int:
+    """Compare what is named, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoints", nargs="*", metavar="NAME=CHECKPOINT")
+    parser.add_argument("--data", help="default: what each was trained on")
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIME_NAMES, default=RUNTIME_NAMES)
+    parser.add_argument("--slow-images", type=int, default=2, help="that reference gets")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    arguments = parser.parse_args()
+    problems: list[str] = []
+    if not arguments.table:
+        rows = Rows(arguments.out, provenance())
+        for named in arguments.checkpoints:
+            name, _, path = named.partition("=")
+            made, wrong = compared(
+                name, Path(path), arguments.data, arguments.runtimes, arguments.slow_images
+            )
+            problems += wrong
+            for row in made:
+                rows.add(row)
+    print(table(latest(read(arguments.out), KEY)))
+    for problem in problems:
+        print(f"PROBLEM {problem}")
+    return 1 if problems else 0
+
+
+def compared(
+    name: str, path: Path, data: str | None, runtimes: Sequence[str], slow_images: int
+) -> tuple[list[Row], list[str]]:
+    """Rows of one checkpoint, one a runtime; and whatever is wrong, in words."""
+    saved = Checkpoint.load(path)
+    names = saved.config.class_names
+    samples = open_dataset(data or saved.training["data"], "test", class_names=names)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ThresholdWarning)  # of classes that BCCD hardly shows
+        file = Path(folder) / "detector.onnx"
+        export_detector(path, file)
+        report = verify(
+            file, path, samples, batch_sizes=BATCHES, runtimes=runtimes, slow_images=slow_images
+        )
+    config = saved.config
+    about = {
+        "detector": name,
+        "architecture": config.architecture,
+        "classifier": config.classifier,
+        "backbone": config.backbone,
+        "image_size": list(config.image_size),
+        "steps": saved.training["step"],
+        "data": samples.name,
+    }
+    return [{**about, **found} for found in findings(report, slow_images)], report.problems
+
+
+def findings(report: VerifyReport, slow_images: int) -> list[Row]:
+    """What a report found, one row a runtime."""
+    rows = []
+    for kind in RUNTIMES:
+        runs = [key for key in report.runs if key[0] == kind.name]
+        if not runs:
+            continue
+        total, ap = report.total(kind.name), report.average_precision
+        both = {"checkpoint_ap": CHECKPOINT, "file_ap": kind.name}
+        rows.append(
+            {
+                "runtime": kind.name,
+                "version": kind.title(),
+                "images": min(report.images, slow_images) if kind.slow else report.images,
+                "batches": sorted({size for _, _, size in runs}),
+                "settings": len({setting for _, setting, _ in runs}),
+                "detections": int(total.matched.sum()),
+                "borderline": total.borderline,
+                "mismatches": len(total.mismatches),
+                "score": total.score,
+                "box": total.box,
+                **{key: round(ap[side].ap, 4) for key, side in both.items() if kind.name in ap},
+            }
+        )
+    return rows
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as Markdown."""
+    head = ["detector", "data", "runtime", "images", "detections compared", "on one side alone"]
+    head += ["largest difference of a score", "of a box, px", "AP of checkpoint, file"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        precision = [f"{row[key]:.4f}" for key in ("checkpoint_ap", "file_ap") if key in row]
+        cells = (
+            row["detector"],
+            row["data"],
+            row["version"],
+            str(row["images"]),
+            f"{row['detections']:,}",
+            alone(row),
+            f"{row['score']:.1e}",
+            f"{row['box']:.1e}",
+            ", ".join(precision),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def alone(row: Row) -> str:
+    """Detections that one side lacks: those that rounding explains, and those it does not."""
+    if row["mismatches"]:
+        return f"{row['borderline'] + row['mismatches']}, {row['mismatches']} of them wrong"
+    return f"{row['borderline']}, by rounding" if row["borderline"] else "0"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
