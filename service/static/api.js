@@ -1,0 +1,65 @@
+// The service, as the page asks it. Errors become sentences.
+
+// The folder that the page is in, so that it also works behind a proxy that adds a prefix.
+const root = new URL("..", import.meta.url);
+
+const TOKEN = "ghm-token";
+
+export const token = {
+  get: () => sessionStorage.getItem(TOKEN),
+  set: (value) => sessionStorage.setItem(TOKEN, value),
+  forget: () => sessionStorage.removeItem(TOKEN),
+};
+
+export const address = (path) => new URL(path, root).href;
+
+/** An answer that is none: `status` is 0 where nothing answered. */
+export class ServiceError extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+async function ask(path, options = {}) {
+  const headers = token.get() ? { Authorization: `Bearer ${token.get()}` } : {};
+  let response;
+  try {
+    response = await fetch(new URL(path, root), { ...options, headers });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServiceError(0, "The service does not answer. Is it running?");
+  }
+  if (response.ok) return response.json();
+  throw new ServiceError(response.status, await sentence(response));
+}
+
+/** What problem+json says, or what the status says where a proxy answered in its own words. */
+async function sentence(response) {
+  const problem = await response.json().catch(() => ({}));
+  const detail = problem.detail ?? `the answer was ${response.status} ${response.statusText}`.trim();
+  const text = detail[0].toUpperCase() + detail.slice(1);
+  const after = response.headers.get("Retry-After");
+  const seconds = /^\d+$/.test(after ?? "") ? ` Try again in ${after} s.` : "";
+  return (/[.!?]$/.test(text) ? text : `${text}.`) + seconds;
+}
+
+export const listModels = async () => (await ask("v1/models")).models;
+
+export const showModel = ({ name, version }) =>
+  ask(`v1/models/${encodeURIComponent(name)}?version=${encodeURIComponent(version)}`);
+
+function form(file, options) {
+  const body = new FormData();
+  body.append("file", file, file.name);
+  for (const [name, value] of Object.entries(options)) body.append(name, value);
+  return body;
+}
+
+/** Every box that scores at least a floor, whatever its class's threshold. */
+export const preview = (file, options, signal) =>
+  ask("v1/thresholds/preview", { method: "POST", body: form(file, options), signal });
+
+/** The boxes that stand at these thresholds. */
+export const detect = (file, options, signal) =>
+  ask("v1/detect", { method: "POST", body: form(file, options), signal });
