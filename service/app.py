@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -9,10 +10,9 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from export.file import read_detector
-from service import openapi, problems
+from service import middleware, openapi, problems
 from service.model import ServedModel
-from service.request_id import RequestIdMiddleware
-from service.routes import detect, health, models
+from service.routes import detect, health, metrics, models, page
 from service.settings import Settings, load_settings
 from service.state import ServiceState
 
@@ -49,19 +49,21 @@ def create_app(settings: Settings | None = None, model: ServedModel | None = Non
         answered a warm-up image.
 
     Raises:
-        SettingsError: The environment has a value that is no setting.
+        SettingsError: The environment has a value that is no setting, or one that cannot be used.
     """
     service = ServiceState(load_settings() if settings is None else settings)
     if model is not None:
         service.registry.adopt(model)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:  # noqa: ARG001  FastAPI's signature
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         await service.start()
         try:
             yield
         finally:
             await service.stop()
+            if app.state.tracing is not None:  # sends what is left
+                await asyncio.to_thread(app.state.tracing.shutdown)
 
     app = FastAPI(
         title="ghm-triton",
@@ -70,9 +72,12 @@ def create_app(settings: Settings | None = None, model: ServedModel | None = Non
         lifespan=lifespan,
     )
     app.state.service = service
-    app.add_middleware(RequestIdMiddleware)
+    middleware.install(app, service.settings, service.metrics)
     problems.install(app)
-    openapi.install(app)
-    for part in (detect, models, health):
+    openapi.install(app, service.settings)
+    for part in (detect, models, health, page):
         app.include_router(part.router)
+    app.include_router(metrics.drift_router)
+    if service.settings.metrics:
+        app.include_router(metrics.metrics_router)
     return app

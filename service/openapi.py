@@ -7,11 +7,13 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from service.problems import MEDIA_TYPE
+from service.auth import is_public
+from service.problems import MEDIA_TYPE, described
+from service.settings import Settings
 
 
-def install(app: FastAPI) -> None:
-    """Correct FastAPI's document in two points.
+def install(app: FastAPI, settings: Settings) -> None:
+    """Correct FastAPI's document in two points, and add what the settings ask of every request.
 
     It describes errors as `application/json`, where ours are problems; and it adds a 422 to every
     route with a parameter, also where no value can be wrong.
@@ -26,7 +28,7 @@ def install(app: FastAPI) -> None:
                 routes=app.routes,
                 tags=app.openapi_tags,
             )
-            app.openapi_schema = _corrected(document)
+            app.openapi_schema = _guarded(_corrected(document), settings)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
@@ -45,6 +47,23 @@ def _corrected(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
+def _guarded(document: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Add the bearer token and its 401, and the rate limit's 429, where there are any."""
+    tokens = settings.tokens is not None or settings.tokens_file is not None
+    if tokens:
+        document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        if is_public(path, settings):
+            continue
+        for operation in operations.values():
+            if tokens:
+                operation["security"] = [{"bearer": []}]
+                operation["responses"].setdefault("401", described(401))
+            if settings.rate_limit:
+                operation["responses"].setdefault("429", described(429))
+    return document
+
+
 def _is_added(response: dict[str, Any]) -> bool:
     """Whether FastAPI added a response by itself."""
     schema = response.get("content", {}).get("application/json", {}).get("schema", {})
@@ -52,4 +71,5 @@ def _is_added(response: dict[str, Any]) -> bool:
 
 
 def _as_problem(response: dict[str, Any]) -> dict[str, Any]:
-    return {**response, "content": {MEDIA_TYPE: response["content"]["application/json"]}}
+    (content,) = response["content"].values()
+    return {**response, "content": {MEDIA_TYPE: content}}

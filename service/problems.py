@@ -17,12 +17,14 @@ MEDIA_TYPE = "application/problem+json"
 
 _MEANINGS = {
     400: "The request is malformed: its body is not what its headers say, or an image is damaged.",
+    401: "The request has no token, or one that is not known.",
     404: "There is no such model.",
     409: "The file cannot be served as it is. The model before it goes on serving.",
     413: "The body has more bytes, or an image more pixels, than this service reads.",
     415: "Not an image of a kind that this service reads.",
     422: "An option has a value that cannot be, or names a class that the model does not know.",
-    429: "Too many images wait already. Ask again after `Retry-After` seconds.",
+    429: "Too many images wait already, or this client asks too often. Ask again after"
+    " `Retry-After` seconds.",
     500: "The service failed. The log has the reason beside the `request_id`.",
     503: "The model is not ready. Ask again after `Retry-After` seconds.",
     504: "The answer was not ready in time.",
@@ -50,6 +52,12 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {
         status: {"model": ProblemDetails, "description": _MEANINGS[status]} for status in statuses
     }
+
+
+def described(status: int) -> dict[str, Any]:
+    """An error as the OpenAPI document has it."""
+    schema = {"$ref": f"#/components/schemas/{ProblemDetails.__name__}"}
+    return {"description": _MEANINGS[status], "content": {MEDIA_TYPE: {"schema": schema}}}
 
 
 def problem_response(

@@ -142,6 +142,58 @@ class Readiness(_Answer):
     )
 
 
+class HistogramPair(_Answer):
+    """Two histograms over the same bins, and how far apart they are."""
+
+    drift: Literal["unknown", "stable", "moderate", "major"] = Field(
+        description="In a word: `stable` for a PSI below 0.1, `moderate` below 0.25, else `major`;"
+        " `unknown` without one",
+        examples=["stable"],
+    )
+    psi: float | None = Field(
+        ge=0.0,
+        description="Population stability index; null while there are too few detections",
+        examples=[0.034],
+    )
+    psi_by_chance: float | None = Field(
+        ge=0.0,
+        description="What it would be on average if nothing had changed, from the number of"
+        " detections alone",
+        examples=[0.02],
+    )
+    held_out: list[Annotated[int, Field(ge=0)]] = Field(
+        description="Detections on held-out images, in each bin", examples=[[120, 118, 131]]
+    )
+    live: list[Annotated[float, Field(ge=0.0)]] = Field(
+        description="Detections of late, in each bin; older ones count less",
+        examples=[[98.5, 101.2, 133.9]],
+    )
+
+
+class ClassDriftAnswer(_Answer):
+    """The scores of one class."""
+
+    class_name: str = Field(alias="class", description="The class's name", examples=["dog"])
+    threshold: Probability = Field(description="The file's own", examples=[0.5])
+    edges: list[Probability] = Field(
+        description="What bounds the bins, one more than there are bins; none where held-out"
+        " images had too few detections of this class",
+        examples=[[0.5, 0.75, 0.9, 1.0]],
+    )
+    scores: HistogramPair = Field(description="Over the bins of `edges`")
+
+
+class DriftAnswer(_Answer):
+    """How far detections have moved from those that the thresholds were made from."""
+
+    model: str = Field(description="The model's name", examples=["retinanet-tiny"])
+    version: str = Field(description="Which of the models of this name", examples=["1"])
+    sha256: str = Field(description="Digest of its file")
+    class_names: list[str] = Field(description="In the order of labels", examples=[["dog", "cat"]])
+    mix: HistogramPair = Field(description="How detections spread over classes: a bin each")
+    classes: list[ClassDriftAnswer] = Field(description="In the order of labels")
+
+
 class ProblemDetails(_Answer):
     """An error, as RFC 9457 has it."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from service.batching import Scheduler
+from service.metrics import Metrics
 from service.registry import Registry
 from service.settings import Settings
 
@@ -21,6 +22,7 @@ class ServiceState:
         settings: What the service was told.
         registry: The models.
         scheduler: Runs them.
+        metrics: Counts what happens.
         draining: Whether the service is about to stop: it still answers, and says that it is not
             ready so that no more requests are sent to it.
     """
@@ -28,13 +30,16 @@ class ServiceState:
     settings: Settings
     registry: Registry = field(init=False)
     scheduler: Scheduler = field(init=False)
+    metrics: Metrics = field(default_factory=Metrics)
     draining: bool = False
     _background: list[asyncio.Task[None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         told = self.settings
-        self.registry = Registry(told.source, provider=told.provider, threads=told.threads)
-        self.scheduler = Scheduler(told)
+        self.registry = Registry(
+            told.source, provider=told.provider, threads=told.threads, observer=self.metrics
+        )
+        self.scheduler = Scheduler(told, self.metrics)
 
     async def start(self) -> None:
         """Load what is not loaded. Warm up beside the first requests, so that health answers.

@@ -63,6 +63,11 @@ def test_every_documented_status_of_the_others_is_real_and_no_other(
             client.get("/v1/models/x").status_code,
             *(one.get("/v1/models/colours").status_code for one in (client, unready, broken)),
         },
+        "/v1/models/{name}/drift": {
+            client.get("/v1/models/x/drift").status_code,
+            *(one.get("/v1/models/colours/drift").status_code for one in (client, unready, broken)),
+        },
+        "/metrics": {one.get("/metrics").status_code for one in (client, unready, broken)},
         "/health/live": {one.get("/health/live").status_code for one in (client, unready, broken)},
         "/health/ready": {one.get("/health/ready").status_code for one in (client, unready)},
     }
@@ -76,9 +81,11 @@ def test_every_path_is_documented_with_its_only_method(document):
         "/v1/detect": ["post"],
         "/v1/models": ["get"],
         "/v1/models/{name}": ["get"],
+        "/v1/models/{name}/drift": ["get"],
         "/v1/models/{name}/reload": ["post"],
         "/health/live": ["get"],
         "/health/ready": ["get"],
+        "/metrics": ["get"],
     }
 
 
@@ -87,7 +94,8 @@ def test_errors_are_documented_as_problems(document):
         for operation in operations.values():
             for status, response in operation["responses"].items():
                 kinds = list(response["content"])
-                wanted = "application/problem+json" if int(status) >= 400 else "application/json"
+                answers = "text/plain" if path == "/metrics" else "application/json"
+                wanted = "application/problem+json" if int(status) >= 400 else answers
                 assert kinds == [wanted], (path, status)
 
 
