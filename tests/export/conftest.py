@@ -8,9 +8,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import nn
 
+from export.contract import (
+    CARD_KEY,
+    DetectorCard,
+    Preprocessing,
+    StatisticsCard,
+    ThresholdCard,
+    TrainingCard,
+    as_float32,
+)
 from export.detector import export_detector
 from export.measure import detect_all
 from ghm_triton.detection.checkpoint import Checkpoint
@@ -153,3 +163,87 @@ def tampered(detector_path: Path, tmp_path: Path) -> Callable[[Change], Path]:
         return path
 
     return change
+
+
+@pytest.fixture
+def small_card() -> DetectorCard:
+    """Of two classes; what it says of training is the least that a card may say."""
+    return DetectorCard(
+        name="pets",
+        architecture="none",
+        backbone="none",
+        class_names=["dog", "cat"],
+        threshold_policy="fixed=0.5",
+        thresholds=[
+            ThresholdCard(name=name, threshold=0.5, source="policy", support=1, ground_truths=1)
+            for name in ("dog", "cat")
+        ],
+        iou_threshold=as_float32(0.6),
+        candidates=10,
+        max_detections=2,
+        preprocessing=Preprocessing(height=8, width=16, mean=(0, 0, 0), std=(1, 1, 1)),
+        statistics=StatisticsCard(
+            anchors=1,
+            positives=[1, 1],
+            ground_truths=[1, 1],
+            positive_scores=[[1], [1]],
+            negative_scores=[[1], [1]],
+        ),
+        training=TrainingCard(
+            data="none", losses={}, seed=0, steps=0, versions={}, checkpoint_sha256="0" * 64
+        ),
+    )
+
+
+@pytest.fixture
+def small_model(small_card: DetectorCard) -> onnx.ModelProto:
+    """A detector that finds half a cat everywhere, with its card and without a seal; it runs."""
+    floats, info = TensorProto.FLOAT, helper.make_tensor_value_info
+    make = helper.make_node
+    nodes = [
+        make("ReduceMean", ["images", "axes"], ["grey"], keepdims=0),
+        make("Mul", ["grey", "zero"], ["nothing"]),
+        make("Sigmoid", ["nothing"], ["half"]),
+        make("Unsqueeze", ["half", "one"], ["scores"]),
+        make("GreaterOrEqual", ["scores", "threshold"], ["stands"]),
+        make("Slice", ["class_thresholds", "start", "end"], ["threshold"]),
+        make("Where", ["stands", "label", "padding"], ["labels"]),
+        make("Cast", ["stands"], ["whole"], to=TensorProto.INT64),
+        make("ReduceSum", ["whole", "one"], ["num_detections"], keepdims=0),
+        make("Unsqueeze", ["scores", "two"], ["corner"]),
+        make("Expand", ["corner", "four"], ["boxes"]),
+    ]
+    nodes.insert(4, nodes.pop(5))
+    constants = {
+        "axes": np.array([1, 2, 3]),
+        "zero": np.zeros(1, np.float32),
+        "one": np.array([1]),
+        "two": np.array([2]),
+        "start": np.array([0]),
+        "end": np.array([1]),
+        "label": np.array([[1]]),
+        "padding": np.array([[-1]]),
+        "four": np.array([1, 1, 4]),
+        "class_thresholds": np.full(2, 0.5, np.float32),
+        "iou_threshold": np.full(1, small_card.iou_threshold, np.float32),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [
+            info("images", floats, ["batch", 3, 8, 16]),
+            info("class_thresholds", floats, [2]),
+            info("iou_threshold", floats, [1]),
+        ],
+        [
+            info("boxes", floats, ["batch", "M", 4]),
+            info("scores", floats, ["batch", "M"]),
+            info("labels", TensorProto.INT64, ["batch", "M"]),
+            info("num_detections", TensorProto.INT64, ["batch"]),
+        ],
+        [numpy_helper.from_array(values, name) for name, values in constants.items()],
+    )
+    opset = [helper.make_opsetid("", 18)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=10)
+    helper.set_model_props(model, {CARD_KEY: small_card.to_json()})
+    return model
