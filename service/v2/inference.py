@@ -1,0 +1,161 @@
+"""One inference request: read, checked, run with the others, and answered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+import numpy as np
+from fastapi import Request, Response
+
+from export.contract import INPUT, IOU_INPUT, THRESHOLDS_INPUT, DetectorCard
+from service.deadline import while_wanted
+from service.model import Outputs, ServedModel
+from service.options import Wanted
+from service.problems import ProblemError
+from service.settings import LARGEST_BATCH
+from service.state import ServiceState, service_state
+from service.v2.bodies import compress, read_body
+from service.v2.codec import HEADER, InferRequest, encode_answer, parse_request
+from service.v2.signature import Signature
+from service.v2.statistics import ModelStatistics, statistics_of
+from service.v2.tensors import Array, malformed
+
+# In standard deviations from the mean. Letterboxed pixels are within 3 of it; numbers far beyond
+# are no image, and a network overflows on them.
+LARGEST_PIXEL = 1000.0
+
+# An answer of more bytes is written in another thread.
+_LARGE = 2**18
+
+
+async def infer(request: Request, model: ServedModel) -> Response:
+    """Answer an inference request.
+
+    Raises:
+        ProblemError: 400 for what is malformed, 413 for too much, 415 for an unknown compression,
+            429 where too many wait, 504 past the deadline or the request's own `timeout`.
+        ModelError: The model failed.
+    """
+    service = service_state(request)
+    service.scheduler.check_room()
+    counts = statistics_of(model)
+    with counts.request():
+        with _stage(service, counts, "read", "compute_input"):
+            body = await read_body(
+                request, service.settings.max_upload_bytes, service.scheduler.decode
+            )
+            asked, wanted = await service.scheduler.decode(
+                read, body, _header_length(request), model.card, service.settings.max_pixels
+            )
+        images = asked.inputs[INPUT]
+        limit_ms = min(service.settings.deadline_ms, asked.timeout_ms or math.inf)
+        with counts.part("compute_infer"), service.scheduler.admit(len(images)):
+            outputs = await while_wanted(
+                request, service.scheduler.run(model, images, wanted), limit_ms
+            )
+        accepted = request.headers.get("accept-encoding", "")
+        with _stage(service, counts, "encode", "compute_output"):
+            if outputs.boxes.nbytes > _LARGE:
+                response = await service.scheduler.decode(_answer, asked, outputs, model, accepted)
+            else:
+                response = _answer(asked, outputs, model, accepted)
+        counts.images += len(images)
+    found = [outputs.image(place) for place in range(len(outputs))]
+    service.metrics.detections(model, found, as_shipped=wanted is None)
+    return response
+
+
+@contextmanager
+def _stage(service: ServiceState, counts: ModelStatistics, stage: str, part: str) -> Iterator[None]:
+    """Time a part of a request, by our name and by the protocol's."""
+    started = perf_counter()
+    with counts.part(part):
+        yield
+    service.metrics.stage(stage, perf_counter() - started)
+
+
+def _header_length(request: Request) -> str | None:
+    given = set(request.headers.getlist(HEADER))
+    if len(given) > 1:
+        raise malformed(f"{HEADER} is given as {' and as '.join(sorted(given))}")
+    return given.pop() if given else None
+
+
+def read(
+    body: bytes, header_length: str | None, card: DetectorCard, max_pixels: int
+) -> tuple[InferRequest, Wanted | None]:
+    """Read and check a request. Takes time, so it runs off the event loop.
+
+    Args:
+        body: The whole body, inflated.
+        header_length: As `parse_request` takes it.
+        card: Of the model that is asked.
+        max_pixels: The largest image that a model prepares itself.
+
+    Returns:
+        The request, and the thresholds it sets; None where it sets none.
+
+    Raises:
+        ProblemError: 400 for what the protocol or the model does not allow, 413 for an image of
+            too many pixels.
+    """
+    asked = parse_request(body, header_length, Signature.of(card))
+    _check_images(asked.inputs[INPUT], max_pixels)
+    return asked, _wanted(asked, card)
+
+
+def _check_images(images: Array, max_pixels: int) -> None:
+    if len(images) > LARGEST_BATCH:
+        raise malformed(
+            f"input {INPUT} is a batch of {len(images)}; at most {LARGEST_BATCH} images go into one"
+        )
+    if images.dtype == np.uint8:
+        _, height, width, _ = images.shape
+        if height * width > max_pixels:
+            raise ProblemError(
+                413,
+                f"input {INPUT} is {width} x {height}, more than the {max_pixels} pixels that are"
+                " read here",
+            )
+        return
+    # Both comparisons are false for NaN.
+    if not (images.min() >= -LARGEST_PIXEL and images.max() <= LARGEST_PIXEL):
+        wrong = images[~(np.abs(images) <= LARGEST_PIXEL)][0]
+        raise malformed(
+            f"input {INPUT} holds {wrong}; pixels are normalised by the card's mean and std, and"
+            f" must be within {LARGEST_PIXEL:g} of 0"
+        )
+
+
+def _wanted(asked: InferRequest, card: DetectorCard) -> Wanted | None:
+    thresholds = asked.inputs.get(THRESHOLDS_INPUT)
+    iou = asked.inputs.get(IOU_INPUT)
+    if thresholds is None and iou is None:
+        return None
+    if thresholds is None:
+        thresholds = np.array(card.class_thresholds, np.float32)
+    elif not (np.isfinite(thresholds).all() and thresholds.min() >= 0):
+        raise malformed(
+            f"input {THRESHOLDS_INPUT} must be finite and not negative, got {thresholds.tolist()}"
+        )
+    overlap = card.iou_threshold if iou is None else float(iou[0])
+    if not 0 <= overlap <= 1:  # false for NaN too
+        raise malformed(f"input {IOU_INPUT} must be in [0, 1], got {overlap}")
+    return Wanted(thresholds, overlap, card.max_detections)
+
+
+def _answer(asked: InferRequest, outputs: Outputs, model: ServedModel, accepted: str) -> Response:
+    body, json_length = encode_answer(
+        asked.outputs, vars(outputs), (model.name, model.version), asked.id
+    )
+    body, coding = compress(body, accepted)
+    headers = {"Vary": "Accept-Encoding"}
+    if coding is not None:
+        headers["Content-Encoding"] = coding
+    if json_length is not None:
+        headers[HEADER] = str(json_length)
+    kind = "application/json" if json_length is None else "application/octet-stream"
+    return Response(body, headers=headers, media_type=kind)

@@ -1,0 +1,126 @@
+"""What the protocol tells of a model, and asks of a request: drawn from the detector's card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
+from service.model import CPU, ServedModel
+from service.settings import LARGEST_BATCH
+from service.v2.tensors import TensorSpec
+
+PLATFORM = "onnxruntime_onnx"  # what other inference servers call such a file
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The tensors that a model takes and gives.
+
+    Attributes:
+        inputs: `images`, and the thresholds that a request may set.
+        outputs: In the contract's order.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @classmethod
+    def of(cls, card: DetectorCard) -> Signature:
+        """The signature of a detector with this card."""
+        size = card.preprocessing
+        if card.input == "uint8":
+            images = TensorSpec(INPUT, "UINT8", (-1, -1, -1, 3))
+        else:
+            images = TensorSpec(INPUT, "FP32", (-1, 3, size.height, size.width))
+        classes, most = len(card.class_names), card.max_detections
+        boxes, scores, labels, number = OUTPUTS
+        return cls(
+            (
+                images,
+                TensorSpec(THRESHOLDS_INPUT, "FP32", (classes,), optional=True),
+                TensorSpec(IOU_INPUT, "FP32", (1,), optional=True),
+            ),
+            (
+                TensorSpec(boxes, "FP32", (-1, most, 4)),
+                TensorSpec(scores, "FP32", (-1, most)),
+                TensorSpec(labels, "INT64", (-1, most)),
+                TensorSpec(number, "INT64", (-1,)),
+            ),
+        )
+
+
+def metadata(model: ServedModel, versions: list[str]) -> dict[str, Any]:
+    """A model's metadata.
+
+    Args:
+        model: The model.
+        versions: Every version that is served under its name.
+    """
+    signature = Signature.of(model.card)
+    return {
+        "name": model.name,
+        "versions": versions,
+        "platform": PLATFORM,
+        "inputs": [_tensor(spec) for spec in signature.inputs],
+        "outputs": [_tensor(spec) for spec in signature.outputs],
+    }
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
+
+
+def config(
+    model: ServedModel, *, inferences: int, batch_size: int, batch_wait_ms: float
+) -> dict[str, Any]:
+    """A model's configuration, in the form of Triton Inference Server's.
+
+    Args:
+        model: The model.
+        inferences: How many of its inferences run at a time.
+        batch_size: The most images that the service puts into one of them; 1 is no batching.
+        batch_wait_ms: How long an image waits for others.
+
+    Returns:
+        The configuration. `dims` leave out the batch, as they do there.
+    """
+    signature = Signature.of(model.card)
+    found: dict[str, Any] = {
+        "name": model.name,
+        "platform": PLATFORM,
+        "backend": "onnxruntime",
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": LARGEST_BATCH,
+        "input": [_configured_input(spec, model.card) for spec in signature.inputs],
+        "output": [_configured(spec) for spec in signature.outputs],
+        "instance_group": [
+            {
+                "name": model.name,
+                "kind": "KIND_CPU" if model.providers[0] == CPU else "KIND_GPU",
+                "count": inferences,
+            }
+        ],
+        "default_model_filename": "model.onnx",
+        "model_transaction_policy": {"decoupled": False},
+    }
+    if batch_size > 1:
+        found["dynamic_batching"] = {
+            "preferred_batch_size": [batch_size],
+            "max_queue_delay_microseconds": round(batch_wait_ms * 1000),
+        }
+    return found
+
+
+def _configured(spec: TensorSpec) -> dict[str, Any]:
+    dims = spec.shape if spec.optional else spec.shape[1:]
+    return {"name": spec.name, "data_type": f"TYPE_{spec.datatype}", "dims": list(dims)}
+
+
+def _configured_input(spec: TensorSpec, card: DetectorCard) -> dict[str, Any]:
+    layout = "FORMAT_NHWC" if card.input == "uint8" else "FORMAT_NCHW"
+    return {
+        **_configured(spec),
+        "format": layout if spec.name == INPUT else "FORMAT_NONE",
+        "optional": spec.optional,
+    }
