@@ -23,25 +23,35 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from export.contract import DetectorCard, Preprocessing
-
-FORMATS = ("JPEG", "PNG", "WebP", "BMP", "TIFF", "GIF")
-
-_SIGNATURES = (
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"BM", "BMP"),
-    (b"GIF87a", "GIF"),
-    (b"GIF89a", "GIF"),
-    (b"II*\x00", "TIFF"),
-    (b"MM\x00*", "TIFF"),
-    (b"II+\x00", "TIFF"),
-    (b"MM\x00+", "TIFF"),
+from service.headers import (
+    FORMATS,
+    DamagedImageError,
+    ImageError,
+    ImageHeader,
+    ImageTooLargeError,
+    UnsupportedImageError,
+    measure,
 )
 
-_EXIF_ORIENTATION = 0x0112
+__all__ = [
+    "FORMATS",
+    "DamagedImageError",
+    "Geometry",
+    "ImageError",
+    "ImageHeader",
+    "ImageTooLargeError",
+    "UnsupportedImageError",
+    "canvas",
+    "decode",
+    "letterbox",
+    "measure",
+    "prepare",
+]
+
 _TIFF_BITS_PER_SAMPLE = 258
 _TIFF_PHOTOMETRIC = 262
 _TIFF_WHITE_IS_ZERO = 0
+_BAND = 64  # rows converted at a time: a conversion costs no second and third copy
 
 # The transposition that undoes each value of EXIF's orientation; 1 is upright.
 _UPRIGHT = {
@@ -53,22 +63,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class ImageError(ValueError):
-    """The bytes are not an image that can be answered for."""
-
-
-class UnsupportedImageError(ImageError):
-    """Not an image, or not of a kind that is read here."""
-
-
-class DamagedImageError(ImageError):
-    """An image of a known kind that ends too early or does not decode."""
-
-
-class ImageTooLargeError(ImageError):
-    """An image of more pixels than allowed."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +98,7 @@ class Geometry:
         return inside
 
 
-def decode(content: bytes, max_pixels: int) -> Image.Image:
+def decode(content: bytes, max_pixels: int, header: ImageHeader | None = None) -> Image.Image:
     """Decode an image file.
 
     Args:
@@ -112,6 +106,7 @@ def decode(content: bytes, max_pixels: int) -> Image.Image:
             them, not from what a client calls them.
         max_pixels: The most pixels to decode. What the header states is checked before any
             pixel is decoded.
+        header: What `measure` returned for it, if it was asked before.
 
     Returns:
         The upright image, mode RGB.
@@ -121,23 +116,26 @@ def decode(content: bytes, max_pixels: int) -> Image.Image:
         DamagedImageError: There are no bytes, or the image is cut short or broken.
         ImageTooLargeError: The image has more pixels than allowed.
     """
-    if not content:
-        raise DamagedImageError("the image is empty: 0 bytes")
-    kind = _kind(content)
-    image = _open(content, kind, max_pixels)
-    if image.width * image.height > max_pixels:
-        raise ImageTooLargeError(
-            f"the image is {image.width} x {image.height} pixels; at most {max_pixels} are read"
-        )
+    header = measure(content, max_pixels) if header is None else header
     try:
+        image: Image.Image = Image.open(io.BytesIO(header.essence), formats=(header.kind.upper(),))
+        if image.size != (header.width, header.height):
+            raise DamagedImageError(
+                f"the {header.kind} image is damaged: it is {header.width} x {header.height}"
+                f" pixels in one place and {image.width} x {image.height} in another"
+            )
         image.load()
-        turn = _UPRIGHT.get(_orientation(image))
-        rgb = _to_rgb(image)
-        return rgb if turn is None else rgb.transpose(turn)
+        image = _to_rgb(image)  # under the same name, so that what it was made of is freed
+        turn = _UPRIGHT.get(header.orientation)
+        return image if turn is None else image.transpose(turn)
     except ImageError:
         raise
+    except UnidentifiedImageError as error:  # its own message prints the address of a buffer
+        raise DamagedImageError(
+            f"the {header.kind} image's header is damaged, or of a variant that is not read"
+        ) from error
     except Exception as error:  # decoders raise what they please on broken bytes
-        raise DamagedImageError(f"the {kind} image is damaged: {_reason(error)}") from error
+        raise DamagedImageError(f"the {header.kind} image is damaged: {_reason(error)}") from error
 
 
 def prepare(image: Image.Image, card: DetectorCard) -> tuple[npt.NDArray[Any], Geometry]:
@@ -177,11 +175,21 @@ def letterbox(
     Raises:
         ValueError: The image is not RGB.
     """
-    pixels, geometry = canvas(image, preprocessing)
-    mean = np.array(preprocessing.mean, dtype=np.float32)
-    std = np.array(preprocessing.std, dtype=np.float32)
-    normalized = (pixels.astype(np.float32) / np.float32(255) - mean) / std
-    return np.ascontiguousarray(normalized.transpose(2, 0, 1)), geometry
+    resized, geometry = _fit(image, preprocessing)
+    pixels = np.asarray(resized)
+    height, width = pixels.shape[:2]
+    row = np.empty((3, preprocessing.height, preprocessing.width), dtype=np.float32)
+    grey = np.float32(255)
+    # A channel at a time and in place: five passes over a plane that stays in the cache.
+    for channel, plane in enumerate(row):
+        mean = np.float32(preprocessing.mean[channel])
+        std = np.float32(preprocessing.std[channel])
+        plane.fill((np.float32(preprocessing.pad_value) / grey - mean) / std)
+        inside = plane[:height, :width]
+        np.divide(pixels[..., channel], grey, out=inside, dtype=np.float32)
+        np.subtract(inside, mean, out=inside)
+        np.divide(inside, std, out=inside)
+    return row, geometry
 
 
 def canvas(
@@ -199,46 +207,22 @@ def canvas(
     Raises:
         ValueError: The image is not RGB.
     """
+    resized, geometry = _fit(image, preprocessing)
+    shape = (preprocessing.height, preprocessing.width, 3)
+    frame = np.full(shape, preprocessing.pad_value, dtype=np.uint8)
+    frame[: resized.height, : resized.width] = np.asarray(resized)
+    return frame, geometry
+
+
+def _fit(image: Image.Image, preprocessing: Preprocessing) -> tuple[Image.Image, Geometry]:
+    """The image as large as it is inside the model's input."""
     if image.mode != "RGB":
         raise ValueError(f"the image's mode must be RGB, got {image.mode}")
     size = preprocessing.resized(image.width, image.height)
-    background = (preprocessing.pad_value,) * 3
-    frame = Image.new("RGB", (preprocessing.width, preprocessing.height), background)
-    frame.paste(image.resize(size, Image.Resampling.BILINEAR), (0, 0))
-    return np.asarray(frame), Geometry(image.width, image.height, *size)
-
-
-def _kind(content: bytes) -> str:
-    for signature, kind in _SIGNATURES:
-        if content.startswith(signature):
-            return kind
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "WebP"
-    raise UnsupportedImageError(f"not an image of a kind read here: {', '.join(FORMATS)}")
-
-
-def _open(content: bytes, kind: str, max_pixels: int) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(content), formats=(kind.upper(),))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLargeError(
-            f"the image is too large: at most {max_pixels} pixels are read"
-        ) from error
-    except UnidentifiedImageError as error:  # its own message prints the address of a buffer
-        raise DamagedImageError(
-            f"the {kind} image's header is damaged, or of a variant that is not read"
-        ) from error
-    except Exception as error:
-        raise DamagedImageError(f"the {kind} image is damaged: {_reason(error)}") from error
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation; 1 where there is none. TIFF files are turned while they load."""
-    try:
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001  broken EXIF beside good pixels: upright, as viewers show it
-        return 1
-    return value if isinstance(value, int) else 1
+    geometry = Geometry(image.width, image.height, *size)
+    if size == image.size:
+        return image, geometry
+    return image.resize(size, Image.Resampling.BILINEAR), geometry
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -250,21 +234,29 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = _to_eight_bits(image)
     if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        white = Image.new("RGBA", colours.size, "white")
-        return Image.alpha_composite(white, colours).convert("RGB")
-    return image.convert("RGB")
+        return _on_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, _BAND):
+        band = image.crop((0, top, image.width, min(top + _BAND, image.height)))
+        white = Image.new("RGBA", band.size, "white")
+        shown = Image.alpha_composite(white, band.convert("RGBA"))
+        rgb.paste(shown.convert("RGB"), (0, top))
+    return rgb
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Grey of up to 16 bits, scaled so that its white is 255."""
     tags = getattr(image, "tag_v2", {})  # of TIFF, which also knows 12 bits and inverted grey
-    bits = tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0]
-    grey = np.asarray(image).astype(np.float32) * np.float32(255 / (2**bits - 1))
-    scaled = np.rint(grey).astype(np.uint8)
+    bits = min(tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0], 16)
+    levels = np.arange(2**16, dtype=np.float32) * np.float32(255 / (2**bits - 1))
+    table = np.rint(np.minimum(levels, 255)).astype(np.uint8)
     if tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO:
-        scaled = 255 - scaled
-    return Image.fromarray(scaled)
+        table = 255 - table
+    return Image.fromarray(table[np.asarray(image)])
 
 
 def _reason(error: Exception) -> str:

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, TiffImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from export.contract import Preprocessing
+from ghm_triton.detection.config import DetectorConfig
+from ghm_triton.detection.transforms import Letterbox
 from service.images import (
     DamagedImageError,
     Geometry,
@@ -157,6 +159,92 @@ def test_cmyk_jpeg(encode):
     np.testing.assert_allclose(got, (255, 0, 0), atol=2)
 
 
+def test_first_image_of_an_animated_png_and_webp(encode):
+    red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    for kind in ("PNG", "WEBP"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        content = encode(red, kind, save_all=True, append_images=[blue], **options)
+        assert pixel(decode(content, LIMIT)) == (255, 0, 0)
+
+
+def test_first_page_of_a_tiff(encode):
+    red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (9, 9), "blue")
+    image = decode(encode(red, "TIFF", save_all=True, append_images=[blue]), LIMIT)
+    assert (image.size, pixel(image)) == ((4, 4), (255, 0, 0))
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def sixteen_bit_png(values: np.ndarray) -> bytes:
+    """A PNG of 16-bit RGB, which Pillow does not write."""
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+
+def test_sixteen_bit_colour_keeps_its_high_byte():
+    values = np.array([[[0, 255, 256], [32768, 65279, 65535]]], dtype=np.uint16)
+    got = np.asarray(decode(sixteen_bit_png(values), LIMIT))
+    np.testing.assert_array_equal(got, values >> 8)
+
+
+def test_twelve_bit_grey_is_scaled_to_its_own_white():
+    # Four values of 12 bits in six bytes, as TIFF packs them.
+    data = bytes.fromhex("000 800 fff 7ff".replace(" ", ""))
+    tags = {256: (3, 4), 257: (3, 1), 258: (3, 12), 259: (3, 1), 262: (3, 1)}
+    tags |= {273: (4, 8), 277: (3, 1), 278: (3, 1), 279: (4, 6)}
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, v) for tag, (kind, v) in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + b"\0" * 4
+    content = b"II*\0" + struct.pack("<I", 14) + data + directory
+    got = decode(content, LIMIT)
+    assert [pixel(got, x)[0] for x in range(4)] == [0, 128, 255, 127]
+
+
+def test_bilevel_and_grey_png(encode):
+    assert pixel(decode(encode(Image.new("1", (2, 2), 1)), LIMIT)) == (255, 255, 255)
+    assert pixel(decode(encode(Image.new("L", (2, 2), 9)), LIMIT)) == (9, 9, 9)
+
+
+def test_cmyk_jpeg_with_and_without_adobes_marker_is_inverted(encode):
+    # Both are: nobody writes the other kind, and Pillow takes Adobe's habit for the rule.
+    content = encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
+    start = content.index(b"\xff\xee")
+    length = struct.unpack_from(">H", content, start + 2)[0]
+    without = content[:start] + content[start + 2 + length :]
+    for one in (content, without):
+        np.testing.assert_allclose(
+            pixel(decode(one, LIMIT)), (255, 0, 0), atol=2
+        )  # JPEG's rounding
+
+
+def test_adobes_rgb_jpeg_is_not_taken_for_ycbcr(encode):
+    content = encode(Image.new("RGB", (8, 8), (250, 20, 60)), "JPEG", keep_rgb=True)
+    np.testing.assert_allclose(pixel(decode(content, LIMIT)), (250, 20, 60), atol=2)
+
+
+def test_alpha_is_composited_alike_across_bands(encode):
+    # Taller than what is converted at a time, and not a multiple of it.
+    rng = np.random.default_rng(2)
+    values = rng.integers(0, 256, (150, 5, 4), dtype=np.uint8)
+    image = Image.fromarray(values, "RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    expected = np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(decode(encode(image), LIMIT)), expected)
+
+
+def test_texts_and_profiles_do_not_matter(encode, colours):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "x" * 10_000, zip=True)
+    plain = encode(colours)
+    content = encode(colours, pnginfo=info, icc_profile=b"\0" * 500, dpi=(300, 300))
+    assert len(content) > len(plain)
+    np.testing.assert_array_equal(np.asarray(decode(content, LIMIT)), np.asarray(colours))
+
+
 @pytest.mark.parametrize("mode", ["I", "F", "LAB"])
 def test_modes_without_a_known_white_are_refused(encode, mode):
     with pytest.raises(UnsupportedImageError, match=f"mode {mode}"):
@@ -198,13 +286,9 @@ def test_no_bytes_is_damaged():
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    chunks = [(b"IHDR", header), (b"IDAT", b""), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1001, 1000), (10_000, 10_000), (20_000, 20_000)])
@@ -269,6 +353,17 @@ def test_letterbox_is_the_cards_arithmetic(size):
     # Three float32 roundings of numbers up to 1 / 0.2 = 5.
     np.testing.assert_allclose(row, truth.transpose(2, 0, 1), atol=3 * 5 * 2**-24, rtol=0)
     assert geometry == Geometry(*size, width, height)
+
+
+@pytest.mark.parametrize("size", [(96, 64), (200, 50), (50, 200), (7, 5)])
+def test_letterbox_is_evaluations_bit_for_bit(size):
+    rng = np.random.default_rng(3)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    config = DetectorConfig(
+        class_names=["a"], image_size=(64, 96), mean=PREPROCESSING.mean, std=PREPROCESSING.std
+    )
+    expected, _ = Letterbox(config)(image)
+    np.testing.assert_array_equal(letterbox(image, PREPROCESSING)[0], expected.numpy())
 
 
 def test_letterbox_keeps_channels_apart():

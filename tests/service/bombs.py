@@ -1,0 +1,418 @@
+"""Image files that lie or break, each with the status it is answered with.
+
+Run to write them into `corpus/`, one file each, named by status; the tests read them from there:
+
+    python tests/service/bombs.py
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+CORPUS = Path(__file__).with_name("corpus")
+BUILDERS: dict[str, Callable[[], bytes]] = {}
+
+
+def case(name: str) -> Callable[[Callable[[], bytes]], Callable[[], bytes]]:
+    """Register a file. Its name begins with its status and ends as its kind."""
+
+    def register(build: Callable[[], bytes]) -> Callable[[], bytes]:
+        BUILDERS[name] = build
+        return build
+
+    return register
+
+
+def encoded(kind: str, size: tuple[int, int] = (16, 16), **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize(size).convert("RGB").save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+# PNG
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_file(width: int, height: int, *chunks: bytes, data: bytes = b"", colour: int = 2) -> bytes:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", data)
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + pixels + png_chunk(b"IEND", b"")
+
+
+@case("413-400-megapixels.png")
+def _() -> bytes:
+    return png_file(20_000, 20_000, data=zlib.compress(b"\0" * 2**22, 9))
+
+
+@case("400-40-megapixels-in-100-bytes.png")
+def _() -> bytes:
+    return png_file(6000, 6000, data=zlib.compress(b"\0" * 100))
+
+
+@case("413-million-pixels-too-wide.png")
+def _() -> bytes:
+    return png_file(2**31 - 1, 1)
+
+
+@case("400-no-pixels.png")
+def _() -> bytes:
+    return png_file(0, 16)
+
+
+@case("400-two-headers.png")
+def _() -> bytes:
+    second = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0))
+    return png_file(4, 4, second, data=zlib.compress(b"\0" * 52))
+
+
+@case("200-compressed-texts-of-64-megabytes.png")
+def _() -> bytes:
+    text = b"k\0\0" + zlib.compress(b"\0" * (2**20 - 64), 9)
+    texts = [png_chunk(b"zTXt", text)] * 64
+    return png_file(4, 4, *texts, data=zlib.compress(b"\0" * 52))
+
+
+@case("200-compressed-international-text.png")
+def _() -> bytes:
+    text = b"k\0\1\0\0\0" + zlib.compress(b"\0" * 2**24, 9)
+    return png_file(4, 4, png_chunk(b"iTXt", text), data=zlib.compress(b"\0" * 52))
+
+
+@case("200-compressed-profile.png")
+def _() -> bytes:
+    profile = b"k\0\0" + zlib.compress(b"\0" * 2**24, 9)
+    return png_file(4, 4, png_chunk(b"iCCP", profile), data=zlib.compress(b"\0" * 52))
+
+
+@case("413-ten-thousand-chunks.png")
+def _() -> bytes:
+    return png_file(4, 4, png_chunk(b"teSt", b"") * 10_500, data=zlib.compress(b"\0" * 52))
+
+
+@case("400-chunk-longer-than-the-file.png")
+def _() -> bytes:
+    return png_file(4, 4)[:33] + struct.pack(">I", 2**31) + b"IDAT"
+
+
+# JPEG
+
+EXIF_HEAD = b"\xff\xe1"
+
+
+def jpeg_segment(marker: int, data: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+def with_segment(jpeg: bytes, segment: bytes) -> bytes:
+    return jpeg[:2] + segment + jpeg[2:]
+
+
+def jpeg_claiming(width: int, height: int, jpeg: bytes) -> bytes:
+    marker = b"\xff\xc2" if b"\xff\xc2" in jpeg else b"\xff\xc0"
+    place = jpeg.index(marker) + 5
+    return jpeg[:place] + struct.pack(">HH", height, width) + jpeg[place + 4 :]
+
+
+@case("413-ten-thousand-scans.jpg")
+def _() -> bytes:
+    jpeg = encoded("JPEG", progressive=True)
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00"  # spectral selection of one component
+    return jpeg[:-2] + scan * 10_000 + b"\xff\xd9"
+
+
+@case("413-four-gigapixels.jpg")
+def _() -> bytes:
+    return jpeg_claiming(65_535, 65_535, encoded("JPEG"))
+
+
+@case("400-36-megapixels-in-a-kilobyte.jpg")
+def _() -> bytes:
+    return jpeg_claiming(6000, 6000, encoded("JPEG", progressive=True))
+
+
+@case("400-no-rows.jpg")
+def _() -> bytes:
+    return jpeg_claiming(16, 0, encoded("JPEG"))
+
+
+@case("400-no-scan.jpg")
+def _() -> bytes:
+    jpeg = encoded("JPEG")
+    return jpeg[: jpeg.index(b"\xff\xda")]
+
+
+@case("400-segment-without-length.jpg")
+def _() -> bytes:
+    return with_segment(encoded("JPEG"), b"\xff\xe1\x00\x00")
+
+
+@case("413-ten-thousand-comments.jpg")
+def _() -> bytes:
+    return with_segment(encoded("JPEG"), jpeg_segment(0xFE, b"") * 10_500)
+
+
+@case("200-exif-whose-entries-share-60-kilobytes.jpg")
+def _() -> bytes:
+    exif = crowded_directory(4000, 8000)
+    return with_segment(encoded("JPEG"), jpeg_segment(0xE1, b"Exif\0\0" + exif))
+
+
+@case("200-preview-index-of-nothing.jpg")
+def _() -> bytes:
+    return with_segment(encoded("JPEG"), jpeg_segment(0xE2, b"MPF\0II*\0\xff\xff\xff\xff"))
+
+
+# TIFF
+
+
+def crowded_directory(number: int, length: int) -> bytes:
+    """A TIFF header and a directory whose entries all point at the same bytes."""
+    entries = [struct.pack("<HHII", 40_000 + n, 7, length, 8) for n in range(number)]
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", number) + b"".join(entries) + b"\0" * 4
+
+
+def tiff_file(entries: dict[int, tuple[int, int, int]], tail: bytes = b"", big: bool = False):
+    form, count = ("<HHQQ", "<Q") if big else ("<HHII", "<H")
+    head = b"II+\0\x08\0\0\0" + struct.pack("<Q", 16) if big else b"II*\0\x08\0\0\0"
+    rows = [struct.pack(form, tag, *value) for tag, value in sorted(entries.items())]
+    return head + struct.pack(count, len(rows)) + b"".join(rows) + b"\0" * 8 + tail
+
+
+def grey_tiff(width: int, height: int, **more: tuple[int, int, int]) -> dict:
+    entries = {
+        256: (4, 1, width),
+        257: (4, 1, height),
+        258: (3, 1, 8),
+        259: (3, 1, 8),  # deflate, so that no length is expected
+        262: (3, 1, 1),
+        273: (4, 1, 8),
+        277: (3, 1, 1),
+        278: (4, 1, height),
+        279: (4, 1, 64),
+    }
+    return entries | {int(tag[1:]): value for tag, value in more.items()}
+
+
+@case("413-directory-of-65535-entries.tif")
+def _() -> bytes:
+    return b"II*\0\x08\0\0\0\xff\xff" + b"\0" * 1200
+
+
+@case("413-directory-of-quintillions.tif")
+def _() -> bytes:
+    return b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 2**62) + b"\0" * 100
+
+
+@case("400-directory-behind-the-end.tif")
+def _() -> bytes:
+    return b"II*\0\xff\xff\xff\x7f" + b"\0" * 100
+
+
+@case("413-tiles-of-four-gigapixels.tif")
+def _() -> bytes:
+    tiles = {"t322": (4, 1, 65_536), "t323": (4, 1, 65_536), "t324": (4, 1, 8), "t325": (4, 1, 64)}
+    return tiff_file(grey_tiff(16, 16, **tiles), b"\0" * 64)
+
+
+@case("413-billions-of-strips.tif")
+def _() -> bytes:
+    return tiff_file(grey_tiff(16, 16, t273=(4, 2**30, 8), t279=(4, 2**30, 8)), b"\0" * 64)
+
+
+@case("413-four-gigapixels.tif")
+def _() -> bytes:
+    return tiff_file(grey_tiff(65_535, 65_535), b"\0" * 64)
+
+
+@case("400-uncompressed-and-not-there.tif")
+def _() -> bytes:
+    return tiff_file(grey_tiff(6000, 6000, t259=(3, 1, 1)), b"\0" * 64)
+
+
+@case("400-size-that-is-no-number.tif")
+def _() -> bytes:
+    return tiff_file(grey_tiff(16, 16, t256=(2, 4, 0)), b"\0" * 64)
+
+
+@case("400-many-samples.tif")
+def _() -> bytes:
+    return tiff_file(grey_tiff(16, 16, t277=(3, 1, 65_535)), b"\0" * 64)
+
+
+@case("200-shared-private-entries.tif")
+def _() -> bytes:
+    tiff = encoded("TIFF")
+    (offset,) = struct.unpack_from("<I", tiff, 4)
+    (number,) = struct.unpack_from("<H", tiff, offset)
+    own = tiff[offset + 2 : offset + 2 + 12 * number]
+    more = [struct.pack("<HHII", 40_000 + n, 7, 8000, 8) for n in range(900)]
+    at = len(tiff) + len(tiff) % 2
+    directory = struct.pack("<H", number + 900) + own + b"".join(more) + b"\0" * 4
+    return tiff[:4] + struct.pack("<I", at) + tiff[8:].ljust(at - 8, b"\0") + directory
+
+
+# GIF
+
+
+@case("413-screen-of-four-gigapixels.gif")
+def _() -> bytes:
+    gif = encoded("GIF")
+    return gif[:6] + b"\xff\xff\xff\xff" + gif[10:]
+
+
+@case("413-frame-beyond-its-screen.gif")
+def _() -> bytes:
+    gif = encoded("GIF")
+    place = gif.index(b",\0\0\0\0")
+    return gif[: place + 1] + b"\xf0\xff" * 4 + gif[place + 9 :]
+
+
+@case("400-no-image.gif")
+def _() -> bytes:
+    return encoded("GIF")[:13] + b";"
+
+
+@case("413-comment-in-ten-thousand-pieces.gif")
+def _() -> bytes:
+    gif = encoded("GIF")
+    head = 13 + (3 << (gif[10] & 7) + 1)
+    return gif[:head] + b"!\xfe" + b"\x01x" * 10_500 + b"\0" + gif[head:]
+
+
+@case("400-extensions-without-end.gif")
+def _() -> bytes:
+    return encoded("GIF")[:13] + b"!\xfe\xff" * 20
+
+
+# WebP
+
+
+def riff(*chunks: tuple[bytes, bytes]) -> bytes:
+    body = b"".join(
+        kind + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+        for kind, data in chunks
+    )
+    return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+
+
+def webp_canvas(width: int, height: int, flags: int = 0) -> tuple[bytes, bytes]:
+    sides = [(side - 1).to_bytes(3, "little") for side in (width, height)]
+    return b"VP8X", struct.pack("<I", flags) + b"".join(sides)
+
+
+def webp_pixels() -> tuple[bytes, bytes]:
+    webp = encoded("WEBP", lossless=True)
+    return webp[12:16], webp[20:]
+
+
+@case("413-canvas-of-terapixels.webp")
+def _() -> bytes:
+    return riff(webp_canvas(2**24, 2**24), webp_pixels())
+
+
+@case("400-canvas-larger-than-its-image.webp")
+def _() -> bytes:
+    return riff(webp_canvas(6000, 6000), webp_pixels())
+
+
+@case("400-animation-without-frames.webp")
+def _() -> bytes:
+    return riff(webp_canvas(6000, 6000, 2), (b"ANIM", b"\0" * 6))
+
+
+@case("413-lossless-of-268-megapixels.webp")
+def _() -> bytes:
+    return riff((b"VP8L", b"\x2f" + struct.pack("<I", 0x0FFFFFFF) + b"\0" * 20))
+
+
+@case("400-lossless-of-36-megapixels-and-no-bits.webp")
+def _() -> bytes:
+    return riff((b"VP8L", b"\x2f" + struct.pack("<I", 5999 | 5999 << 14) + b"\0" * 20))
+
+
+@case("413-ten-thousand-chunks.webp")
+def _() -> bytes:
+    return riff(webp_canvas(16, 16, 8), *[(b"junk", b"")] * 10_500)
+
+
+@case("400-unknown-bitstream.webp")
+def _() -> bytes:
+    return riff((b"VP9 ", b"\0" * 20))
+
+
+# BMP
+
+
+def bmp_file(width: int, height: int, bits: int, compression: int, data: bytes) -> bytes:
+    offset = 54 + (1024 if bits <= 8 else 0)
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, compression, 0, 0, 0, 0, 0)
+    head = b"BM" + struct.pack("<IHHI", offset + len(data), 0, 0, offset)
+    return (head + info).ljust(offset, b"\0") + data
+
+
+@case("415-run-lengths-of-gigabytes.bmp")
+def _() -> bytes:
+    return bmp_file(30_000_000, 1, 8, 1, b"\0\2\xff\xff" * 8)
+
+
+@case("400-36-megapixels-and-no-bytes.bmp")
+def _() -> bytes:
+    return bmp_file(6000, 6000, 24, 0, b"")
+
+
+@case("413-billions-of-rows.bmp")
+def _() -> bytes:
+    return bmp_file(2, -(2**31), 24, 0, b"")
+
+
+@case("400-negative-width.bmp")
+def _() -> bytes:
+    return bmp_file(-5, 5, 24, 0, b"\0" * 100)
+
+
+@case("415-png-inside.bmp")
+def _() -> bytes:
+    return bmp_file(4, 4, 24, 5, b"\x89PNG")
+
+
+# Others
+
+
+@case("415-icon.ico")
+def _() -> bytes:
+    return encoded("ICO")
+
+
+@case("415-picture.avif")
+def _() -> bytes:
+    return encoded("AVIF")
+
+
+@case("415-picture.jp2")
+def _() -> bytes:
+    return encoded("JPEG2000")
+
+
+@case("415-document.pdf")
+def _() -> bytes:
+    return b"%PDF-1.7\n"
+
+
+def write() -> None:
+    """Write every file into the corpus."""
+    CORPUS.mkdir(exist_ok=True)
+    for name, build in BUILDERS.items():
+        (CORPUS / name).write_bytes(build())
+
+
+if __name__ == "__main__":
+    write()
