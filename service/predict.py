@@ -1,9 +1,10 @@
-"""`ghm predict`: what the service would answer, without a server."""
+"""`ghm predict`: what the service would answer, without a server; or what one does answer."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +18,36 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Find objects in images with a detector's file, by the thresholds it carries.
 
-The answers are those of ghm serve. Each detection names the threshold that it passed.
+The answers are those of ghm serve. Each detection names the threshold that it passed. With --url a
+running service answers instead, and no detector is named.
 
 examples:
   ghm predict detector.onnx photo.jpg
   ghm predict detector.onnx *.jpg --out annotated --threshold 0.3 --classes dog,cat
+  ghm predict --url http://127.0.0.1:8000 photo.jpg
 """
+
+_OPTIONS = ("threshold", "thresholds", "classes", "iou", "max_detections")
+_ENVIRONMENT = "GHM_TOKEN"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ghm predict`."""
     parser.description = _DESCRIPTION
+    parser.usage = "%(prog)s [options] (detector.onnx | --url URL) image [image ...]"
     add = parser.add_argument
-    add("model", type=Path, help="the detector, a .onnx file that ghm export wrote")
-    add("images", type=Path, nargs="+", metavar="image", help="JPEG, PNG, WebP, BMP, TIFF or GIF")
+    add("model", type=Path, metavar="detector", help="a .onnx file that ghm export wrote")
+    images = add(
+        "images",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="image",
+        help="JPEG, PNG, WebP, BMP, TIFF or GIF",
+    )
+    images.required = False  # with --url the first name is an image already
+    add("--url", help="ask the service there, such as http://127.0.0.1:8000")
+    add("--token", help=f"the service's, if it wants one (default: ${_ENVIRONMENT})")
     add("--out", type=Path, metavar="FOLDER", help="also draw the detections into PNGs there")
     add("--threshold", metavar="T", help="one score for every class, in place of the file's")
     add("--thresholds", metavar="JSON", help="scores by class, such as '{\"dog\": 0.7}'")
@@ -45,49 +62,100 @@ def run(arguments: argparse.Namespace) -> int:
     """Carry out `ghm predict`.
 
     Raises:
-        ValueError: A file, an image or an option does not fit; the message names it.
+        ValueError: A file, an image or an option does not fit, or the service refused; the message
+            names it.
     """
+    given = {n: getattr(arguments, n) for n in _OPTIONS if getattr(arguments, n) is not None}
+    if arguments.url:
+        _ask_service(arguments, given)
+    else:
+        _run_model(arguments, given)
+    return 0
+
+
+def _run_model(arguments: argparse.Namespace, given: dict[str, str]) -> None:
     from export.file import read_detector
     from service.cpus import available_cpus
     from service.model import ModelError, ServedModel
     from service.options import parse_options, resolve
     from service.problems import ProblemError
 
-    names = ("threshold", "thresholds", "classes", "iou", "max_detections")
-    given = [(n, getattr(arguments, n)) for n in names if getattr(arguments, n) is not None]
+    if not arguments.images:
+        raise ValueError(f"no image is named after {arguments.model}")
     try:
         model = ServedModel(
             read_detector(arguments.model),
             provider=arguments.provider,
             threads=available_cpus(),
         )
-        wanted = resolve(parse_options(given), model.card)
+        wanted = resolve(parse_options(given.items()), model.card)
         for path in arguments.images:
-            _predict_one(model, wanted, path, arguments)
+            image, answer = _predict_one(model, wanted, path)
+            _show(path, answer, arguments, image)
     except (ProblemError, ModelError) as error:
         raise ValueError(str(error)) from error
-    return 0
+
+
+def _ask_service(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
+    from service.client import Client, ServiceError
+
+    if "thresholds" in given:
+        given["thresholds"] = _read_thresholds(given["thresholds"])
+    token = arguments.token or os.environ.get(_ENVIRONMENT) or None
+    with Client(arguments.url, token) as client:
+        for path in [arguments.model, *arguments.images]:
+            try:
+                result = client.detect(path, **given)
+            except ServiceError as error:
+                raise ValueError(f"{path}: {error.detail}") from error
+            _show(path, result.to_dict(), arguments)
+
+
+def _read_thresholds(text: str) -> dict[str, Any]:
+    try:
+        thresholds = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"thresholds is {text!r}: {error}") from error
+    if not isinstance(thresholds, dict):
+        raise ValueError(f"thresholds is {text!r}: it must be a JSON object")
+    return thresholds
 
 
 def _predict_one(
-    model: ServedModel, wanted: Wanted, path: Path, arguments: argparse.Namespace
-) -> None:
+    model: ServedModel, wanted: Wanted, path: Path
+) -> tuple[Image.Image, dict[str, Any]]:
     from service.answers import image_answer
-    from service.images import ImageError, decode, prepare
+    from service.images import prepare
+
+    image = _decode(path)
+    row, geometry = prepare(image, model.card)
+    found = model.detect(row[None], wanted.class_thresholds, wanted.iou_threshold)[0]
+    return image, image_answer(geometry, found, wanted, model.card)
+
+
+def _decode(path: Path) -> Image.Image:
+    from service.images import ImageError, decode
     from service.settings import MOST_PIXELS
 
     try:
-        image = decode(path.read_bytes(), MOST_PIXELS)
+        return decode(path.read_bytes(), MOST_PIXELS)
     except ImageError as error:
         raise ValueError(f"{path}: {error}") from error
-    row, geometry = prepare(image, model.card)
-    found = model.detect(row[None], wanted.class_thresholds, wanted.iou_threshold)[0]
-    answer = image_answer(geometry, found, wanted, model.card)
+
+
+def _show(
+    path: Path,
+    answer: dict[str, Any],
+    arguments: argparse.Namespace,
+    image: Image.Image | None = None,
+) -> None:
+    """Print an answer, and draw it where a folder for that is named."""
     if arguments.json:
         print(json.dumps({"source": str(path), **answer}))
     else:
         print(_table(path, answer["detections"]))
     if arguments.out:
+        image = image or _decode(path)
         print(f"drawn: {_draw(image, answer['detections'], arguments.out / path.name)}")
 
 
