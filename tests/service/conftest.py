@@ -6,12 +6,18 @@ grid of 8 pixels; its score for a colour is a sigmoid of how much of that colour
 """
 
 import io
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import numpy as np
 import onnx
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from PIL import Image
 from starlette.testclient import TestClient
@@ -268,6 +274,32 @@ def model(settings: Settings) -> ServedModel:
 def client(settings: Settings, model: ServedModel):
     with TestClient(create_app(settings, model)) as client:
         yield client
+
+
+@contextmanager
+def serve_app(app: FastAPI) -> Iterator[str]:
+    """The address of a real server, in a thread. It listens before it is ready to answer."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def serve():
+    return serve_app
+
+
+@pytest.fixture(scope="session")
+def live_service(settings: Settings, model: ServedModel) -> Iterator[str]:
+    """The address of a service that a browser, curl or another process can ask."""
+    with serve_app(create_app(settings, model)) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")
