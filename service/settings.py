@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service.cpus import available_cpus
 
 PREFIX = "GHM_"
+_PROVIDERS = "GHM_PROVIDERS"  # as onnxruntime says it; read where GHM_PROVIDER is not set
 
 # The largest batch that the contract lets a file be run with.
 LARGEST_BATCH = 64
@@ -140,6 +142,9 @@ def load_settings(**given: Any) -> Settings:
             setting and the value.
     """
     wanted = {name: value for name, value in given.items() if value is not None}
+    if "provider" not in wanted and not os.environ.get(f"{PREFIX}PROVIDER"):
+        alias = os.environ.get(_PROVIDERS)
+        wanted |= {"provider": alias} if alias else {}
     if {"model", "models"} & set(wanted):
         wanted = {"model": None, "models": None} | wanted
     try:
@@ -152,4 +157,16 @@ def load_settings(**given: Any) -> Settings:
         where = name if given.get(name) is not None else f"{PREFIX}{name.upper()}"
         raise SettingsError(f"{where} is {first['input']!r}: {first['msg']}") from error
     _ = settings.source
+    if settings.workers > 1 and "threads" not in settings.model_fields_set:
+        # All workers share the processors: threads that wait for one another only cost.
+        share = max(1, settings.threads // settings.workers)
+        settings = settings.model_copy(update={"threads": share})
     return settings
+
+
+def unknown_variables() -> list[str]:
+    """Variables of the environment that look like settings, and are none: mistyped, likely."""
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {_PROVIDERS}
+    return sorted(
+        name for name in os.environ if name.startswith(PREFIX) and name.upper() not in known
+    )

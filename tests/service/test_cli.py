@@ -14,7 +14,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from export.file import read_detector
 from service.cli import COMMANDS
+from service.model import ServedModel
 
 ROOT = Path(__file__).parents[2]
 RUN = (
@@ -35,7 +37,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def refused(*arguments: object) -> str:
-    """What a start that must fail says."""
+    """What a start that must fail says, beside its log."""
     done = subprocess.run(
         command(*arguments),
         cwd=ROOT,
@@ -47,7 +49,9 @@ def refused(*arguments: object) -> str:
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    return done.stderr
+    return "".join(
+        line for line in done.stderr.splitlines(keepends=True) if not line.startswith("{")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +140,47 @@ def test_a_graph_that_loads_but_does_not_run(detector, tmp_path):
             tensor.CopyFrom(numpy_helper.from_array(np.array([0, 50]), "flat"))
     path = tmp_path / "broken.onnx"
     onnx.save(model, path)
-    assert "ghm serve: inference failed" in refused(path)
+    said = refused(path)
+    assert f"{path}: the model failed its warm-up: inference failed" in said
+    assert said.startswith("ghm serve: ")
+
+
+def test_a_folder_of_models_and_what_runs_each(detector, tmp_path):
+    for place in ("red.onnx", "blue/2.onnx"):
+        path = tmp_path / place
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(detector.read_bytes())
+    arguments = command(tmp_path, "--port", 0, "--threads", 1, "--log-format", "text")
+    with subprocess.Popen(
+        arguments, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        printed = []
+        while not (printed and printed[-1].startswith("serving at ")):
+            line = process.stdout.readline().decode()
+            assert line, process.stderr.read()
+            printed.append(line)
+        names = {
+            one["name"]
+            for one in httpx.get(f"{printed[-1].split()[-1]}/v1/models").json()["models"]
+        }
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0, log
+    assert "blue 2 runs on CPUExecutionProvider, threads: 1\n" in printed
+    assert "red 1 runs on CPUExecutionProvider, threads: 1\n" in printed
+    assert names == {"red", "blue"}
+    assert b" info     ghm.service: stopping" in log
+
+
+def test_an_empty_folder(tmp_path):
+    assert refused(tmp_path) == f"ghm serve: {tmp_path}: no .onnx file in this folder\n"
+
+
+def test_a_provider_that_does_not_work_here_whatever_its_variable_is_called(detector, monkeypatch):
+    if ServedModel(read_detector(detector)).providers[0] != "CPUExecutionProvider":
+        pytest.skip("CUDA works here")
+    monkeypatch.setitem(ENVIRONMENT, "GHM_PROVIDERS", "cuda")
+    assert "provider cuda does not work here" in refused(detector)
 
 
 def test_a_port_that_is_taken(detector):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from service.cpus import available_cpus
-from service.settings import Settings, SettingsError, load_settings
+from service.settings import Settings, SettingsError, load_settings, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +86,26 @@ def test_a_source_that_is_given_wins_over_both_of_the_environment(monkeypatch):
 
 def test_no_secret_is_shown():
     assert "hush" not in repr(load_settings(model="m.onnx", tokens="anna:hush"))
+
+
+def test_workers_share_the_processors(monkeypatch):
+    threads = load_settings(model="m.onnx", workers=2).threads
+    assert threads == max(1, available_cpus() // 2)
+    assert load_settings(model="m.onnx", workers=2, threads=5).threads == 5
+    monkeypatch.setenv("GHM_THREADS", "7")
+    assert load_settings(model="m.onnx", workers=2).threads == 7
+
+
+def test_the_provider_by_its_other_name(monkeypatch):
+    monkeypatch.setenv("GHM_PROVIDERS", "cuda")
+    assert load_settings(model="m.onnx").provider == "cuda"
+    assert load_settings(model="m.onnx", provider="cpu").provider == "cpu"
+    monkeypatch.setenv("GHM_PROVIDER", "cpu")
+    assert load_settings(model="m.onnx").provider == "cpu"
+
+
+def test_variables_that_are_no_settings_are_named(monkeypatch):
+    monkeypatch.setenv("GHM_QUEUE", "5")
+    monkeypatch.setenv("GHM_PROVIDERS", "cpu")
+    monkeypatch.setenv("GHM_PORT", "1")
+    assert unknown_variables() == ["GHM_QUEUE"]
