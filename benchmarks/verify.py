@@ -113,32 +113,31 @@ def findings(report: VerifyReport, slow_images: int) -> list[Row]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows as Markdown."""
-    head = ["detector", "data", "runtime", "images", "detections compared", "on one side alone"]
-    head += ["largest difference of a score", "of a box, px", "AP of checkpoint, file"]
+    """The rows as Markdown: a line for each detector and its data, a column for each runtime."""
+    rows = list(rows)
+    versions = {row["runtime"]: row["version"] for row in rows}
+    head = ["detector", "images of", "AP of checkpoint, file", *versions.values()]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
-        precision = [f"{row[key]:.4f}" for key in ("checkpoint_ap", "file_ap") if key in row]
-        cells = (
-            row["detector"],
-            row["data"],
-            row["version"],
-            str(row["images"]),
-            f"{row['detections']:,}",
-            alone(row),
-            f"{row['score']:.1e}",
-            f"{row['box']:.1e}",
-            ", ".join(precision),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+        found.setdefault((row["detector"], row["data"]), {})[row["runtime"]] = row
+    for about, own in found.items():
+        measured = next((row for row in own.values() if "file_ap" in row), None)
+        keys = ("checkpoint_ap", "file_ap")
+        precision = ", ".join(f"{measured[key]:.4f}" for key in keys) if measured else ""
+        runs = [outcome(own[name]) if name in own else "" for name in versions]
+        lines.append(f"| {' | '.join([*about, precision, *runs])} |")
     return "\n".join(lines)
 
 
-def alone(row: Row) -> str:
-    """Detections that one side lacks: those that rounding explains, and those it does not."""
+def outcome(row: Row) -> str:
+    """Detections that both sides have, in how many images, and how far they lie apart."""
+    text = f"{row['detections']:,} in {row['images']}: {row['score']:.0e}, {row['box']:.0e} px"
+    if row["borderline"]:
+        text += f"; {row['borderline']} decided by rounding"
     if row["mismatches"]:
-        return f"{row['borderline'] + row['mismatches']}, {row['mismatches']} of them wrong"
-    return f"{row['borderline']}, by rounding" if row["borderline"] else "0"
+        text += f"; {row['mismatches']} wrong"
+    return text
 
 
 if __name__ == "__main__":

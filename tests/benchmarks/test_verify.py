@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.verify import alone, findings, table
+from benchmarks.verify import findings, outcome, table
 from export.compare import Comparison
 from export.verify import VerifyReport
 from ghm_triton.detection.evaluate import MeanAveragePrecision
@@ -47,17 +47,18 @@ def test_slow_runtimes_get_no_more_images_than_there_are(report):
     assert findings(report, slow_images=40)[1]["images"] == 9
 
 
-def test_the_table_has_a_line_a_row(report):
-    about = {"detector": "fcos", "data": "cells", "image_size": [8, 8]}
-    rows = [{**about, **found} for found in findings(report, slow_images=4)]
-    first, second = table(rows).splitlines()[2:]
-    version = rows[0]["version"]
-    assert first == (
-        f"| fcos | cells | {version} | 9 | 60 | 2, by rounding | 3.0e-07 | 8.0e-05"
-        " | 0.5124, 0.5000 |"
-    )
-    assert second.endswith("| 4 | 60 | 3, 1 of them wrong | 3.0e-07 | 8.0e-05 |  |")
+def test_the_table_has_a_line_a_detector_and_a_column_a_runtime(report):
+    cells, scenes = {"detector": "fcos", "data": "cells"}, {"detector": "fcos", "data": "scenes"}
+    openvino, reference = findings(report, slow_images=4)
+    rows = [{**cells, **openvino}, {**cells, **reference}, {**scenes, **reference}]
+    head, _, first, second = table(rows).splitlines()
+    assert head.endswith(f"| {openvino['version']} | {reference['version']} |")
+    agreed = "60 in 9: 3e-07, 8e-05 px; 2 decided by rounding"
+    wrong = "60 in 4: 3e-07, 8e-05 px; 2 decided by rounding; 1 wrong"
+    assert first == f"| fcos | cells | 0.5124, 0.5000 | {agreed} | {wrong} |"
+    assert second == f"| fcos | scenes |  |  | {wrong} |"
 
 
-def test_what_both_sides_have_is_not_alone():
-    assert alone({"borderline": 0, "mismatches": 0}) == "0"
+def test_where_nothing_is_wrong_nothing_is_said():
+    row = {"detections": 1234, "images": 5, "score": 0.0, "box": 1e-9, "mismatches": 0}
+    assert outcome({**row, "borderline": 0}) == "1,234 in 5: 0e+00, 1e-09 px"
