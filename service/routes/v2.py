@@ -258,8 +258,8 @@ def _listed(entry: Entry) -> dict[str, str]:
 @router.post(
     "/repository/models/{name}/load",
     summary="Read a model's file again",
-    response_class=Response,
-    responses={200: {"description": "It serves"}, **documented(400, 404, 409, 413, 415, 500)},
+    response_model=list[RepositoryModel],
+    responses=documented(400, 404, 409, 413, 415, 500),
     openapi_extra={
         "requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}
     },
@@ -273,7 +273,7 @@ async def load_model(request: Request, name: Name) -> Response:
     problems = [f"{entry.path.name}: {entry.problem}" for entry in entries if entry.problem]
     if problems:
         raise ProblemError(409, "; ".join(problems))
-    return Response(media_type="application/json")
+    return _json([_listed(entry) for entry in entries])
 
 
 async def _question(request: Request) -> dict[str, Any]:

@@ -187,17 +187,18 @@ def _timeout_ms(parameters: dict[str, Any]) -> float | None:
 
 
 def _refuse_sequences(parameters: dict[str, Any]) -> None:
-    given = parameters.get("sequence_id", 0)
-    if given not in (0, ""):
+    given = parameters.get("sequence_id")
+    if given not in (None, 0, ""):
         raise malformed(
             f"sequence_id is {brief(given)}, but detectors keep no state between requests"
         )
 
 
 def _refuse_elsewhere(parameters: dict[str, Any], what: str) -> None:
-    if "shared_memory_region" in parameters:
+    region = parameters.get("shared_memory_region")
+    if region is not None:
         raise malformed(
-            f"{what} is in shared memory region {brief(parameters['shared_memory_region'])},"
+            f"{what} is in shared memory region {brief(region)},"
             " but this service reads and writes no shared memory"
         )
 

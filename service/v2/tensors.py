@@ -94,12 +94,13 @@ class TensorSpec:
 
 
 _REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 80
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 80, 80
 
 
 def brief(value: object) -> str:
     """A value as errors quote it. Takes no longer for a long one, unlike its `repr`."""
-    return _REPR.repr(value)
+    text = _REPR.repr(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def malformed(detail: str) -> ProblemError:

@@ -1,0 +1,243 @@
+"""Is there a request that the service's parsers do not refuse properly?
+
+    python -m benchmarks.fuzz_service --minutes 10 [--target infer] [--keep FOLDER]
+
+Mutates the cases that the tests keep, and those found on the way: a case is kept when it ends in an
+answer that no other case has ended in. Every parser may accept a case or refuse it with a 4xx;
+anything else, or a second spent on one case, is a failure: it is written to the folder and the exit
+status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import re
+import sys
+import traceback
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from time import monotonic, perf_counter
+
+from benchmarks.fuzz_json import mutate_json
+from export.contract import DetectorCard, Preprocessing, StatisticsCard, TrainingCard
+from service.problems import ProblemError
+from service.v2.bodies import Inflater
+from service.v2.inference import read
+
+CORPUS = Path(__file__).parents[1] / "tests" / "service"
+
+# Far above what the slowest honest case takes, so that a busy machine raises no alarm.
+SLOW_SECONDS = 1.0
+
+# What a refusal quotes, so that refusals of the same kind count as one outcome.
+_VALUE = re.compile(r"'.*'|\[.*\]|\{.*\}|-?\d[-+.\de]*|True|False|None")
+
+_LONGEST = 2**18
+_INTERESTING = (b"0", b"-1", b"1e400", b"NaN", b"4294967296", b"18446744073709551616", b"null")
+
+
+def make_card(kind: str) -> DetectorCard:
+    """The card of a detector of two classes and 4 x 6 pixels."""
+    names = ["dog", "cat"]
+    evidence = {"source": "policy", "support": 1, "ground_truths": 1}
+    return DetectorCard.model_validate(
+        {
+            "name": "fuzzed",
+            "architecture": "none",
+            "backbone": "none",
+            "input": kind,
+            "class_names": names,
+            "threshold_policy": "f1",
+            "thresholds": [{"name": name, "threshold": 0.5, **evidence} for name in names],
+            "iou_threshold": 0.5,
+            "candidates": 10,
+            "max_detections": 5,
+            "preprocessing": Preprocessing(height=4, width=6, mean=(0, 0, 0), std=(1, 1, 1)),
+            "statistics": StatisticsCard(
+                anchors=2,
+                positives=[1, 1],
+                ground_truths=[1, 1],
+                positive_scores=[[1]] * 2,
+                negative_scores=[[1]] * 2,
+            ),
+            "training": TrainingCard(
+                data="none", losses={}, seed=0, steps=0, versions={}, checkpoint_sha256="0" * 64
+            ),
+        }
+    )
+
+
+def _infer(kind: str) -> Callable[[bytes], None]:
+    """A case is the header's value (`-`: no header), a line feed, and the body."""
+    card = make_card(kind)
+
+    def run(case: bytes) -> None:
+        header, _, body = case.partition(b"\n")
+        read(body, None if header == b"-" else header.decode("latin-1"), card, 1000)
+
+    return run
+
+
+def _inflate(case: bytes) -> None:
+    """A case is a coding, a line feed, and the body."""
+    coding, _, body = case.partition(b"\n")
+    inflater = Inflater("gzip" if coding == b"gzip" else "deflate", 2**20)
+    inflater.feed(body)
+    inflater.finish()
+
+
+def mutate_bytes(case: bytes, chance: random.Random, others: list[bytes]) -> bytes:
+    """Flip, insert, remove, repeat, or cross over with another case."""
+    data = bytearray(case)
+    for _ in range(chance.choice((1, 1, 2, 4, 8))):
+        place = chance.randrange(len(data) + 1)
+        stop = min(len(data), place + chance.choice((1, 1, 2, 4, 16, 64)))
+        match chance.randrange(6):
+            case 0 if place < len(data):
+                data[place] ^= 1 << chance.randrange(8)
+            case 1:
+                data[place:place] = chance.randbytes(chance.choice((1, 1, 2, 8)))
+            case 2:
+                del data[place:stop]
+            case 3:
+                data[stop:stop] = data[place:stop] * chance.choice((1, 2, 50))
+            case 4:
+                data[place:stop] = chance.choice(_INTERESTING)
+            case _:
+                other = chance.choice(others)
+                data[place:] = other[chance.randrange(len(other) + 1) :]
+    return bytes(data[:_LONGEST])
+
+
+def mutate_infer(case: bytes, chance: random.Random, others: list[bytes]) -> bytes:
+    """Mutate the JSON as JSON, mostly with a header that fits; or the bytes."""
+    header, _, body = case.partition(b"\n")
+    length = int(header) if header.isdigit() and len(header) < 10 else len(body)
+    if chance.random() < 0.3:
+        return mutate_bytes(case, chance, others)
+    try:
+        asked = json.loads(body[:length])
+    except (ValueError, RecursionError):
+        return mutate_bytes(case, chance, others)
+    text = json.dumps(mutate_json(asked, chance), separators=(",", ":")).encode()
+    if header == b"-":
+        return b"-\n" + text
+    told = len(text) + chance.choice((0, 0, 0, 0, 1, -1))
+    return str(told).encode() + b"\n" + text + body[length:]
+
+
+def mutate_inflate(case: bytes, chance: random.Random, others: list[bytes]) -> bytes:
+    """Mutate what is compressed, or the compressed bytes."""
+    if chance.random() < 0.7:
+        return mutate_bytes(case, chance, others)
+    content = chance.randbytes(chance.randrange(64)) * chance.choice((1, 1, 100, 100, 20_000))
+    compress = gzip.compress if case.startswith(b"gzip") else zlib.compress
+    return case.partition(b"\n")[0] + b"\n" + compress(content, chance.randrange(10))
+
+
+@dataclass
+class Target:
+    """A parser, and how to find its limits.
+
+    Attributes:
+        run: Takes a case; raises ProblemError to refuse it.
+        mutate: A new case from one of the cases, and all the others.
+        corpus: The folder of kept cases.
+        pattern: Their names in it.
+        outcomes: What cases have ended in, and the first that did.
+    """
+
+    run: Callable[[bytes], object]
+    mutate: Callable[[bytes, random.Random, list[bytes]], bytes]
+    corpus: Path
+    pattern: str
+    outcomes: dict[str, bytes] = field(default_factory=dict)
+
+    def cases(self) -> list[bytes]:
+        """The kept cases, in order."""
+        return [path.read_bytes() for path in sorted(self.corpus.glob(self.pattern))]
+
+    def outcome(self, case: bytes) -> str:
+        """How a case ends, without the values that it names.
+
+        Raises:
+            Exception: What a parser must not raise, or a refusal that is no 4xx.
+        """
+        try:
+            self.run(case)
+        except ProblemError as error:
+            if not 400 <= error.status < 500:
+                raise
+            return f"{error.status} {_VALUE.sub('#', error.detail)}"
+        return "accepted"
+
+
+TARGETS = {
+    "infer": Target(_infer("float32"), mutate_infer, CORPUS / "v2" / "corpus", "infer-*"),
+    "infer-uint8": Target(_infer("uint8"), mutate_infer, CORPUS / "v2" / "corpus", "infer-*"),
+    "inflate": Target(_inflate, mutate_inflate, CORPUS / "v2" / "corpus", "inflate-*"),
+}
+
+
+def fuzz(name: str, seconds: float, chance: random.Random, keep: Path | None) -> bool:
+    """Try cases until the time is up; whether all ended well."""
+    target = TARGETS[name]
+    cases = target.cases()
+    tried, slowest, good = 0, 0.0, True
+    end = monotonic() + seconds
+    while monotonic() < end:
+        case = cases[tried] if tried < len(cases) else _mutated(target, cases, chance)
+        tried += 1
+        started = perf_counter()
+        try:
+            outcome = target.outcome(case)
+        except Exception:  # noqa: BLE001  whatever it is, it is what we look for
+            outcome, good = f"FAILED {traceback.format_exc(limit=-1)}", False
+        took = perf_counter() - started
+        slowest = max(slowest, took)
+        if took > SLOW_SECONDS:
+            outcome, good = f"SLOW {took:.1f} s", False
+        if outcome not in target.outcomes:
+            target.outcomes[outcome] = case
+            cases.append(case)
+            print(f"{name}: {outcome}")
+            _write(keep, name, case)
+    print(
+        f"{name}: {tried} cases, {len(target.outcomes)} outcomes, slowest {slowest * 1000:.1f} ms"
+    )
+    return good
+
+
+def _mutated(target: Target, cases: list[bytes], chance: random.Random) -> bytes:
+    return target.mutate(chance.choice(cases), chance, cases)
+
+
+def _write(keep: Path | None, name: str, case: bytes) -> None:
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        (keep / f"{name}-{sha256(case).hexdigest()[:12]}").write_bytes(case)
+
+
+def main() -> int:
+    """Fuzz, and say how it went."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--target", choices=TARGETS, action="append")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="write every case with a new outcome here")
+    given = parser.parse_args()
+    names = given.target or list(TARGETS)
+    seconds = given.minutes * 60 / len(names)
+    chance = random.Random(given.seed)  # noqa: S311  it hides nothing
+    good = [fuzz(name, seconds, chance, given.keep) for name in names]
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
