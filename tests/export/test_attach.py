@@ -59,9 +59,9 @@ def another(
     element: int = TensorProto.FLOAT,
     opset: int = 13,
     transposed: bool = False,
-    channel: int | None = None,
+    channels: tuple[int, ...] = (0, 1, 2),
 ) -> ModelProto:
-    """A detector that finds PLACES in any image, the surer the lighter it, or a channel, is."""
+    """A detector that finds PLACES in any image, the surer the lighter its channels."""
     boxes, scores = PLACES[:, :4].copy(), PLACES[:, 4:].copy()
     if reading.boxes == "cxcywh":
         low, high = boxes[:, :2].copy(), boxes[:, 2:].copy()
@@ -70,7 +70,7 @@ def another(
         boxes /= np.array([WIDTH, HEIGHT, WIDTH, HEIGHT], np.float32)
     make = helper.make_node
     constants = {"boxes_table": boxes[None], "scores_table": scores[None]}
-    constants["looked_at"] = np.array([0, 1, 2] if channel is None else [channel])
+    constants["looked_at"] = np.array(channels)
     axes = {"axes": [1, 2, 3]} if opset < 18 else {}
     seen = ["seen"] if axes else ["seen", "axes"]
     nodes = [
@@ -155,7 +155,7 @@ def yolo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Newer than our opset, trained on BGR; the size of its input is open."""
-    model = another(PAIR, opset=20, size=("h", "w"), channel=0)
+    model = another(PAIR, opset=20, size=("h", "w"), channels=(0, 0, 1))
     paths = write(tmp_path_factory.mktemp("pair"), model, color_order="BGR")
     _, reading = attach(**paths, unit="normalised", scores="logit")
     assert reading == PAIR
@@ -193,11 +193,14 @@ def test_the_card_says_what_was_told_and_no_more(yolo: Path) -> None:
 
 
 def test_bgr_is_swapped_in_the_graph(pair: Path) -> None:
-    """Its first channel is blue, our last."""
-    blue = images(0.0)
-    blue[:, 2] = 1.0
-    answer = OnnxRuntime(read_detector(pair)).run(np.concatenate([blue, 1.0 - blue]), {})
-    assert answer[3].tolist() == [4, 0]
+    """It looks at its first channel twice, which is blue and our last; at green once."""
+    colours = np.zeros((3, 3, HEIGHT, WIDTH), np.float32)
+    for colour in range(3):  # red, green, blue
+        colours[colour, colour] = 1.0
+    low = {THRESHOLDS_INPUT: np.full(3, 0.01, np.float32)}
+    answer = OnnxRuntime(read_detector(pair)).run(colours, low)
+    # float32, through a logit and back
+    assert answer[1][:, 0].tolist() == pytest.approx([0.0, 0.3, 0.6], abs=1e-6)
     assert onnx.load(pair).opset_import[0].version == 20
 
 
