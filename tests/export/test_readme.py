@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from export.file import read_detector, write_detector
 from export.inspect import describe
@@ -35,6 +36,28 @@ def commands() -> list[list[str]]:
     ]
 
 
+def another() -> onnx.ModelProto:
+    """A detector such as YOLO writes: `[B, 4 + 2, 3]`, here the same three boxes in any image."""
+    rows = [[50, 200, 600], [50, 200, 80], [40, 40, 60], [40, 50, 80], [0.9, 0, 0.1], [0, 0.8, 0.3]]
+    constants = {"found": np.array([rows], np.float32), "nothing": np.zeros(1, np.float32)}
+    constants |= {"axes": np.array([1, 2, 3]), "column": np.array([-1, 1, 1])}
+    nodes = [
+        helper.make_node("ReduceMean", ["images", "axes"], ["light"]),
+        helper.make_node("Mul", ["light", "nothing"], ["dark"]),
+        helper.make_node("Reshape", ["dark", "column"], ["batch"]),
+        helper.make_node("Add", ["batch", "found"], ["output0"]),
+    ]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "yolo",
+        [info("images", TensorProto.FLOAT, ["batch", 3, 640, 640])],
+        [info("output0", TensorProto.FLOAT, ["batch", 6, 3])],
+        [numpy_helper.from_array(values, name) for name, values in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
 @pytest.fixture
 def folder(
     detector_path: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -49,6 +72,9 @@ def folder(
     write_detector(tmp_path / "detector.onnx", model, card)
     write_detector(tmp_path / "detector.uint8.onnx", *accept_uint8(model, card))
     samples[0].image.save(tmp_path / "photo.jpg")
+    onnx.save(another(), tmp_path / "yolo.onnx")
+    (described,) = blocks("json")
+    (tmp_path / "card.json").write_text(described)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -60,13 +86,17 @@ def run(block: str, names: dict[str, Any]) -> dict[str, Any]:
 
 def test_every_command_is_one_that_works(folder: Path) -> None:
     typed = commands()
-    assert [words[1] for words in typed] == ["export", "inspect", "thresholds"]
+    assert [words[1] for words in typed] == [
+        *("export", "inspect", "thresholds"),
+        *("export", "attach", "inspect"),
+    ]
     parser = build_parser(gather())
     for words in typed:
         assert words[0] == "ghm"
         parser.parse_args(words[1:])
-    for words in typed[1:]:  # export is run in other tests, and takes its time
-        assert main(words[1:]) == 0
+        if words[1] != "export":  # which is run in other tests, and takes its time
+            assert main(words[1:]) == 0
+    assert read_detector("pets.onnx").card.class_names == ["cat", "dog"]
 
 
 def test_what_inspect_shows_is_of_the_shape_that_it_prints(folder: Path) -> None:
