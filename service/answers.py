@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 
 from export.contract import DetectorCard
 from service.images import Geometry
 from service.model import Detections
 from service.options import Wanted
+from service.problems import ProblemError
 
 
 def image_answer(
@@ -41,3 +43,16 @@ def image_answer(
             for box, score, label in rows
         ],
     }
+
+
+def failed_answer(problem: ProblemError) -> dict[str, Any]:
+    """The part of an answer for an image that could not be read.
+
+    Args:
+        problem: Why.
+
+    Returns:
+        `error` as `service.schemas` describes it.
+    """
+    title = HTTPStatus(problem.status).phrase
+    return {"error": {"status": problem.status, "title": title, "detail": problem.detail}}

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from export.file import read_detector
 from service import middleware, openapi, problems
 from service.model import ServedModel
-from service.routes import detect, health, metrics, models, page, v2
+from service.routes import detect, health, metrics, models, page, preview, v2
 from service.settings import Settings, load_settings
 from service.state import ServiceState
 
@@ -75,7 +75,7 @@ def create_app(settings: Settings | None = None, model: ServedModel | None = Non
     middleware.install(app, service.settings, service.metrics)
     problems.install(app)
     openapi.install(app, service.settings)
-    for part in (detect, models, health, page, v2):
+    for part in (detect, models, health, page, preview, v2):
         app.include_router(part.router)
     app.include_router(metrics.drift_router)
     if service.settings.metrics:

@@ -1,20 +1,20 @@
-"""Reading a request's body, and no more of it than allowed."""
+"""Reading a request's body: one image, a form, or JSON; and no more of it than allowed."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+import binascii
 from dataclasses import dataclass
+from typing import Any
 
+import orjson
 from fastapi import Request
-from starlette.datastructures import FormData
-from starlette.formparsers import MultiPartException, MultiPartParser
 
+from service.forms import parse_form
 from service.problems import ProblemError, short
+from service.v2.bodies import OffLoop, read_body
 
-# Options are short; only files are long.
-_MAX_FIELDS = 32
-_MAX_FIELD_BYTES = 64 * 1024
+_JSON = "application/json"
+_FORM = "multipart/form-data"
 
 
 @dataclass(frozen=True)
@@ -23,94 +23,68 @@ class Upload:
 
     Attributes:
         images: A name for use in errors, and the bytes, of each image.
-        fields: The form's other fields, in order.
-        many: Whether the client asked with `files`, so that the answer is a list.
+        fields: The other fields, in order: text from a form, any JSON value from JSON.
+        many: Whether the client asked for a list, with `files` or `images`.
     """
 
     images: list[tuple[str, bytes]]
-    fields: list[tuple[str, str]]
+    fields: list[tuple[str, Any]]
     many: bool = False
 
 
-async def read_upload(request: Request, max_bytes: int, max_images: int) -> Upload:
-    """Read the images and form fields of a request.
+async def read_upload(
+    request: Request, max_bytes: int, max_images: int, off_loop: OffLoop
+) -> Upload:
+    """Read the images and fields of a request.
 
     Args:
-        request: With a body that is one image, or `multipart/form-data` with one `file` or any
-            number of `files`.
-        max_bytes: The most bytes to read, whatever `Content-Length` says.
-        max_images: The most files in a form.
+        request: With a body that is one image; or `multipart/form-data` with one `file` or any
+            number of `files`; or JSON with base64 in `image` or a list of it in `images`.
+        max_bytes: The most bytes to read, whatever `Content-Length` says, as sent and inflated.
+        max_images: The most images.
+        off_loop: Runs a blocking function elsewhere and awaits it.
 
     Returns:
         The images and the fields.
 
     Raises:
-        ProblemError: 400 for a form that is malformed or has no image, 413 for a body that is too
-            large, 415 for a `Content-Type` that is neither an image nor a form.
+        ProblemError: 400 for a body that is malformed or has no image, 413 for one that is too
+            large, 415 for a `Content-Type` or `Content-Encoding` that is not read here.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
-        return await _read_form(request, max_bytes, max_images)
-    if kind in ("", "application/octet-stream") or kind.startswith("image/"):
-        return Upload([("the body", await _read_all(request, max_bytes))], [])
-    raise ProblemError(
-        415,
-        f"Content-Type is {short(kind)}; send one image as image/* or application/octet-stream,"
-        " or files as multipart/form-data",
-    )
-
-
-async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    """The body's chunks, until they are too many."""
-    promised = request.headers.get("content-length", "")
-    if promised.isdecimal() and int(promised) > max_bytes:
-        raise _too_large(max_bytes)
-    total = 0
-    async with aclosing(request.stream()) as chunks:
-        async for chunk in chunks:
-            total += len(chunk)
-            if total > max_bytes:
-                raise _too_large(max_bytes)
-            yield chunk
-
-
-def _too_large(max_bytes: int) -> ProblemError:
-    return ProblemError(413, f"the body is larger than the {max_bytes} bytes that are read here")
-
-
-async def _read_all(request: Request, max_bytes: int) -> bytes:
-    async with aclosing(_limited(request, max_bytes)) as chunks:
-        return b"".join([chunk async for chunk in chunks])
-
-
-async def _read_form(request: Request, max_bytes: int, max_images: int) -> Upload:
-    form = await _parse_form(request, max_bytes, max_images)
-    try:
-        files = [(name, value) for name, value in form.multi_items() if not isinstance(value, str)]
-        fields = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
-        many = _is_many([name for name, _ in files], [name for name, _ in fields])
-        images = [
-            (_name(field, place, file.filename), await file.read())
-            for place, (field, file) in enumerate(files)
-        ]
-    finally:
-        await form.close()
-    return Upload(images, fields, many)
-
-
-async def _parse_form(request: Request, max_bytes: int, max_images: int) -> FormData:
-    async with aclosing(_limited(request, max_bytes)) as chunks:
-        parser = MultiPartParser(
-            request.headers,
-            chunks,
-            max_files=max_images,
-            max_fields=_MAX_FIELDS,
-            max_part_size=_MAX_FIELD_BYTES,
+    content_type = request.headers.get("content-type", "")
+    kind = content_type.partition(";")[0].strip().lower()
+    is_image = kind in ("", "application/octet-stream") or kind.startswith("image/")
+    if not is_image and kind not in (_FORM, _JSON):
+        raise ProblemError(
+            415,
+            f"Content-Type is {short(kind)}; send one image as image/* or"
+            f" application/octet-stream, files as {_FORM}, or base64 as {_JSON}",
         )
-        try:
-            return await parser.parse()
-        except MultiPartException as error:
-            raise ProblemError(400, f"the form is malformed: {error.message}") from error
+    body = await read_body(request, max_bytes, off_loop)
+    if is_image:
+        return Upload([("the body", body)], [])
+    if kind == _FORM:
+        return _read_form(content_type, body, max_images)
+    return _read_json(body, max_images)
+
+
+def _read_form(content_type: str, body: bytes, max_images: int) -> Upload:
+    parts = parse_form(content_type, body, max_images)
+    files = [part for part in parts if part.filename is not None]
+    fields = [
+        (part.name, part.content.decode("utf-8", errors="replace"))
+        for part in parts
+        if part.filename is None
+    ]
+    many = _is_many([part.name for part in files], [name for name, _ in fields])
+    images = [
+        (
+            f"files[{place}] {short(part.filename)}" if many else f"file {short(part.filename)}",
+            part.content,
+        )
+        for place, part in enumerate(files)
+    ]
+    return Upload(images, fields, many)
 
 
 def _is_many(files: list[str], fields: list[str]) -> bool:
@@ -131,5 +105,36 @@ def _is_many(files: list[str], fields: list[str]) -> bool:
     )
 
 
-def _name(field: str, place: int, filename: str | None) -> str:
-    return f"files[{place}] {short(filename)}" if field == "files" else f"file {short(filename)}"
+def _read_json(body: bytes, max_images: int) -> Upload:
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ProblemError(400, f"the body is not JSON: {str(error)[:200]}") from error
+    if not isinstance(content, dict):
+        raise ProblemError(400, "the body must be a JSON object with `image` or `images`")
+    image, images = content.pop("image", None), content.pop("images", None)
+    fields = [(name, value) for name, value in content.items() if value is not None]
+    if (image is None) == (images is None):
+        raise ProblemError(400, "the body must have either `image` or `images`")
+    if image is not None:
+        return Upload([("image", _from_base64("image", image))], fields)
+    if not isinstance(images, list) or not images:
+        raise ProblemError(400, "`images` must be a list of base64, and not empty")
+    if len(images) > max_images:
+        raise ProblemError(400, f"`images` holds {len(images)} images; at most {max_images} do")
+    names = [f"images[{place}]" for place in range(len(images))]
+    read = [(name, _from_base64(name, one)) for name, one in zip(names, images, strict=True)]
+    return Upload(read, fields, many=True)
+
+
+def _from_base64(name: str, text: object) -> bytes:
+    if not isinstance(text, str):
+        raise ProblemError(400, f"{name} is {short(text)}, and not base64")
+    if text.startswith("data:"):  # as browsers write it
+        text = text.partition(",")[2]
+    if any(space in text for space in "\r\n\t "):  # tools break long lines
+        text = "".join(text.split())
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except (binascii.Error, ValueError) as error:
+        raise ProblemError(400, f"{name} is not base64: {error}") from error

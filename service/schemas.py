@@ -61,17 +61,96 @@ class ImageDetections(_Answer):
 
 
 class DetectResponse(ImageDetections):
-    """The answer for one image: a raw body, or a form with one `file`."""
+    """The answer for one image: a raw body, one `file` of a form, or one `image` of JSON."""
 
     model: str = Field(description="The name of the model", examples=["pets"])
+    version: str = Field(description="Its version", examples=["1"])
     timings: Timings
 
 
+class ImageProblem(_Answer):
+    """Why an image could not be read."""
+
+    status: int = Field(description="What a request for it alone would get", examples=[400])
+    title: str = Field(description="The status in words", examples=["Bad Request"])
+    detail: str = Field(examples=["files[1] 'b.png': the PNG image is damaged: it is cut short"])
+
+
+class ImageFailure(_Answer):
+    """In place of detections, for an image that could not be read."""
+
+    error: ImageProblem
+
+
 class DetectManyResponse(_Answer):
-    """The answer for a form with `files`: one result a file, in the order they were sent."""
+    """The answer for `files` of a form or `images` of JSON: a result each, in their order.
+
+    An image that cannot be read has an `error` in its place. Where none can be read, the request
+    fails with the first one's status.
+    """
 
     model: str = Field(description="The name of the model", examples=["pets"])
-    results: list[ImageDetections]
+    version: str = Field(description="Its version", examples=["1"])
+    results: list[ImageDetections | ImageFailure]
+    timings: Timings
+
+
+class CocoResult(_Answer):
+    """One object, as COCO's tools read results."""
+
+    image_id: int | str = Field(
+        description="From `image_ids`, or the image's place in the request", examples=[0]
+    )
+    category_id: int = Field(ge=1, description="The label + 1: COCO counts from 1", examples=[1])
+    bbox: tuple[float, float, float, float] = Field(
+        description="x, y, width and height in pixels", examples=[[12.5, 40.0, 83.75, 91.0]]
+    )
+    score: Probability = Field(examples=[0.875])
+
+
+class PreviewDetection(_Answer):
+    """One object that reaches the floor."""
+
+    box: tuple[float, float, float, float] = Field(
+        description="x1, y1, x2, y2 in pixels of the image, upright",
+        examples=[[12.5, 40.0, 96.25, 131.0]],
+    )
+    score: Probability = Field(description="A float32", examples=[0.875])
+    label: int = Field(ge=0, description="The class's place in the model's list", examples=[0])
+    class_name: str = Field(alias="class", description="The class's name", examples=["dog"])
+
+
+class PreviewClass(_Answer):
+    """How many objects of a class would pass at each threshold."""
+
+    class_name: str = Field(alias="class", description="The class's name", examples=["dog"])
+    label: int = Field(ge=0, description="The class's place in the model's list", examples=[0])
+    threshold: Probability = Field(description="The file's own", examples=[0.5])
+    counts: list[int] = Field(
+        description="For each of `steps`, how many objects reach it", examples=[[3, 1, 1]]
+    )
+
+
+class PreviewResponse(_Answer):
+    """What would be found in one image at every threshold."""
+
+    model: str = Field(description="The name of the model", examples=["pets"])
+    version: str = Field(description="Its version", examples=["1"])
+    image: ImageSize
+    floor: Probability = Field(description="The score that all here reach", examples=[0.25])
+    truncated: bool = Field(
+        description="Whether the model gave as many objects as it may, so that there may be more"
+    )
+    exact_above: Probability | None = Field(
+        description="Where there may be more, the lowest score given: counts at thresholds above"
+        " it are exact. Null where all counts are",
+        examples=[0.03125],
+    )
+    steps: list[Probability] = Field(description="Thresholds, rising", examples=[[0.25, 0.5, 0.75]])
+    classes: list[PreviewClass] = Field(description="In the order of labels")
+    detections: list[PreviewDetection] = Field(
+        description="All that reach the floor, best first, to be filtered without asking again"
+    )
     timings: Timings
 
 

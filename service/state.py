@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from service.batching import Scheduler
+from service.limits import ByteBudget
 from service.metrics import Metrics
 from service.registry import Registry
 from service.settings import Settings
@@ -22,6 +23,7 @@ class ServiceState:
         settings: What the service was told.
         registry: The models.
         scheduler: Runs them.
+        decoded: The bytes that decoded images may take, all requests together.
         metrics: Counts what happens.
         draining: Whether the service is about to stop: it still answers, and says that it is not
             ready so that no more requests are sent to it.
@@ -30,6 +32,7 @@ class ServiceState:
     settings: Settings
     registry: Registry = field(init=False)
     scheduler: Scheduler = field(init=False)
+    decoded: ByteBudget = field(init=False)
     metrics: Metrics = field(default_factory=Metrics)
     draining: bool = False
     _background: list[asyncio.Task[None]] = field(default_factory=list)
@@ -40,6 +43,7 @@ class ServiceState:
             told.source, provider=told.provider, threads=told.threads, observer=self.metrics
         )
         self.scheduler = Scheduler(told, self.metrics)
+        self.decoded = ByteBudget(told.max_decoded_bytes)
 
     async def start(self) -> None:
         """Load what is not loaded. Warm up beside the first requests, so that health answers.

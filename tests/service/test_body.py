@@ -1,5 +1,11 @@
+import base64
+import gzip
+import json
+import zlib
+
 import anyio
 import pytest
+from anyio import to_thread
 from fastapi import Request
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,7 +54,7 @@ def test_malformed_requests_are_400(client, png, problem):
             },
             "the form",
         ),
-        ({"files": [("files", (f"{i}", png)) for i in range(17)]}, "Too many files"),
+        ({"files": [("files", (f"{i}", png)) for i in range(17)]}, "more than 16 files"),
     ]
     for request, message in cases:
         assert message in problem(client.post(URL, **request), 400), request
@@ -61,7 +67,7 @@ def test_a_form_that_ends_in_the_middle_of_a_file_is_400(client, png, problem):
 
 
 @pytest.mark.parametrize(
-    "kind", ["application/json", "application/x-www-form-urlencoded", "text/plain"]
+    "kind", ["application/jsonl", "application/x-www-form-urlencoded", "text/plain"]
 )
 def test_another_content_type_is_415(client, png, kind, problem):
     detail = problem(client.post(URL, content=png, headers={"Content-Type": kind}), 415)
@@ -94,7 +100,7 @@ def test_a_body_that_turns_out_too_large_is_413_and_not_read_on(kind):
 
     request = Request({"type": "http", "headers": [(b"content-type", kind.encode())]}, receive)
     with pytest.raises(ProblemError, match="4000 bytes") as caught:
-        anyio.run(read_upload, request, 4000, 1)
+        anyio.run(read_upload, request, 4000, 1, to_thread.run_sync)
     assert caught.value.status == 413
     assert received == 5  # the fifth thousand is the first beyond the limit
 
@@ -118,3 +124,128 @@ def test_no_form_breaks_the_service(client, body, start):
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
     response = client.post(URL, content=start + body, headers=headers)
     assert 400 <= response.status_code < 500, response.text
+
+
+def as_json(**members: object) -> dict:
+    return {"content": json.dumps(members), "headers": {"Content-Type": "application/json"}}
+
+
+def text_of(png: bytes) -> str:
+    return base64.b64encode(png).decode()
+
+
+def found(response) -> list:
+    assert response.status_code == 200, response.text
+    return response.json()["detections"]
+
+
+def test_json_with_one_image_is_one_object(client, png):
+    expected = found(client.post(URL, content=png))
+    text = text_of(png)
+    lines = "\r\n".join(text[start : start + 76] for start in range(0, len(text), 76))
+    for image in (text, lines, "data:image/png;base64," + text):
+        assert found(client.post(URL, **as_json(image=image))) == expected
+
+
+def test_json_with_images_is_a_list(client, png):
+    expected = found(client.post(URL, content=png))
+    body = client.post(URL, **as_json(images=[text_of(png)] * 2)).json()
+    assert [result["detections"] for result in body["results"]] == [expected, expected]
+
+
+def test_options_in_json_are_of_its_own_types(client, png):
+    options = {"threshold": 0.1, "thresholds": {"red": 0.99}, "classes": ["red", "green"]}
+    ours = found(client.post(URL, **as_json(image=text_of(png), **options, iou=0.3)))
+    query = {"threshold": "0.1", "thresholds": '{"red": 0.99}', "classes": "red,green"}
+    assert ours
+    assert ours == found(client.post(URL, content=png, params=query | {"iou": "0.3"}))
+
+
+def test_null_is_as_good_as_left_out(client, png):
+    body = as_json(image=text_of(png), images=None, threshold=None, format=None)
+    assert found(client.post(URL, **body)) == found(client.post(URL, content=png))
+
+
+def test_an_option_in_json_and_query_is_422(client, png, problem):
+    response = client.post(URL, **as_json(image=text_of(png), iou=0.5), params={"iou": "0.6"})
+    assert "'iou' is given twice" in problem(response, 422)
+
+
+def test_malformed_json_is_400(client, png, problem):
+    image = text_of(png)
+    cases = [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[" * 100_000 + "]" * 100_000, "not JSON"),
+        ('{"image":' * 100_000 + "1" + "}" * 100_000, "not JSON"),
+        ("[]", "must be a JSON object"),
+        ("{}", "either `image` or `images`"),
+        (json.dumps({"image": image, "images": [image]}), "either `image` or `images`"),
+        (json.dumps({"image": 5}), "image is 5, and not base64"),
+        (json.dumps({"image": "%%%"}), "image is not base64"),
+        (json.dumps({"image": "\u20ac"}), "image is not base64"),
+        (json.dumps({"image": image[:-1]}), "image is not base64"),
+        (json.dumps({"images": image}), "`images` must be a list"),
+        (json.dumps({"images": []}), "`images` must be a list of base64, and not empty"),
+        (json.dumps({"images": [image, None]}), "images[1] is None, and not base64"),
+        (json.dumps({"images": [image] * 17}), "17 images; at most 16"),
+        (json.dumps({"image": ""}), "image: the image is empty"),
+    ]
+    for content, message in cases:
+        headers = {"Content-Type": "application/json; charset=utf-8"}
+        response = client.post(URL, content=content, headers=headers)
+        assert message in problem(response, 400), content[:50]
+
+
+@pytest.mark.parametrize(
+    ("coding", "squeeze"), [("gzip", gzip.compress), ("deflate", zlib.compress)]
+)
+def test_compressed_bodies_of_every_kind(client, png, coding, squeeze):
+    expected = found(client.post(URL, content=png))
+    boundary = {"Content-Type": "multipart/form-data; boundary=b"}
+    head = b'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    form = form_body(head + png)["content"]
+    sent = as_json(image=text_of(png))
+    bodies = [(png, {}), (form, boundary), (sent["content"].encode(), sent["headers"])]
+    for body, headers in bodies:
+        headers = headers | {"Content-Encoding": coding}
+        assert found(client.post(URL, content=squeeze(body), headers=headers)) == expected
+
+
+def test_a_body_that_inflates_beyond_the_limit_is_413(client, problem):
+    bomb = gzip.compress(b"\0" * 2**26)
+    assert len(bomb) < 70_000
+    problem(client.post(URL, content=bomb, headers={"Content-Encoding": "gzip"}), 413)
+
+
+def test_what_is_not_compressed_as_it_says_is_400(client, png, problem):
+    for content in (png, gzip.compress(png)[:-9], gzip.compress(png) + b"more"):
+        response = client.post(URL, content=content, headers={"Content-Encoding": "gzip"})
+        assert "Content-Encoding is gzip" in problem(response, 400)
+
+
+def test_another_coding_is_415(client, png, problem):
+    response = client.post(URL, content=png, headers={"Content-Encoding": "br"})
+    assert "'br'" in problem(response, 415)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    body=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["image", "images", "thresholds", "threshold", "classes", "image_ids"]
+                ),
+                inner,
+                max_size=3,
+            )
+        ),
+        max_leaves=6,
+    )
+)
+def test_no_json_breaks_the_service(client, body):
+    response = client.post(URL, **as_json(**body) if isinstance(body, dict) else as_json(x=body))
+    assert response.status_code in (400, 415, 422), response.text

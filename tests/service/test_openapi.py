@@ -5,7 +5,7 @@ from starlette.testclient import TestClient
 from export.file import read_detector
 from service.app import create_app
 from service.model import ModelError, ServedModel
-from service.options import DetectOptions
+from service.options import DetectOptions, PreviewOptions
 from service.schemas import DetectResponse
 
 
@@ -26,8 +26,9 @@ def unready(settings) -> TestClient:
     return TestClient(create_app(settings))  # without its start, no model is loaded
 
 
-def test_every_documented_status_of_detect_is_real_and_no_other(
-    document, client, unready, settings, model, detector, png, encode
+@pytest.mark.parametrize("path", ["/v1/detect", "/v1/thresholds/preview"])
+def test_every_documented_status_of_detection_is_real_and_no_other(
+    path, document, client, unready, settings, model, detector, png, encode
 ):
     broken = BrokenModel(read_detector(detector), provider="cpu")
     broken.warm = True
@@ -37,6 +38,7 @@ def test_every_documented_status_of_detect_is_real_and_no_other(
     requests = [
         (client, {"content": png}),
         (client, {"content": b""}),
+        (client, {"content": png, "params": {"model": "x"}}),
         (client, {"content": encode(Image.new("L", (7000, 7000)))}),
         (client, {"content": b"x"}),
         (client, {"content": png, "params": {"iou": "2"}}),
@@ -45,9 +47,9 @@ def test_every_documented_status_of_detect_is_real_and_no_other(
         (unready, {"content": png}),
         (TestClient(create_app(late, model)), {"content": png}),
     ]
-    real = [one.post("/v1/detect", **request).status_code for one, request in requests]
-    assert real == [200, 400, 413, 415, 422, 429, 500, 503, 504]
-    documented = document["paths"]["/v1/detect"]["post"]["responses"]
+    real = [one.post(path, **request).status_code for one, request in requests]
+    assert real == [200, 400, 404, 413, 415, 422, 429, 500, 503, 504]
+    documented = document["paths"][path]["post"]["responses"]
     assert sorted(int(status) for status in documented) == real
 
 
@@ -77,8 +79,10 @@ def test_every_documented_status_of_the_others_is_real_and_no_other(
 
 
 def test_every_path_is_documented_with_its_only_method(document):
-    assert {path: list(operations) for path, operations in document["paths"].items()} == {
+    paths = {path: list(operations) for path, operations in document["paths"].items()}
+    assert {path: methods for path, methods in paths.items() if not path.startswith("/v2")} == {
         "/v1/detect": ["post"],
+        "/v1/thresholds/preview": ["post"],
         "/v1/models": ["get"],
         "/v1/models/{name}": ["get"],
         "/v1/models/{name}/drift": ["get"],
@@ -89,14 +93,48 @@ def test_every_path_is_documented_with_its_only_method(document):
     }
 
 
+# What answers with something else than JSON alone.
+KINDS = {
+    "/metrics": ["text/plain"],
+    "/v1/detect": ["application/json", "image/jpeg", "image/png"],
+}
+
+
 def test_errors_are_documented_as_problems(document):
     for path, operations in document["paths"].items():
         for operation in operations.values():
             for status, response in operation["responses"].items():
-                kinds = list(response["content"])
-                answers = "text/plain" if path == "/metrics" else "application/json"
-                wanted = "application/problem+json" if int(status) >= 400 else answers
-                assert kinds == [wanted], (path, status)
+                kinds = sorted(response["content"])
+                if int(status) >= 400:
+                    assert kinds == ["application/problem+json"], (path, status)
+                elif not path.startswith("/v2"):
+                    assert kinds == KINDS.get(path, ["application/json"]), (path, status)
+
+
+def test_every_kind_of_request_has_an_example(document):
+    for path, options in (
+        ("/v1/detect", DetectOptions),
+        ("/v1/thresholds/preview", PreviewOptions),
+    ):
+        content = document["paths"][path]["post"]["requestBody"]["content"]
+        assert set(content) == {
+            "multipart/form-data",
+            "image/*",
+            "application/octet-stream",
+            "application/json",
+        }
+        for kind, described in content.items():
+            assert described["examples"], (path, kind)
+        own = {"file", "files", "image", "images"}
+        for kind in ("multipart/form-data", "application/json"):
+            assert set(content[kind]["schema"]["properties"]) - own == set(options.model_fields)
+
+
+def test_json_examples_of_requests_are_answered(document, client):
+    for path in ("/v1/detect", "/v1/thresholds/preview"):
+        described = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        for example in described["examples"].values():
+            assert client.post(path, json=example["value"]).status_code == 200
 
 
 def references(part) -> list[str]:
@@ -136,6 +174,7 @@ def test_answers_have_examples_that_are_valid(document):
 
     answer = {
         "model": "pets",
+        "version": "1",
         "image": example("ImageSize"),
         "detections": [example("Detection")],
         "timings": example("Timings"),

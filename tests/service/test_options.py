@@ -85,7 +85,15 @@ def test_options_as_form_fields(client, png):
         ({"thresholds": '{"cow": 0.5}'}, "unknown class 'cow'; this model knows: red, green, blue"),
         ({"classes": "red,cow"}, "unknown class 'cow'; this model knows: red, green, blue"),
         ({"classes": ""}, "unknown class ''"),
-        ({"treshold": "0.5"}, "unknown option 'treshold'; known: threshold, thresholds, classes"),
+        (
+            {"treshold": "0.5"},
+            "unknown option 'treshold'; known: model, version, threshold, thresholds",
+        ),
+        ({"format": "xml"}, "format is 'xml'"),
+        ({"image_ids": "[1]"}, "goes with format=coco alone"),
+        ({"image_ids": "[1, 2]", "format": "coco"}, "image_ids holds 2 for 1 images"),
+        ({"image_ids": "[1.5]", "format": "coco"}, "image_ids.0 is 1.5"),
+        ({"image_ids": "[true]", "format": "coco"}, "image_ids.0 is True"),
         ([("iou", "0.1"), ("iou", "0.2")], "'iou' is given twice"),
     ],
 )

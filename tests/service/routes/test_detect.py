@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -99,9 +101,100 @@ def test_timings_add_up(client, png):
     assert 0 < parts <= timings["total_ms"] + 0.002
 
 
-def test_the_image_at_fault_is_named(client, png, problem):
-    files = [("files", ("good.png", png)), ("files", ("bad.png", b"nonsense"))]
-    assert "files[1] 'bad.png': not an image" in problem(client.post(URL, files=files), 415)
+def test_an_image_that_cannot_be_read_has_an_error_in_its_place(client, png):
+    files = [("files", ("a.png", png)), ("files", ("b.png", b"nonsense")), ("files", ("c", png))]
+    response = client.post(URL, files=files)
+    assert response.status_code == 200
+    DetectManyResponse.model_validate(response.json())
+    first, second, third = response.json()["results"]
+    assert boxes(first) == boxes(third) == boxes(send(client, png))
+    assert second["error"]["status"] == 415
+    assert second["error"]["title"] == "Unsupported Media Type"
+    assert second["error"]["detail"].startswith("files[1] 'b.png': not an image")
+
+
+def test_where_no_image_can_be_read_the_request_fails_as_the_first(client, png, problem):
+    files = [("files", ("a.png", png[:99])), ("files", ("b.png", b"nonsense"))]
+    assert "files[0] 'a.png': the PNG image" in problem(client.post(URL, files=files), 400)
+    assert "files[0] 'b.png'" in problem(client.post(URL, files=files[1:]), 415)
+
+
+def test_an_image_has_the_same_answer_beside_damaged_ones(client, png, encode, image):
+    other = encode(image.rotate(180))
+    alone = [boxes(send(client, one)) for one in (png, other)]
+    files = [("files", one) for one in (b"x", png, png[:99], other, b"")]
+    results = client.post(URL, files=files).json()["results"]
+    assert [boxes(results[1]), boxes(results[3])] == alone
+    assert [results[place]["error"]["status"] for place in (0, 2, 4)] == [415, 400, 400]
+
+
+def test_the_model_may_be_named(client, png, problem):
+    assert send(client, png, model="colours", version="1")["version"] == "1"
+    assert "'x'" in problem(client.post(URL, content=png, params={"model": "x"}), 404)
+    response = client.post(URL, content=png, params={"version": "2"})
+    assert "no version '2'" in problem(response, 404)
+
+
+def test_coco_results(client, png):
+    files = [("files", png), ("files", png)]
+    body = client.post(URL, files=files, data={"format": "coco"}).json()
+    (first, *_), number = send(client, png)["detections"], 3
+    x1, y1, x2, y2 = first["box"]
+    expected = {
+        "image_id": 0,
+        "category_id": first["label"] + 1,
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "score": first["score"],
+    }
+    assert body[0] == expected
+    assert [one["image_id"] for one in body] == [0] * number + [1] * number
+    named = send(client, png, format="coco", image_ids='["photo"]')
+    assert [one["image_id"] for one in named] == ["photo"] * number
+
+
+def test_coco_results_of_a_damaged_image_are_none(client, png, problem):
+    files = [("files", ("a", png)), ("files", ("b", png[:99]))]
+    detail = problem(client.post(URL, files=files, params={"format": "coco"}), 400)
+    assert detail.startswith("files[1] 'b'")
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [("*/*", "PNG"), ("image/jpeg", "JPEG"), ("image/png;q=0.5, image/*", "JPEG"), ("", "PNG")],
+)
+def test_a_drawn_image(client, png, image, accept, kind):
+    headers = {"Accept": accept}
+    response = client.post(URL, content=png, params={"format": "image"}, headers=headers)
+    assert response.headers["content-type"] == f"image/{kind.lower()}"
+    assert response.headers["x-detections"] == "3"
+    drawing = Image.open(io.BytesIO(response.content))
+    assert (drawing.format, drawing.size) == (kind, (576, 384))  # small ones are enlarged
+    none = client.post(URL, content=png, params={"format": "image", "threshold": "1"})
+    assert none.headers["x-detections"] == "0"
+    assert none.content != response.content
+
+
+def test_a_list_is_not_drawn(client, png, problem):
+    response = client.post(URL, files={"files": png}, params={"format": "image"})
+    assert "format is 'image'" in problem(response, 422)
+
+
+def test_what_takes_more_memory_than_there_is_is_413(settings, model, png, problem):
+    limits = settings.model_copy(update={"max_decoded_bytes": 2 * 2**20 + 1000})
+    with TestClient(create_app(limits, model)) as client:
+        detail = problem(client.post(URL, content=png), 413)
+    assert detail.startswith("the body: decoding its 192 x 128 pixels takes")
+
+
+def test_images_that_fit_one_by_one_are_answered_together(settings, model, png, encode):
+    # Each needs some 2.4 MB, and there are 3: they are decoded one after the other.
+    limits = settings.model_copy(update={"max_decoded_bytes": 3 * 2**20, "threads": 2})
+    app = create_app(limits, model)
+    with TestClient(app) as client:
+        body = client.post(URL, files=[("files", png)] * 8).json()
+    assert len({str(result) for result in body["results"]}) == 1
+    assert "error" not in body["results"][0]
+    assert app.state.service.decoded.free == 3 * 2**20
 
 
 def test_what_is_no_image_is_415(client, problem):

@@ -1,0 +1,127 @@
+"""`multipart/form-data`, parsed from a body that is in memory already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from service.problems import ProblemError
+
+# Options are short; only files are long.
+_MOST_FIELDS = 32
+_MOST_FIELD_BYTES = 64 * 1024
+
+
+@dataclass
+class Part:
+    """One part of a form.
+
+    Attributes:
+        name: Its field.
+        filename: None for text.
+        content: Its bytes.
+    """
+
+    name: str
+    filename: str | None
+    content: bytes
+
+
+@dataclass
+class _Parts:
+    """Collects parts while the parser calls back."""
+
+    max_files: int
+    parts: list[Part] = field(default_factory=list)
+    ended: bool = False
+    _header: bytes = b""
+    _value: bytes = b""
+    _disposition: bytes = b""
+    _pieces: list[bytes] = field(default_factory=list)
+    _size: int = 0
+
+    def on_part_begin(self) -> None:
+        self._disposition, self._pieces, self._size = b"", [], 0
+
+    def on_header_begin(self) -> None:
+        self._header = self._value = b""
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def on_header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = self._value
+
+    def on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        if b"name" not in options:
+            raise _malformed("a part has no name")
+        name, filename = (options.get(key) for key in (b"name", b"filename"))
+        self.parts.append(
+            Part(_text(name or b""), None if filename is None else _text(filename), b"")
+        )
+        self._check_number()
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._pieces.append(data[start:end])
+        self._size += end - start
+        if self.parts[-1].filename is None and self._size > _MOST_FIELD_BYTES:
+            raise _malformed(f"a field has more than {_MOST_FIELD_BYTES} bytes")
+
+    def on_part_end(self) -> None:
+        self.parts[-1].content = b"".join(self._pieces)
+
+    def on_end(self) -> None:
+        self.ended = True
+
+    def _check_number(self) -> None:
+        files = sum(part.filename is not None for part in self.parts)
+        if files > self.max_files:
+            raise _malformed(f"it holds more than {self.max_files} files")
+        if len(self.parts) - files > _MOST_FIELDS:
+            raise _malformed(f"it holds more than {_MOST_FIELDS} fields")
+
+
+def parse_form(content_type: str, body: bytes, max_files: int) -> list[Part]:
+    """Take a form apart.
+
+    Args:
+        content_type: The request's, with its boundary.
+        body: All of it.
+        max_files: The most files allowed.
+
+    Returns:
+        The parts, in order.
+
+    Raises:
+        ProblemError: 400 for a form that is malformed, cut short, or has too many parts.
+    """
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise _malformed("its Content-Type names no boundary")
+    parts = _Parts(max_files)
+    names = [name for name in dir(parts) if name.startswith("on_")]
+    callbacks = {name: getattr(parts, name) for name in names}
+    try:
+        parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]  # by name
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise _malformed(str(error).splitlines()[0][:200]) from error
+    if not parts.ended:
+        raise _malformed("it ends too early")
+    return parts.parts
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", errors="replace")
+
+
+def _malformed(why: str) -> ProblemError:
+    return ProblemError(400, f"the form is malformed: {why}")

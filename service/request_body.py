@@ -1,0 +1,76 @@
+"""The bodies that images come in, as OpenAPI has them, with an example of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service.options import ModelOptions, form_properties, json_properties
+
+# A PNG of one white pixel.
+_PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
+)
+
+_FILE = {"type": "string", "format": "binary"}
+_BASE64 = {"type": "string", "contentEncoding": "base64", "examples": [_PIXEL]}
+
+
+def request_body(path: str, kind: type[ModelOptions], *, many: bool) -> dict[str, Any]:
+    """The `requestBody` of a route that takes images.
+
+    Args:
+        path: The route's, for the examples.
+        kind: Its options.
+        many: Whether it takes lists of images.
+    """
+    binary = {
+        "schema": _FILE,
+        "examples": {
+            "curl": _curl(f"curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' URL{path}")
+        },
+    }
+    return {
+        "required": True,
+        "content": {
+            "multipart/form-data": _form(path, kind, many),
+            "image/*": binary,
+            "application/octet-stream": binary,
+            "application/json": _json(kind, many),
+        },
+    }
+
+
+def _curl(command: str) -> dict[str, str]:
+    return {"summary": "With curl", "description": f"`{command}`"}
+
+
+def _form(path: str, kind: type[ModelOptions], many: bool) -> dict[str, Any]:
+    own: dict[str, Any] = {"file": {**_FILE, "description": "One image; the answer is one object"}}
+    examples = {"one": _curl(f"curl -F file=@photo.jpg URL{path}")}
+    if many:
+        description = "Any number of images, in place of `file`; the answer has a list `results`"
+        own["files"] = {"type": "array", "items": _FILE, "description": description}
+        examples["several"] = _curl(f"curl -F files=@a.jpg -F files=@b.jpg URL{path}")
+    schema = {"type": "object", "properties": {**own, **form_properties(kind)}}
+    return {"schema": schema, "examples": examples}
+
+
+def _json(kind: type[ModelOptions], many: bool) -> dict[str, Any]:
+    own: dict[str, Any] = {"image": {**_BASE64, "description": "One image, or a data: URL of it"}}
+    examples: dict[str, Any] = {"one": {"summary": "One image", "value": {"image": _PIXEL}}}
+    if many:
+        own["images"] = {
+            "type": "array",
+            "items": _BASE64,
+            "minItems": 1,
+            "description": "Any number of images, in place of `image`; the answer has a list"
+            " `results`",
+        }
+        value = {"images": [_PIXEL, _PIXEL], "threshold": 0.5}
+        examples["several"] = {"summary": "Several images", "value": value}
+    schema = {
+        "type": "object",
+        "properties": {**own, **json_properties(kind)},
+        "additionalProperties": False,
+    }
+    return {"schema": schema, "examples": examples}
