@@ -69,6 +69,7 @@ class Result:
 
     Attributes:
         model: The name of the model that answered.
+        version: Its version.
         width: Of the image in pixels, upright.
         height: Of the image in pixels.
         detections: Best first.
@@ -76,6 +77,7 @@ class Result:
     """
 
     model: str
+    version: str
     width: int
     height: int
     detections: tuple[Detection, ...]
@@ -118,23 +120,29 @@ class Preview:
 
     Attributes:
         model: The name of the model that answered.
+        version: Its version.
         width: Of the image in pixels, upright.
         height: Of the image in pixels.
         floor: The score that every box of `detections` reaches.
         truncated: Whether there may be more boxes than the model gives at once.
+        exact_above: Where there may be, the score above which all is exact; else None.
         steps: Thresholds, rising, that the counts are for.
         classes: In the order of labels.
         detections: Best first; `passed` tells which reach the model's thresholds.
+        timings: Milliseconds of the request's parts, by name.
     """
 
     model: str
+    version: str
     width: int
     height: int
     floor: float
     truncated: bool
+    exact_above: float | None
     steps: tuple[float, ...]
     classes: tuple[ClassPreview, ...]
     detections: tuple[Detection, ...]
+    timings: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,15 +193,27 @@ def read_result(body: Any) -> Result:
     return _result(body, body)
 
 
-def read_results(body: Any) -> list[Result]:
-    """The answer for a list of images."""
-    return [_result(one, body) for one in body["results"]]
+def read_results(body: Any) -> list[Result | ServiceError]:
+    """The answer for a list of images: an error in the place of one that could not be read."""
+    return [
+        _failure(one["error"], body) if "error" in one else _result(one, body)
+        for one in body["results"]
+    ]
+
+
+def _failure(error: Any, body: Any) -> ServiceError:
+    return ServiceError(error["status"], error["detail"], body["request_id"])
 
 
 def _result(one: Any, body: Any) -> Result:
-    found = tuple(_detection(each, each["threshold"]) for each in one["detections"])
-    size = one["image"]
-    return Result(body["model"], size["width"], size["height"], found, body["timings"])
+    return Result(
+        model=body["model"],
+        version=body["version"],
+        width=one["image"]["width"],
+        height=one["image"]["height"],
+        detections=tuple(_detection(found, found["threshold"]) for found in one["detections"]),
+        timings=body["timings"],
+    )
 
 
 def _detection(found: Any, threshold: float) -> Detection:
@@ -210,13 +230,16 @@ def read_preview(body: Any) -> Preview:
     own = {one.label: one.threshold for one in classes}
     return Preview(
         model=body["model"],
+        version=body["version"],
         width=body["image"]["width"],
         height=body["image"]["height"],
         floor=body["floor"],
         truncated=body["truncated"],
+        exact_above=body["exact_above"],
         steps=tuple(body["steps"]),
         classes=classes,
         detections=tuple(_detection(one, own[one["label"]]) for one in body["detections"]),
+        timings=body["timings"],
     )
 
 

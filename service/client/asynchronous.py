@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
 import anyio
 import httpx
@@ -14,7 +14,7 @@ from anyio import to_thread
 
 from service.client import calls
 from service.client.answers import Model, ModelCard, Preview, Result, ServiceError
-from service.client.calls import Call
+from service.client.calls import Call, DetectOptions, PreviewOptions
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -56,14 +56,7 @@ class AsyncClient:
     async def detect(
         self,
         images: str | PathLike[str] | bytes | PIL.Image.Image,
-        *,
-        threshold: float | None = None,
-        thresholds: Mapping[str, float] | None = None,
-        classes: str | Iterable[str] | None = None,
-        iou: float | None = None,
-        max_detections: int | None = None,
-        model: str | None = None,
-        version: str | None = None,
+        **options: Unpack[DetectOptions],
     ) -> Result: ...
 
     @overload
@@ -71,35 +64,34 @@ class AsyncClient:
         self,
         images: list[Image] | tuple[Image, ...],
         *,
-        threshold: float | None = None,
-        thresholds: Mapping[str, float] | None = None,
-        classes: str | Iterable[str] | None = None,
-        iou: float | None = None,
-        max_detections: int | None = None,
-        model: str | None = None,
-        version: str | None = None,
+        return_errors: Literal[False] = False,
+        **options: Unpack[DetectOptions],
     ) -> list[Result]: ...
 
-    async def detect(self, images: Any, **options: Any) -> Result | list[Result]:
+    @overload
+    async def detect(
+        self,
+        images: list[Image] | tuple[Image, ...],
+        *,
+        return_errors: Literal[True],
+        **options: Unpack[DetectOptions],
+    ) -> list[Result | ServiceError]: ...
+
+    async def detect(self, images: Any, *, return_errors: bool = False, **options: Any) -> Any:
         """Find objects in an image, or in a list of them: see `Client.detect`."""
         # Files are read, and Pillow images encoded, off the event loop.
-        if isinstance(images, list | tuple):
-            many = await to_thread.run_sync(partial(calls.detect_many, images, options))
-            return await self._ask(many)
-        one = await to_thread.run_sync(partial(calls.detect_one, images, options))
-        return await self._ask(one)
+        if not isinstance(images, list | tuple):
+            return await self._ask(await _aside(calls.detect_one, images, options))
+        results = await self._ask(await _aside(calls.detect_many, images, options))
+        return results if return_errors else calls.all_read(results)
 
     async def preview(
         self,
         image: str | PathLike[str] | bytes | PIL.Image.Image,
-        *,
-        floor: float | None = None,
-        model: str | None = None,
-        version: str | None = None,
+        **options: Unpack[PreviewOptions],
     ) -> Preview:
         """Every box of an image from a floor on: see `Client.preview`."""
-        options = {"floor": floor, "model": model, "version": version}
-        return await self._ask(await to_thread.run_sync(partial(calls.preview, image, options)))
+        return await self._ask(await _aside(calls.preview, image, options))
 
     async def models(self) -> list[Model]:
         """The models that are served: see `Client.models`."""
@@ -145,3 +137,9 @@ class AsyncClient:
         trace: TracebackType | None,
     ) -> None:
         await self.aclose()
+
+
+async def _aside(
+    build: Callable[[Any, Mapping[str, Any]], Call[T]], images: Any, options: Mapping[str, Any]
+) -> Call[T]:
+    return await to_thread.run_sync(partial(build, images, options))

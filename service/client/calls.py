@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 from importlib.metadata import version as installed
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -40,7 +40,7 @@ class Call(Generic[T]):
     Attributes:
         method: Of HTTP.
         path: Below the service's address.
-        read: Makes an answer of the body's JSON.
+        read: Makes an answer of the body's JSON, to which `request_id` is added.
         fields: Of the form, or of the query where there are no files.
         files: Names of form fields, each with a file's name and bytes.
         retried: Whether to ask again when the service is busy.
@@ -60,13 +60,57 @@ class Call(Generic[T]):
         return {"method": self.method, "url": self.path, place: dict(self.fields), **sent}
 
 
+class ModelOptions(TypedDict, total=False):
+    """Which model answers: `model` by name and `version`, where several are served."""
+
+    model: str | None
+    version: str | None
+
+
+class DetectOptions(ModelOptions, total=False):
+    """What `detect` takes besides images.
+
+    Attributes:
+        threshold: The score in [0, 1] that a detection of any class must reach, in place of the
+            file's thresholds.
+        thresholds: The same by class.
+        classes: Only these.
+        iou: The overlap in [0, 1] that NMS allows between boxes of a class.
+        max_detections: At most so many an image, the best.
+    """
+
+    threshold: float | None
+    thresholds: Mapping[str, float] | None
+    classes: str | Iterable[str] | None
+    iou: float | None
+    max_detections: int | None
+
+
+class PreviewOptions(ModelOptions, total=False):
+    """What `preview` takes besides an image.
+
+    Attributes:
+        floor: The least score of interest, in [0, 1].
+        steps: Thresholds to count at.
+        classes: Only these.
+        iou: The overlap in [0, 1] that NMS allows between boxes of a class.
+    """
+
+    floor: float | None
+    steps: Iterable[float] | None
+    classes: str | Iterable[str] | None
+    iou: float | None
+
+
 def detect_one(image: Any, options: Mapping[str, Any]) -> Call[answers.Result]:
     """Find objects in an image."""
     files = [("file", _file(image))]
     return Call("POST", "v1/detect", answers.read_result, _fields(options), files)
 
 
-def detect_many(images: Sequence[Any], options: Mapping[str, Any]) -> Call[list[answers.Result]]:
+def detect_many(
+    images: Sequence[Any], options: Mapping[str, Any]
+) -> Call[list[answers.Result | ServiceError]]:
     """Find objects in several images.
 
     Raises:
@@ -76,6 +120,20 @@ def detect_many(images: Sequence[Any], options: Mapping[str, Any]) -> Call[list[
         raise ValueError("images is an empty list")
     files = [("files", _file(image)) for image in images]
     return Call("POST", "v1/detect", answers.read_results, _fields(options), files)
+
+
+def all_read(results: Sequence[answers.Result | ServiceError]) -> list[answers.Result]:
+    """The results, where every image could be read.
+
+    Raises:
+        ServiceError: The first that could not.
+    """
+    read = []
+    for one in results:
+        if isinstance(one, ServiceError):
+            raise one
+        read.append(one)
+    return read
 
 
 def preview(image: Any, options: Mapping[str, Any]) -> Call[answers.Preview]:
@@ -161,7 +219,7 @@ def read(call: Call[T], response: httpx.Response) -> T:
     if not response.is_success:
         raise ServiceError(response.status_code, _detail(response), request_id)
     try:
-        return call.read(response.json())
+        return call.read({**response.json(), "request_id": request_id})
     except (KeyError, TypeError, ValueError) as error:
         detail = f"{response.url} answered with something else than this client reads: {error!r}"
         raise ServiceError(response.status_code, detail, request_id) from error
@@ -190,6 +248,8 @@ def _fields(options: Mapping[str, Any]) -> dict[str, str]:
 def _text(name: str, value: Any) -> str:
     if name == "thresholds":
         return json.dumps(dict(value))
+    if name == "steps":
+        return json.dumps(list(value))
     if name == "classes":
         return _joined(value)
     return str(value)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
 import httpx
 
 from service.client import calls
 from service.client.answers import Model, ModelCard, Preview, Result, ServiceError
-from service.client.calls import Call
+from service.client.calls import Call, DetectOptions, PreviewOptions
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -54,14 +54,7 @@ class Client:
     def detect(
         self,
         images: str | PathLike[str] | bytes | PIL.Image.Image,
-        *,
-        threshold: float | None = None,
-        thresholds: Mapping[str, float] | None = None,
-        classes: str | Iterable[str] | None = None,
-        iou: float | None = None,
-        max_detections: int | None = None,
-        model: str | None = None,
-        version: str | None = None,
+        **options: Unpack[DetectOptions],
     ) -> Result: ...
 
     @overload
@@ -69,25 +62,28 @@ class Client:
         self,
         images: list[Image] | tuple[Image, ...],
         *,
-        threshold: float | None = None,
-        thresholds: Mapping[str, float] | None = None,
-        classes: str | Iterable[str] | None = None,
-        iou: float | None = None,
-        max_detections: int | None = None,
-        model: str | None = None,
-        version: str | None = None,
+        return_errors: Literal[False] = False,
+        **options: Unpack[DetectOptions],
     ) -> list[Result]: ...
 
-    def detect(self, images: Any, **options: Any) -> Result | list[Result]:
+    @overload
+    def detect(
+        self,
+        images: list[Image] | tuple[Image, ...],
+        *,
+        return_errors: Literal[True],
+        **options: Unpack[DetectOptions],
+    ) -> list[Result | ServiceError]: ...
+
+    def detect(self, images: Any, *, return_errors: bool = False, **options: Any) -> Any:
         """Find objects in an image, or in a list of them.
 
         Args:
             images: A path, the bytes of an image file, or a Pillow image, whose pixels are taken
                 as they are in memory; or a list or tuple of these, sent as one request.
-            **options: `threshold`, the score in [0, 1] that a detection of any class must reach,
-                in place of the file's; `thresholds`, the same by class; `classes`, only these;
-                `iou`, the overlap in [0, 1] that NMS allows; `max_detections`, at most so many an
-                image; `model` and `version`, where several are served.
+            return_errors: Of a list, whether an image that could not be read has a `ServiceError`
+                in its place; otherwise the first is raised.
+            **options: As `DetectOptions` says.
 
         Returns:
             What was found; of a list, one result an image in the same order.
@@ -97,30 +93,25 @@ class Client:
             TypeError, ValueError: It is no image, or an empty list.
             OSError: A file cannot be read.
         """
-        if isinstance(images, list | tuple):
-            return self._ask(calls.detect_many(images, options))
-        return self._ask(calls.detect_one(images, options))
+        if not isinstance(images, list | tuple):
+            return self._ask(calls.detect_one(images, options))
+        results = self._ask(calls.detect_many(images, options))
+        return results if return_errors else calls.all_read(results)
 
     def preview(
         self,
         image: str | PathLike[str] | bytes | PIL.Image.Image,
-        *,
-        floor: float | None = None,
-        model: str | None = None,
-        version: str | None = None,
+        **options: Unpack[PreviewOptions],
     ) -> Preview:
         """Every box of an image from a floor on, and how many would stand at each threshold.
 
         Args:
             image: As for `detect`.
-            floor: The least score of interest; the service's choice where None.
-            model: Which, where several are served.
-            version: Of the model; the newest where None.
+            **options: As `PreviewOptions` says.
 
         Raises:
             ServiceError: The service refused or did not answer.
         """
-        options = {"floor": floor, "model": model, "version": version}
         return self._ask(calls.preview(image, options))
 
     def models(self) -> list[Model]:

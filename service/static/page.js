@@ -183,8 +183,9 @@ async function look() {
 const refine = settled(250, () => {
   const { answer, asking } = state;
   if (!answer) return;
-  const low = answer.classes.some(({ label }) => panel.threshold(label) < answer.floor);
-  if (!answer.truncated && !low) return;
+  const { floor, exact_above: crowded } = answer;
+  const lacking = (bar) => bar < floor || (crowded !== null && bar <= crowded);
+  if (!answer.classes.some(({ label }) => lacking(panel.threshold(label)))) return;
   attempt(async () => {
     const fields = JSON.stringify(chosen());
     const { detections } = await detect(state.file, chosen(), asking.signal);

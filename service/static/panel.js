@@ -98,7 +98,7 @@ export class Panel {
     const parts = {
       slider,
       passing: make("span", { className: "passing" }),
-      value: make("output", { className: "value", htmlFor: id }),
+      value: make("span", { className: "value" }),
       now: make("p", { className: "now fine" }),
       ticks: make("canvas", { className: "ticks", aria: { hidden: "true" } }),
     };
