@@ -24,9 +24,17 @@ from hashlib import sha256
 from pathlib import Path
 from time import monotonic, perf_counter
 
+from benchmarks.fuzz_intake import (
+    mutate_image,
+    mutate_json_body,
+    read_form,
+    read_image,
+    read_json,
+)
 from benchmarks.fuzz_json import mutate_json
 from export.contract import DetectorCard, Preprocessing, StatisticsCard, TrainingCard
 from service.problems import ProblemError
+from service.settings import Settings
 from service.v2.bodies import Inflater
 from service.v2.inference import read
 
@@ -76,10 +84,11 @@ def make_card(kind: str) -> DetectorCard:
 def _infer(kind: str) -> Callable[[bytes], None]:
     """A case is the header's value (`-`: no header), a line feed, and the body."""
     card = make_card(kind)
+    settings = Settings(model=Path("fuzzed.onnx"), max_pixels=1000)
 
     def run(case: bytes) -> None:
         header, _, body = case.partition(b"\n")
-        read(body, None if header == b"-" else header.decode("latin-1"), card, 1000)
+        read(body, None if header == b"-" else header.decode("latin-1"), card, settings)
 
     return run
 
@@ -182,6 +191,9 @@ TARGETS = {
     "infer": Target(_infer("float32"), mutate_infer, CORPUS / "v2" / "corpus", "infer-*"),
     "infer-uint8": Target(_infer("uint8"), mutate_infer, CORPUS / "v2" / "corpus", "infer-*"),
     "inflate": Target(_inflate, mutate_inflate, CORPUS / "v2" / "corpus", "inflate-*"),
+    "image": Target(read_image, mutate_image(mutate_bytes), CORPUS / "corpus", "[0-9]*"),
+    "form": Target(read_form, mutate_bytes, CORPUS / "corpus", "form-*"),
+    "json": Target(read_json, mutate_json_body(mutate_bytes), CORPUS / "corpus", "json-*"),
 }
 
 

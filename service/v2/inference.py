@@ -10,12 +10,12 @@ from time import perf_counter
 import numpy as np
 from fastapi import Request, Response
 
-from export.contract import INPUT, IOU_INPUT, THRESHOLDS_INPUT, DetectorCard
+from export.contract import INPUT, IOU_INPUT, THRESHOLDS_INPUT, DetectorCard, Preprocessing
 from service.deadline import while_wanted
 from service.model import Outputs, ServedModel
 from service.options import Wanted
 from service.problems import ProblemError
-from service.settings import LARGEST_BATCH
+from service.settings import LARGEST_BATCH, Settings
 from service.state import ServiceState, service_state
 from service.v2.bodies import compress, read_body
 from service.v2.codec import HEADER, InferRequest, encode_answer, parse_request
@@ -26,6 +26,10 @@ from service.v2.tensors import Array, malformed
 # In standard deviations from the mean. Letterboxed pixels are within 3 of it; numbers far beyond
 # are no image, and a network overflows on them.
 LARGEST_PIXEL = 1000.0
+
+# A graph that takes pictures of any size resizes them with one window of pixels for each pixel of
+# the frame's width, in every row that it has and every row that it makes; float32, 3 colours.
+_RESIZING_BYTES = 3 * 4
 
 # An answer of more bytes is written in another thread.
 _LARGE = 2**18
@@ -48,14 +52,12 @@ async def infer(request: Request, model: ServedModel) -> Response:
                 request, service.settings.max_upload_bytes, service.scheduler.decode
             )
             asked, wanted = await service.scheduler.decode(
-                read, body, _header_length(request), model.card, service.settings.max_pixels
+                read, body, _header_length(request), model.card, service.settings
             )
         images = asked.inputs[INPUT]
         limit_ms = min(service.settings.deadline_ms, asked.timeout_ms or math.inf)
         with counts.part("compute_infer"), service.scheduler.admit(len(images)):
-            outputs = await while_wanted(
-                request, service.scheduler.run(model, images, wanted), limit_ms
-            )
+            outputs = await while_wanted(request, _run(service, model, images, wanted), limit_ms)
         accepted = request.headers.get("accept-encoding", "")
         with _stage(service, counts, "encode", "compute_output"):
             if outputs.boxes.nbytes > _LARGE:
@@ -66,6 +68,29 @@ async def infer(request: Request, model: ServedModel) -> Response:
     found = [outputs.image(place) for place in range(len(outputs))]
     service.metrics.detections(model, found, as_shipped=wanted is None)
     return response
+
+
+async def _run(
+    service: ServiceState, model: ServedModel, images: Array, wanted: Wanted | None
+) -> Outputs:
+    """Run a batch, in parts that are no larger than those of other requests.
+
+    A few bytes can stand for the largest batch, whose inference takes memory by the gigabyte.
+    """
+    step = service.settings.max_images
+    parts = [
+        await service.scheduler.run(model, images[start : start + step], wanted)
+        for start in range(0, len(images), step)
+    ]
+    return (
+        parts[0]
+        if len(parts) == 1
+        else Outputs(*map(np.concatenate, zip(*map(_fields, parts), strict=True)))
+    )
+
+
+def _fields(outputs: Outputs) -> tuple[Array, ...]:
+    return outputs.boxes, outputs.scores, outputs.labels, outputs.num_detections
 
 
 @contextmanager
@@ -85,7 +110,7 @@ def _header_length(request: Request) -> str | None:
 
 
 def read(
-    body: bytes, header_length: str | None, card: DetectorCard, max_pixels: int
+    body: bytes, header_length: str | None, card: DetectorCard, settings: Settings
 ) -> tuple[InferRequest, Wanted | None]:
     """Read and check a request. Takes time, so it runs off the event loop.
 
@@ -93,34 +118,48 @@ def read(
         body: The whole body, inflated.
         header_length: As `parse_request` takes it.
         card: Of the model that is asked.
-        max_pixels: The largest image that a model prepares itself.
+        settings: Their `max_pixels`, `max_images` and `max_decoded_bytes`.
 
     Returns:
         The request, and the thresholds it sets; None where it sets none.
 
     Raises:
-        ProblemError: 400 for what the protocol or the model does not allow, 413 for an image of
-            too many pixels.
+        ProblemError: 400 for what the protocol or the model does not allow, 413 for pictures that
+            would take too much memory to prepare.
     """
     asked = parse_request(body, header_length, Signature.of(card))
-    _check_images(asked.inputs[INPUT], max_pixels)
-    return asked, _wanted(asked, card)
-
-
-def _check_images(images: Array, max_pixels: int) -> None:
+    images = asked.inputs[INPUT]
     if len(images) > LARGEST_BATCH:
         raise malformed(
             f"input {INPUT} is a batch of {len(images)}; at most {LARGEST_BATCH} images go into one"
         )
-    if images.dtype == np.uint8:
-        _, height, width, _ = images.shape
-        if height * width > max_pixels:
-            raise ProblemError(
-                413,
-                f"input {INPUT} is {width} x {height}, more than the {max_pixels} pixels that are"
-                " read here",
-            )
-        return
+    if card.input == "uint8":
+        _check_pictures(images.shape, card.preprocessing, settings)
+    else:
+        _check_pixels(images)
+    return asked, _wanted(asked, card)
+
+
+def _check_pictures(shape: tuple[int, ...], frame: Preprocessing, settings: Settings) -> None:
+    batch, height, width, _ = shape
+    if height * width > settings.max_pixels:
+        raise ProblemError(
+            413,
+            f"input {INPUT} is {width} x {height}, more than the {settings.max_pixels} pixels that"
+            " are read here",
+        )
+    shrinks = max(1.0, height / frame.height, width / frame.width)
+    rows = min(batch, settings.max_images) * (height + frame.height)
+    needed = round(rows * frame.width * shrinks * _RESIZING_BYTES)
+    if needed > settings.max_decoded_bytes:
+        raise ProblemError(
+            413,
+            f"input {INPUT} is {width} x {height}: to resize {batch} such pictures takes {needed}"
+            f" bytes, more than the {settings.max_decoded_bytes} that are spent here",
+        )
+
+
+def _check_pixels(images: Array) -> None:
     # Both comparisons are false for NaN.
     if not (images.min() >= -LARGEST_PIXEL and images.max() <= LARGEST_PIXEL):
         wrong = images[~(np.abs(images) <= LARGEST_PIXEL)][0]

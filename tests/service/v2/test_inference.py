@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
 
+from service.settings import Settings
 from service.v2.inference import LARGEST_PIXEL, read
+
+SETTINGS = Settings(model="none.onnx", max_pixels=1000)
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +33,19 @@ def images() -> np.ndarray:
 
 
 def test_without_thresholds_the_files_own_are_left_to_the_model(card, images, request_of):
-    asked, wanted = read(*request_of(images=images), card, 1000)
+    asked, wanted = read(*request_of(images=images), card, SETTINGS)
     assert wanted is None
     assert asked.inputs["images"].tobytes() == images.tobytes()
 
 
 def test_one_threshold_leaves_the_other_as_the_file_has_it(card, images, request_of):
     given = np.array([0.1, 2, 0], np.float32)
-    _, wanted = read(*request_of(images=images, class_thresholds=given), card, 1000)
+    _, wanted = read(*request_of(images=images, class_thresholds=given), card, SETTINGS)
     assert wanted.class_thresholds.tolist() == given.tolist()
     assert wanted.iou_threshold == card.iou_threshold
     assert wanted.max_detections == card.max_detections
     overlap = np.array([0.3], np.float32)
-    _, wanted = read(*request_of(images=images, iou_threshold=overlap), card, 1000)
+    _, wanted = read(*request_of(images=images, iou_threshold=overlap), card, SETTINGS)
     assert wanted.class_thresholds.tolist() == card.class_thresholds
     assert wanted.class_thresholds.dtype == np.float32
     assert np.float32(wanted.iou_threshold) == overlap[0]
@@ -51,19 +54,19 @@ def test_one_threshold_leaves_the_other_as_the_file_has_it(card, images, request
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, LARGEST_PIXEL * 1.001, -3e38])
 def test_numbers_that_are_no_pixels(value, card, images, request_of, refused):
     images[1, 2, 3, 4] = value
-    detail = refused(400, read, *request_of(images=images), card, 1000)
+    detail = refused(400, read, *request_of(images=images), card, SETTINGS)
     assert f"holds {np.float32(value)}" in detail
 
 
 def test_pixels_at_the_limit(card, images, request_of):
     images[0, 0, 0, :2] = LARGEST_PIXEL, -LARGEST_PIXEL
-    read(*request_of(images=images), card, 1000)
+    read(*request_of(images=images), card, SETTINGS)
 
 
 @pytest.mark.parametrize("values", [[np.nan, 0, 0], [np.inf, 0, 0], [-0.1, 0, 0]])
 def test_thresholds_that_are_none(values, card, images, request_of, refused):
     given = np.array(values, np.float32)
-    detail = refused(400, read, *request_of(images=images, class_thresholds=given), card, 1000)
+    detail = refused(400, read, *request_of(images=images, class_thresholds=given), card, SETTINGS)
     assert "class_thresholds" in detail
     assert str(given.tolist()) in detail
 
@@ -71,26 +74,50 @@ def test_thresholds_that_are_none(values, card, images, request_of, refused):
 @pytest.mark.parametrize("value", [np.nan, -0.1, 1.1])
 def test_overlaps_that_are_none(value, card, images, request_of, refused):
     given = np.array([value], np.float32)
-    detail = refused(400, read, *request_of(images=images, iou_threshold=given), card, 1000)
+    detail = refused(400, read, *request_of(images=images, iou_threshold=given), card, SETTINGS)
     assert f"iou_threshold must be in [0, 1], got {float(given[0])}" in detail
 
 
 @pytest.mark.parametrize("value", [0, 1])
 def test_overlaps_at_the_ends(value, card, images, request_of):
     given = np.array([value], np.float32)
-    _, wanted = read(*request_of(images=images, iou_threshold=given), card, 1000)
+    _, wanted = read(*request_of(images=images, iou_threshold=given), card, SETTINGS)
     assert wanted.iou_threshold == value
 
 
 def test_the_batch_is_as_large_as_the_configuration_says(uint8_model, request_of, refused):
     card = uint8_model.card
-    read(*request_of(images=np.zeros((64, 2, 2, 3), np.uint8)), card, 1000)
+    read(*request_of(images=np.zeros((64, 2, 2, 3), np.uint8)), card, SETTINGS)
     request = request_of(images=np.zeros((65, 2, 2, 3), np.uint8))
-    assert "batch of 65" in refused(400, read, *request, card, 1000)
+    assert "batch of 65" in refused(400, read, *request, card, SETTINGS)
 
 
-def test_images_that_the_graph_prepares_are_limited_in_pixels(uint8_model, request_of, refused):
+def test_pictures_are_limited_in_pixels(uint8_model, request_of, refused):
     card = uint8_model.card
-    read(*request_of(images=np.zeros((1, 10, 100, 3), np.uint8)), card, 1000)
+    read(*request_of(images=np.zeros((1, 10, 100, 3), np.uint8)), card, SETTINGS)
     request = request_of(images=np.zeros((1, 7, 143, 3), np.uint8))
-    assert "143 x 7" in refused(413, read, *request, card, 1000)
+    assert "143 x 7" in refused(413, read, *request, card, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "status"),
+    [
+        ((1, 1080, 1920, 3), 200),
+        ((1, 1920, 1080, 3), 200),
+        ((16, 480, 640, 3), 200),
+        ((1, 2560, 2560, 3), 200),
+        ((1, 100, 8000, 3), 200),
+        ((1, 8000, 100, 3), 413),  # a second and a gigabyte; a batch of 8 of them, 30 and 15
+        ((1, 1, 6_500_000, 3), 413),
+        ((1, 6_500_000, 1, 3), 413),
+    ],
+)
+def test_pictures_that_take_too_much_to_resize(shape, status, uint8_model, request_of, refused):
+    settings = Settings(model=SETTINGS.model)
+    request = request_of(images=np.zeros(shape, np.uint8))
+    if status == 200:
+        read(*request, uint8_model.card, settings)
+    else:
+        detail = refused(413, read, *request, uint8_model.card, settings)
+        assert f"{shape[2]} x {shape[1]}" in detail
+        assert str(settings.max_decoded_bytes) in detail
