@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
@@ -75,6 +76,7 @@ class _Job:
     wanted: Wanted | None
     answer: asyncio.Future[Outputs]
     since: float = field(default_factory=perf_counter)
+    context: Context = field(default_factory=copy_context)  # which trace it is a part of
 
     def goes_with(self, other: _Job) -> bool:
         """Whether both can share an inference: a graph takes one set of thresholds a run."""
@@ -241,7 +243,7 @@ class Scheduler:
     def _start(self, jobs: list[_Job]) -> None:
         loop = asyncio.get_running_loop()
         for job in jobs:
-            self._observer.stage("queue", perf_counter() - job.since)
+            job.context.run(self._observer.stage, "queue", perf_counter() - job.since)
         images = _images(jobs)
         self._observer.batch(images)
         self._running += 1
@@ -269,7 +271,7 @@ class Scheduler:
         each = seconds / images
         known = self._image_seconds or each
         self._image_seconds = known + _SMOOTHING * (each - known)
-        self._observer.stage("inference", seconds)
+        jobs[0].context.run(self._observer.stage, "inference", seconds)
         self._dispatch()
 
 

@@ -80,7 +80,7 @@ def configure(level: str, kind: Format) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: `ts`, `level`, `logger`, `msg`, the request's id, and facts.
+    """One JSON object a line: `ts`, `level`, `logger`, `pid`, `msg`, the request's id, and facts.
 
     `ts` is UTC in ISO 8601 to the millisecond. A traceback is the text `exception`.
     """
@@ -91,6 +91,7 @@ class JsonFormatter(logging.Formatter):
             "ts": _utc(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
+            "pid": record.process,
             "msg": record.getMessage(),
             **_facts(record),
         }

@@ -130,6 +130,7 @@ class Supervisor:
         if not set(numbers) & {int(number) for number in _STOPS}:
             return
         self._stops += 1
+        self._listener.close()  # so that nobody is let in once the workers have closed theirs
         patience = self._settings.drain_seconds + self._settings.shutdown_seconds + _GRACE
         hurry = self._stops > 1 and int(signal.SIGINT) in numbers
         self._kills_at = monotonic() + (0 if hurry else patience)

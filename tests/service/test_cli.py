@@ -142,7 +142,7 @@ def test_a_graph_that_loads_but_does_not_run(detector, tmp_path):
     onnx.save(model, path)
     said = refused(path)
     assert f"{path}: the model failed its warm-up: inference failed" in said
-    assert said.startswith("ghm serve: ")
+    assert "ghm serve: " in said  # onnxruntime has its own say before
 
 
 def test_a_folder_of_models_and_what_runs_each(detector, tmp_path):

@@ -10,6 +10,7 @@ from service.settings import Settings, SettingsError, load_settings, unknown_var
 def environment(monkeypatch):
     for name in Settings.model_fields:
         monkeypatch.delenv(f"GHM_{name.upper()}", raising=False)
+    monkeypatch.delenv("GHM_PROVIDERS", raising=False)
 
 
 def test_defaults():
