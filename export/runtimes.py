@@ -139,8 +139,8 @@ class OpenVino(Runtime):
     def _run(self, batch: Array, overrides: Mapping[str, Array]) -> list[Array]:
         if self.baked_in != _fingerprint(overrides):
             self._compile(overrides)
-        answer = self.compiled({INPUT: batch})
-        return [np.array(answer[name]) for name in OUTPUTS]  # its own memory is used again
+        answer = self.compiled({INPUT: batch}, share_outputs=False)  # or calls overwrite it
+        return [np.asarray(answer[name]) for name in OUTPUTS]
 
 
 class Reference(Runtime):

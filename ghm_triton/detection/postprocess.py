@@ -55,7 +55,7 @@ def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
     height, width = image_size
     limit = torch.tensor([width, height, width, height], dtype=boxes.dtype, device=boxes.device)
     # Expanded, as runtimes are slow to broadcast over so few numbers.
-    return torch.minimum(boxes.clamp(min=0.0), limit.expand(boxes.shape[-2:]))
+    return torch.minimum(boxes.clamp(min=0.0), limit.expand(boxes.shape))
 
 
 def decode_boxes(deltas: Tensor, anchors: Tensor, image_size: tuple[int, int]) -> Tensor:
