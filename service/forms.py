@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from urllib.parse import unquote_to_bytes
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -62,10 +64,9 @@ class _Parts:
         _, options = parse_options_header(self._disposition)
         if b"name" not in options:
             raise _malformed("a part has no name")
-        name, filename = (options.get(key) for key in (b"name", b"filename"))
-        self.parts.append(
-            Part(_text(name or b""), None if filename is None else _text(filename), b"")
-        )
+        filename = options.get(b"filename", _extended_filename(self._disposition))
+        shown = None if filename is None else _text(filename)
+        self.parts.append(Part(_text(options[b"name"]), shown, b""))
         self._check_number()
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
@@ -117,6 +118,12 @@ def parse_form(content_type: str, body: bytes, max_files: int) -> list[Part]:
     if not parts.ended:
         raise _malformed("it ends too early")
     return parts.parts
+
+
+def _extended_filename(disposition: bytes) -> bytes | None:
+    """`filename*=UTF-8''name`, which RFC 7578 forbids, some clients send, and the parser drops."""
+    found = re.search(rb"filename\*\s*=\s*[\w-]*'[\w-]*'([^;\s]*)", disposition, re.IGNORECASE)
+    return None if found is None else unquote_to_bytes(found[1])
 
 
 def _text(raw: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from service.options import ModelOptions, form_properties, json_properties
@@ -49,9 +50,19 @@ def _form(path: str, kind: type[ModelOptions], many: bool) -> dict[str, Any]:
     examples = {"one": _curl(f"curl -F file=@photo.jpg URL{path}")}
     if many:
         description = "Any number of images, in place of `file`; the answer has a list `results`"
-        own["files"] = {"type": "array", "items": _FILE, "description": description}
+        own["files"] = {
+            "type": "array",
+            "items": _FILE,
+            "minItems": 1,
+            "description": description,
+        }
         examples["several"] = _curl(f"curl -F files=@a.jpg -F files=@b.jpg URL{path}")
-    schema = {"type": "object", "properties": {**own, **form_properties(kind)}}
+    schema = {
+        "type": "object",
+        "properties": {**own, **form_properties(kind)},
+        **_one_of(own),
+        "additionalProperties": False,
+    }
     return {"schema": schema, "examples": examples}
 
 
@@ -71,6 +82,11 @@ def _json(kind: type[ModelOptions], many: bool) -> dict[str, Any]:
     schema = {
         "type": "object",
         "properties": {**own, **json_properties(kind)},
+        **_one_of(own),
         "additionalProperties": False,
     }
     return {"schema": schema, "examples": examples}
+
+
+def _one_of(names: Iterable[str]) -> dict[str, Any]:
+    return {"oneOf": [{"required": [name]} for name in names]}

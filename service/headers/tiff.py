@@ -17,6 +17,7 @@ _KEPT = {
     *(284, 292, 293, 317, 320, _TILE_WIDTH, _TILE_HEIGHT, _TILES, 325, 338, 339, 347),
     *(512, 513, 514, 515, 519, 520, 521, 529, 530, 531, 532),
 }
+_TILED = {_TILE_WIDTH, _TILE_HEIGHT, _TILES, 325}
 _UNCOMPRESSED = 1
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _SIZES |= {16: 8, 17: 8, 18: 8}
@@ -153,9 +154,12 @@ def _number(found: dict[int, _Entry], layout: _Layout, tag: int, default: int) -
 
 def _part(found: dict[int, _Entry], layout: _Layout, width: int, height: int) -> int:
     """Pixels of one tile or strip, which is decoded at once."""
-    if _TILE_WIDTH in found:
-        return _number(found, layout, _TILE_WIDTH, 0) * _number(found, layout, _TILE_HEIGHT, 0)
-    return width * min(height, _number(found, layout, _ROWS_PER_STRIP, height))
+    if not _TILED & found.keys():
+        return width * min(height, _number(found, layout, _ROWS_PER_STRIP, height))
+    sides = [_number(found, layout, tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT)]
+    if 0 in sides:  # a decoder would make something up
+        raise DamagedImageError("the TIFF image is damaged: it has tiles of no size")
+    return sides[0] * sides[1]
 
 
 def _essence(content: bytes, layout: _Layout, kept: list[_Entry]) -> bytes:

@@ -35,6 +35,60 @@ def encoded(kind: str, size: tuple[int, int] = (16, 16), **options: object) -> b
     return buffer.getvalue()
 
 
+# Small and honest, of every kind and variant
+
+
+def exif(orientation: int) -> Image.Exif:
+    made = Image.Exif()
+    made[0x0112] = orientation
+    return made
+
+
+def mode(name: str, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    grey = Image.linear_gradient("L").resize((16, 16))
+    grey.convert("RGB").convert(name).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def animation(kind: str) -> bytes:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+HONEST: dict[str, Callable[[], bytes]] = {
+    "200-honest.jpg": lambda: encoded("JPEG"),
+    "200-progressive.jpg": lambda: encoded("JPEG", progressive=True, exif=exif(6)),
+    "200-cmyk.jpg": lambda: mode("CMYK", "JPEG"),
+    "200-grey.jpg": lambda: mode("L", "JPEG"),
+    "200-honest.png": lambda: encoded("PNG", exif=exif(3)),
+    "200-alpha.png": lambda: mode("RGBA", "PNG"),
+    "200-grey-alpha.png": lambda: mode("LA", "PNG"),
+    "200-palette.png": lambda: mode("P", "PNG", transparency=3),
+    "200-bilevel.png": lambda: mode("1", "PNG"),
+    "200-sixteen-bits.png": lambda: mode("I;16", "PNG"),
+    "200-animation.png": lambda: animation("PNG"),
+    "200-honest.gif": lambda: mode("P", "GIF", transparency=3),
+    "200-animation.gif": lambda: animation("GIF"),
+    "200-lossy.webp": lambda: encoded("WEBP", exif=exif(8)),
+    "200-lossless.webp": lambda: mode("RGBA", "WEBP", lossless=True),
+    "200-animation.webp": lambda: animation("WEBP"),
+    "200-honest.bmp": lambda: encoded("BMP"),
+    "200-palette.bmp": lambda: mode("P", "BMP"),
+    "200-plain.tif": lambda: encoded("TIFF", exif=exif(5)),
+    "200-lzw.tif": lambda: encoded("TIFF", compression="tiff_lzw"),
+    "200-deflate.tif": lambda: encoded("TIFF", compression="tiff_adobe_deflate"),
+    "200-jpeg.tif": lambda: encoded("TIFF", compression="jpeg"),
+    "200-fax.tif": lambda: mode("1", "TIFF", compression="group4"),
+    "200-packbits.tif": lambda: mode("CMYK", "TIFF", compression="packbits"),
+    "200-sixteen-bits.tif": lambda: mode("I;16", "TIFF"),
+    "200-big.tif": lambda: encoded("TIFF", big_tiff=True),
+    "415-floats.tif": lambda: mode("F", "TIFF"),
+}
+BUILDERS |= HONEST
+
 # PNG
 
 
@@ -383,6 +437,37 @@ def _() -> bytes:
 def _() -> bytes:
     return bmp_file(4, 4, 24, 5, b"\x89PNG")
 
+
+# Bodies: a form after its Content-Type, and JSON
+
+TWO_FILES = (
+    b"multipart/form-data; boundary=b\n"
+    b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n'
+    b"Content-Type: image/png\r\n\r\n\x89PNG\r\n--b\r\n"
+    b"Content-Disposition: form-data; name=\"files\"; filename*=UTF-8''%e2%82%ac.png\r\n\r\nx\r\n"
+    b'--b\r\nContent-Disposition: form-data; name="iou"\r\n\r\n0.5\r\n--b--\r\n'
+)
+BODIES: dict[str, Callable[[], bytes]] = {
+    "form-200-two-files": lambda: TWO_FILES,
+    "form-400-cut-short": lambda: TWO_FILES[:-9],
+    "form-400-no-boundary": lambda: b"multipart/form-data" + TWO_FILES[31:],
+    "form-400-boundary-too-long": lambda: TWO_FILES.replace(b"=b\n", b"=" + b"b" * 300 + b"\n"),
+    "form-400-header-of-100-kilobytes": lambda: TWO_FILES.replace(b"image/png", b"x" * 100_000),
+    "form-400-part-without-a-name": lambda: TWO_FILES.replace(b"; name=", b"; nome="),
+    "form-400-many-files": lambda: b"x; boundary=b\n" + TWO_FILES[31:][:80] * 6,
+    "form-422-unknown-option": lambda: TWO_FILES.replace(b'"iou"', b'"uoi"'),
+    "json-200-two-images": lambda: b'{"images": ["eA==", "eA=="], "thresholds": {"dog": 0.5}}',
+    "json-200-options": lambda: (
+        b'{"image": "eA==", "iou": 0.5, "classes": ["a"], "max_detections": 3, "threshold": 0.1,'
+        b' "format": "coco", "image_ids": [1], "model": "m", "version": null}'
+    ),
+    "json-400-nesting": lambda: b"[" * 100_000,
+    "json-400-no-image": lambda: b'{"threshold": 0.5}',
+    "json-400-no-base64": lambda: b'{"image": "e"}',
+    "json-400-infinity": lambda: b'{"image": "eA==", "threshold": 1e999}',
+    "json-422-true": lambda: b'{"image": "eA==", "threshold": true}',
+}
+BUILDERS |= BODIES
 
 # Others
 
