@@ -10,8 +10,9 @@ from time import perf_counter
 import numpy as np
 from fastapi import Request, Response
 
-from export.contract import INPUT, IOU_INPUT, THRESHOLDS_INPUT, DetectorCard, Preprocessing
+from export.contract import INPUT, IOU_INPUT, THRESHOLDS_INPUT, DetectorCard
 from service.deadline import while_wanted
+from service.intake import counted
 from service.model import Outputs, ServedModel
 from service.options import Wanted
 from service.problems import ProblemError
@@ -27,9 +28,7 @@ from service.v2.tensors import Array, malformed
 # are no image, and a network overflows on them.
 LARGEST_PIXEL = 1000.0
 
-# A graph that takes pictures of any size resizes them with one window of pixels for each pixel of
-# the frame's width, in every row that it has and every row that it makes; float32, 3 colours.
-_RESIZING_BYTES = 3 * 4
+_FLOAT_BYTES = 4
 
 # An answer of more bytes is written in another thread.
 _LARGE = 2**18
@@ -44,9 +43,9 @@ async def infer(request: Request, model: ServedModel) -> Response:
         ModelError: The model failed.
     """
     service = service_state(request)
-    service.scheduler.check_room()
     counts = statistics_of(model)
-    with counts.request():
+    with counts.request(), counted(service.metrics):
+        service.scheduler.check_room()
         with _stage(service, counts, "read", "compute_input"):
             body = await read_body(
                 request, service.settings.max_upload_bytes, service.scheduler.decode
@@ -78,10 +77,11 @@ async def _run(
     A few bytes can stand for the largest batch, whose inference takes memory by the gigabyte.
     """
     step = service.settings.max_images
-    parts = [
-        await service.scheduler.run(model, images[start : start + step], wanted)
-        for start in range(0, len(images), step)
-    ]
+    async with service.decoded.use(_needed_bytes(images.shape, model.card, step)):
+        parts = [
+            await service.scheduler.run(model, images[start : start + step], wanted)
+            for start in range(0, len(images), step)
+        ]
     return (
         parts[0]
         if len(parts) == 1
@@ -134,13 +134,13 @@ def read(
             f"input {INPUT} is a batch of {len(images)}; at most {LARGEST_BATCH} images go into one"
         )
     if card.input == "uint8":
-        _check_pictures(images.shape, card.preprocessing, settings)
+        _check_pictures(images.shape, card, settings)
     else:
         _check_pixels(images)
     return asked, _wanted(asked, card)
 
 
-def _check_pictures(shape: tuple[int, ...], frame: Preprocessing, settings: Settings) -> None:
+def _check_pictures(shape: tuple[int, ...], card: DetectorCard, settings: Settings) -> None:
     batch, height, width, _ = shape
     if height * width > settings.max_pixels:
         raise ProblemError(
@@ -148,15 +148,28 @@ def _check_pictures(shape: tuple[int, ...], frame: Preprocessing, settings: Sett
             f"input {INPUT} is {width} x {height}, more than the {settings.max_pixels} pixels that"
             " are read here",
         )
-    shrinks = max(1.0, height / frame.height, width / frame.width)
-    rows = min(batch, settings.max_images) * (height + frame.height)
-    needed = round(rows * frame.width * shrinks * _RESIZING_BYTES)
+    needed = _needed_bytes(shape, card, settings.max_images)
     if needed > settings.max_decoded_bytes:
         raise ProblemError(
             413,
             f"input {INPUT} is {width} x {height}: to resize {batch} such pictures takes {needed}"
             f" bytes, more than the {settings.max_decoded_bytes} that are spent here",
         )
+
+
+def _needed_bytes(shape: tuple[int, ...], card: DetectorCard, at_once: int) -> int:
+    """What a batch takes in memory before the network, or the part of it that runs at once.
+
+    A graph that takes pictures of any size resizes them with one window of pixels for each pixel
+    of the frame's width, in every row that it has and every row that it makes.
+    """
+    if card.input == "float32":
+        return math.prod(shape) * _FLOAT_BYTES
+    frame = card.preprocessing
+    batch, height, width, colours = shape
+    shrinks = max(1.0, height / frame.height, width / frame.width)
+    rows = min(batch, at_once) * (height + frame.height)
+    return round(rows * frame.width * shrinks) * colours * _FLOAT_BYTES
 
 
 def _check_pixels(images: Array) -> None:

@@ -264,6 +264,36 @@ class TestInfer:
             for name in OUTPUTS:
                 assert found[name][place].tolist() == alone[name][0].tolist()
 
+    @pytest.mark.parametrize("kind", ["float32", "uint8"])
+    def test_memory_is_counted_with_that_of_other_requests(
+        self, settings, model, uint8_model, batch, image, kind
+    ):
+        served = model if kind == "float32" else uint8_model
+        given = batch if kind == "float32" else np.asarray(image)[None]
+        app = create_app(settings, served)
+        budget, used = app.state.service.decoded, []
+        run = app.state.service.scheduler.run
+
+        async def spied(*arguments):
+            used.append(budget.total - budget.free)
+            return await run(*arguments)
+
+        app.state.service.scheduler.run = spied
+        with TestClient(app) as client:
+            tensors(client.post(INFER, **binary_request(given)))
+        # 128 x 192 pixels to 64 x 96: two input pixels wide and twice as many rows, and the 64.
+        assert used == [given.nbytes if kind == "float32" else (128 + 64) * 96 * 2 * 3 * 4]
+        assert budget.free == budget.total
+
+    def test_refusals_are_counted_by_reason(self, settings, model, batch):
+        app = create_app(settings.model_copy(update={"deadline_ms": 1e-6}), model)
+        with TestClient(app) as client:
+            client.post(INFER, **json_request(batch))
+            client.post(INFER, content=bytes(settings.max_upload_bytes + 1))
+        text, _ = app.state.service.metrics.render()
+        for reason in ("deadline", "too_large"):
+            assert f'ghm_rejected_requests_total{{reason="{reason}"}} 1.0'.encode() in text
+
     def test_the_largest_numbers_that_are_let_through_do_not_fail(self, client, batch):
         for value in (LARGEST_PIXEL, -LARGEST_PIXEL):
             tensors(client.post(INFER, **binary_request(np.full_like(batch, value))))
