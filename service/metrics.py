@@ -13,7 +13,14 @@ from time import time
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
@@ -23,6 +30,9 @@ from service import logs, telemetry
 from service.drift import Counts, Monitor, live_shape
 from service.model import Detections, ServedModel
 from service.shared import WorkerFiles
+
+# When each series began: half as many series again, and nobody reads them.
+disable_created_metrics()
 
 # From a check of health to a large image on a slow machine, in seconds.
 _SECONDS = (

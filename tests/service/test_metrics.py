@@ -171,6 +171,7 @@ def test_prometheus_text_and_openmetrics(metrics):
     assert kind.startswith("application/openmetrics-text; version=1.0.0")
     assert b"# TYPE ghm_rejected_requests counter" in text
     assert text.endswith(b"# EOF\n")
+    assert b"_created" not in text
 
 
 def test_every_name_keeps_prometheus_conventions(metrics, judged):
