@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.provenance import provenance
@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--data", help="default: what each was trained on")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIME_NAMES, default=RUNTIME_NAMES)
     parser.add_argument("--slow-images", type=int, default=2, help="that reference gets")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print what is there")
     arguments = parser.parse_args()
@@ -46,9 +47,7 @@ def main() -> int:
         rows = Rows(arguments.out, provenance())
         for named in arguments.checkpoints:
             name, _, path = named.partition("=")
-            made, wrong = compared(
-                name, Path(path), arguments.data, arguments.runtimes, arguments.slow_images
-            )
+            made, wrong = compared(name, Path(path), arguments)
             problems += wrong
             for row in made:
                 rows.add(row)
@@ -58,19 +57,22 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def compared(
-    name: str, path: Path, data: str | None, runtimes: Sequence[str], slow_images: int
-) -> tuple[list[Row], list[str]]:
+def compared(name: str, path: Path, asked: argparse.Namespace) -> tuple[list[Row], list[str]]:
     """Rows of one checkpoint, one a runtime; and whatever is wrong, in words."""
     saved = Checkpoint.load(path)
     names = saved.config.class_names
-    samples = open_dataset(data or saved.training["data"], "test", class_names=names)
+    samples = open_dataset(asked.data or saved.training["data"], "test", class_names=names)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", ThresholdWarning)  # of classes that BCCD hardly shows
         file = Path(folder) / "detector.onnx"
         export_detector(path, file)
         report = verify(
-            file, path, samples, batch_sizes=BATCHES, runtimes=runtimes, slow_images=slow_images
+            file,
+            path,
+            samples,
+            batch_sizes=asked.batches,
+            runtimes=asked.runtimes,
+            slow_images=asked.slow_images,
         )
     config = saved.config
     about = {
@@ -82,7 +84,7 @@ def compared(
         "steps": saved.training["step"],
         "data": samples.name,
     }
-    return [{**about, **found} for found in findings(report, slow_images)], report.problems
+    return [{**about, **found} for found in findings(report, asked.slow_images)], report.problems
 
 
 def findings(report: VerifyReport, slow_images: int) -> list[Row]:
@@ -133,6 +135,8 @@ def table(rows: Iterable[Row]) -> str:
 def outcome(row: Row) -> str:
     """Detections that both sides have, in how many images, and how far they lie apart."""
     text = f"{row['detections']:,} in {row['images']}: {row['score']:.0e}, {row['box']:.0e} px"
+    if row["batches"] != list(BATCHES):
+        text += f"; batches of {', '.join(map(str, row['batches']))} only"
     if row["borderline"]:
         text += f"; {row['borderline']} decided by rounding"
     if row["mismatches"]:

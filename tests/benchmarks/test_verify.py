@@ -14,7 +14,7 @@ def report() -> VerifyReport:
     made = VerifyReport(images=9, class_names=("cat", "dog"))
     for runtime in ("openvino", "reference"):
         for setting, score in (("own", 1e-7), ("shown", 3e-7)):
-            for size in (1, 8):
+            for size in (1, 3, 8):
                 made.runs[runtime, setting, size] = Comparison(
                     np.array([10, 5]), box=size * 1e-5, score=score, borderline=size // 8
                 )
@@ -26,7 +26,7 @@ def report() -> VerifyReport:
 
 def test_a_report_is_a_row_a_runtime_of_its_extremes(report):
     openvino, reference = findings(report, slow_images=4)
-    common = {"batches": [1, 8], "settings": 2, "detections": 60, "borderline": 2}
+    common = {"batches": [1, 3, 8], "settings": 2, "detections": 90, "borderline": 2}
     common |= {"score": 3e-7, "box": 8e-5}
     assert openvino == {
         **common,
@@ -53,12 +53,14 @@ def test_the_table_has_a_line_a_detector_and_a_column_a_runtime(report):
     rows = [{**cells, **openvino}, {**cells, **reference}, {**scenes, **reference}]
     head, _, first, second = table(rows).splitlines()
     assert head.endswith(f"| {openvino['version']} | {reference['version']} |")
-    agreed = "60 in 9: 3e-07, 8e-05 px; 2 decided by rounding"
-    wrong = "60 in 4: 3e-07, 8e-05 px; 2 decided by rounding; 1 wrong"
+    agreed = "90 in 9: 3e-07, 8e-05 px; 2 decided by rounding"
+    wrong = "90 in 4: 3e-07, 8e-05 px; 2 decided by rounding; 1 wrong"
     assert first == f"| fcos | cells | 0.5124, 0.5000 | {agreed} | {wrong} |"
     assert second == f"| fcos | scenes |  |  | {wrong} |"
 
 
 def test_where_nothing_is_wrong_nothing_is_said():
     row = {"detections": 1234, "images": 5, "score": 0.0, "box": 1e-9, "mismatches": 0}
-    assert outcome({**row, "borderline": 0}) == "1,234 in 5: 0e+00, 1e-09 px"
+    row |= {"borderline": 0, "batches": [1, 3, 8]}
+    assert outcome(row) == "1,234 in 5: 0e+00, 1e-09 px"
+    assert outcome({**row, "batches": [8]}).endswith(" px; batches of 8 only")
