@@ -1,0 +1,229 @@
+"""Let every server answer in turn, and say how each compares with no server at all.
+
+A round asks each contender for some seconds, the pipeline without a server first; a contender's
+share is the median, over rounds, of its images a second over the pipeline's in the same round, so
+that a machine that slows down slows all. The servers are pinned to the first cores; the clients
+run on the last one, which on a machine of two cores a two-core server has to share with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import provenance
+from benchmarks.rows import Row, Rows, latest, read
+from benchmarks.serving.load import Load, ask, form_request, raw_request
+from benchmarks.serving.processes import (
+    cpu_seconds,
+    free_port,
+    memory_bytes,
+    running,
+    wait_for_port,
+)
+
+RESULTS = Path(__file__).parents[1] / "results" / "serving.jsonl"
+CLIENTS = (1, 8, 32)
+NO_SERVER = "no server"
+OURS, OURS_RAW = "ghm serve", "ghm serve, raw body"
+# How each is started, where it answers, and what it calls the image in a form.
+COMMANDS = {
+    OURS: (["ghm", "serve"], "/v1/detect", "file"),
+    "fastapi": (["python", "-m", "benchmarks.serving.servers.plain"], "/detect", "file"),
+    "litserve": (["python", "-m", "benchmarks.serving.servers.lit"], "/predict", "request"),
+    "bentoml": (["python", "-m", "benchmarks.serving.servers.bento"], "/detect", "file"),
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A server that is up.
+
+    Attributes:
+        port: Where it listens.
+        pid: Its process.
+        requests: What to send it.
+    """
+
+    port: int
+    pid: int
+    requests: list[bytes]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        model: The detector.
+        images: Image files that clients send in turn.
+        cores: Of the servers.
+        peers: The Python that has LitServe and BentoML.
+    """
+
+    model: Path
+    images: list[Path]
+    cores: list[int]
+    peers: str
+
+
+def main() -> None:
+    """Measure, or print what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a detector that ghm export wrote")
+    parser.add_argument("--images", type=Path, help="a folder of JPEG files")
+    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2], help="cores of a server")
+    parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="for one turn")
+    parser.add_argument("--peers-python", default=sys.executable, help="has litserve and bentoml")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        if arguments.model is None or arguments.images is None:
+            parser.error("--model and --images are needed to measure")
+        images = sorted(arguments.images.glob("*.jp*g"))[:64]
+        if not images:
+            parser.error(f"no JPEG file in {arguments.images}")
+        rows = Rows(arguments.out, provenance())
+        for number in arguments.cores:
+            cores = list(range(number))
+            setting = Setting(arguments.model.resolve(), images, cores, arguments.peers_python)
+            for row in measure(setting, arguments.clients, arguments.rounds, arguments.seconds):
+                print(rows.add(row)["server"], row["clients"], row["share"], flush=True)
+    print(table(latest(read(arguments.out), ("model", "cores", "clients", "server"))))
+
+
+def measure(
+    setting: Setting, clients: list[int], rounds: int, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Rows of every contender at every number of clients."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    threads = len(setting.cores)
+    with ExitStack() as stack:
+        weight, alone = stack.enter_context(yardstick(setting, threads))
+        contenders = {
+            name: stack.enter_context(contender(name, setting, threads)) for name in COMMANDS
+        }
+        contenders[OURS_RAW] = raw(contenders[OURS], setting)
+        for one in contenders.values():
+            ask(one.port, one.requests, max(clients), 1.0)  # what is made on first use
+        for number in clients:
+            shares: dict[str, list[float]] = {name: [] for name in contenders}
+            parts: dict[str, list[tuple[Load, float]]] = {name: [] for name in contenders}
+            own: list[tuple[float, float]] = []
+            for _ in range(rounds):
+                own.append(alone(seconds))
+                for name, one in contenders.items():
+                    before = cpu_seconds(one.pid)
+                    load = ask(one.port, one.requests, number, seconds)
+                    parts[name].append((load, cpu_seconds(one.pid) - before))
+                    shares[name].append(load.per_second / own[-1][0])
+            common = {"cores": threads, "clients": number, "model": setting.model.stem}
+            yield {
+                **common,
+                "server": NO_SERVER,
+                "share": 1.0,
+                "per_second": round(statistics.median(rate for rate, _ in own), 2),
+                "cpu_ms": round(statistics.median(cpu for _, cpu in own), 3),
+                "megabytes": round(weight / 2**20, 1),
+            }
+            for name, one in contenders.items():
+                yield {**common, "server": name, **summary(shares[name], parts[name], one)}
+
+
+def summary(shares: list[float], parts: list[tuple[Load, float]], one: Contender) -> dict[str, Any]:
+    """What the rounds of one contender come to."""
+    loads = [load for load, _ in parts]
+    everything = Load(milliseconds=[ms for load in loads for ms in load.milliseconds])
+    answers = len(everything.milliseconds)
+    return {
+        "share": round(statistics.median(shares), 4),
+        "shares": [round(share, 4) for share in shares],
+        "per_second": round(statistics.median(load.per_second for load in loads), 2),
+        "p50_ms": round(everything.quantile(0.5), 2),
+        "p99_ms": round(everything.quantile(0.99), 2),
+        "cpu_ms": round(sum(cpu for _, cpu in parts) / answers * 1000, 3),
+        "megabytes": round(memory_bytes(one.pid) / 2**20, 1),
+        "refused": sum(sum(load.refused.values()) for load in loads),
+    }
+
+
+@contextmanager
+def yardstick(setting: Setting, threads: int) -> Iterator[tuple[int, Any]]:
+    """The pipeline in a process of its own: what its model weighs, and a way to measure it."""
+    module = [sys.executable, "-m", "benchmarks.serving.pipeline", "--threads", str(threads)]
+    command = [*module, "--model", str(setting.model), "--images", *map(str, setting.images)]
+    with running(command, setting.cores) as process:
+        assert process.stdin is not None  # noqa: S101  both are pipes
+        assert process.stdout is not None  # noqa: S101
+        weight = int(process.stdout.readline())
+
+        def alone(seconds: float) -> tuple[float, float]:
+            process.stdin.write(f"{seconds}\n")
+            process.stdin.flush()
+            rate, cpu = process.stdout.readline().split()
+            return float(rate), float(cpu)
+
+        yield weight, alone
+
+
+@contextmanager
+def contender(name: str, setting: Setting, threads: int) -> Iterator[Contender]:
+    """Start a server and wait until it listens."""
+    port = free_port()
+    environment = {
+        "MODEL": str(setting.model),
+        "PORT": str(port),
+        "GHM_PORT": str(port),
+        "GHM_MODEL": str(setting.model),
+        "THREADS": str(threads),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "BENTOML_DO_NOT_TRACK": "1",
+        "BENTOML_HOME": tempfile.gettempdir(),
+    }
+    command, path, field = COMMANDS[name]
+    command = [
+        {"python": setting.peers, "ghm": str(Path(sys.executable).parent / "ghm")}[command[0]],
+        *command[1:],
+    ]
+    requests = [form_request(path, field, image.read_bytes()) for image in setting.images]
+    with running(command, setting.cores, **environment) as process:
+        wait_for_port(port, process)
+        yield Contender(port, process.pid, requests)
+
+
+def raw(ours: Contender, setting: Setting) -> Contender:
+    """Our server again, asked with bodies that are images."""
+    make = partial(raw_request, "/v1/detect")
+    return Contender(ours.port, ours.pid, [make(image.read_bytes()) for image in setting.images])
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| cores | clients | server | img/s | of no server | p50 ms | p99 ms | CPU ms | MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times = [f"{row[key]:.1f}" if key in row else "" for key in ("p50_ms", "p99_ms")]
+        lines.append(
+            f"| {row['cores']} | {row['clients']} | {row['server']} | {row['per_second']:.1f} |"
+            f" {row['share']:.2f} | {times[0]} | {times[1]} | {row['cpu_ms']:.1f} |"
+            f" {row['megabytes']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

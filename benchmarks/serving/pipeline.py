@@ -1,0 +1,80 @@
+"""From the bytes of an image to the answer's JSON, with no server around it: the yardstick.
+
+Decoding, letterboxing, inference and the answer are the service's own functions, so contenders
+differ in how they serve and in nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.serving.processes import resident_bytes
+from export.file import read_detector
+from service.answers import image_answer
+from service.images import decode, prepare
+from service.model import ServedModel
+from service.options import DetectOptions, resolve
+from service.settings import MOST_PIXELS
+
+
+class Pipeline:
+    """A detector that answers for the bytes of an image.
+
+    Args:
+        path: The detector.
+        threads: Of one inference.
+    """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self.model = ServedModel(read_detector(path), provider="cpu", threads=threads)
+        self.wanted = resolve(DetectOptions.model_validate({}), self.model.card)
+        self.model.warm_up()
+
+    def __call__(self, content: bytes) -> dict[str, Any]:
+        """The answer's object for one image."""
+        row, geometry = self.prepare(content)
+        return self.infer(row, geometry)
+
+    def prepare(self, content: bytes) -> tuple[np.ndarray, Any]:
+        """A row of the model's input, and how the image came to lie in it."""
+        return prepare(decode(content, MOST_PIXELS), self.model.card)
+
+    def infer(self, row: np.ndarray, geometry: Any) -> dict[str, Any]:
+        """The answer's object for a row."""
+        found = self.model.detect(
+            row[None], self.wanted.class_thresholds, self.wanted.iou_threshold
+        )[0]
+        return image_answer(geometry, found, self.wanted, self.model.card)
+
+
+def main() -> None:
+    """Measure whenever a number of seconds comes in on stdin; answer with images a second."""
+    import orjson
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--images", type=Path, nargs="+", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    arguments = parser.parse_args()
+    contents = [path.read_bytes() for path in arguments.images]
+    before = resident_bytes()
+    pipeline = Pipeline(arguments.model, arguments.threads)
+    for content in contents[:8]:
+        pipeline(content)
+    print(resident_bytes() - before, flush=True)  # what the model itself weighs
+    for line in sys.stdin:
+        done, started, cpu = 0, time.perf_counter(), time.process_time()
+        while (elapsed := time.perf_counter() - started) < float(line):
+            orjson.dumps(pipeline(contents[done % len(contents)]))
+            done += 1
+        print(done / elapsed, (time.process_time() - cpu) / done * 1000, flush=True)
+
+
+if __name__ == "__main__":
+    main()
