@@ -98,7 +98,10 @@ class AccessMiddleware:
                 "bytes_out": seen.bytes_out,
                 "client": client_address(scope),
             }
-            logger.log(level, "request", extra={"facts": facts})
+            # As `logger.log` does, but for looking through the stack for who calls.
+            record = logging.LogRecord(logger.name, level, "", 0, "request", None, None)
+            record.facts = facts
+            logger.handle(record)
 
 
 class _Seen:

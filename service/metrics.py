@@ -32,7 +32,7 @@ from service.model import Detections, ServedModel
 from service.shared import WorkerFiles
 
 # When each series began: half as many series again, and nobody reads them.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 # From a check of health to a large image on a slow machine, in seconds.
 _SECONDS = (
