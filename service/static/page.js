@@ -59,7 +59,7 @@ function summarised(shown) {
   if (shown.length === 0) return "No box reaches its threshold.";
   const numbers = new Map();
   for (const one of shown) numbers.set(one.class, (numbers.get(one.class) ?? 0) + 1);
-  const parts = [...numbers].map(([name, number]) => `${number} ${name}`);
+  const parts = [...numbers].map(([name, number]) => `${number} × ${name}`);
   return `${count(shown.length, "box", "boxes")}: ${parts.join(", ")}`;
 }
 

@@ -20,7 +20,7 @@ def test_choosing_an_image_shows_what_the_service_detects(visit, live_service, p
     assert page.shown() == page.expected(photo)
     expect(page.locator("#boxes")).to_have_attribute("data-boxes", "3")
     expect(page.locator("#summary")).to_contain_text("3 boxes")
-    expect(page.locator("#summary")).to_contain_text("1 green")
+    expect(page.locator("#summary")).to_contain_text("1 × green")
     assert page.locator("#photo").get_attribute("alt") == "photo.png"
     assert page.title() == "colours: detector"
 
