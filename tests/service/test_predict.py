@@ -4,6 +4,8 @@ import pytest
 from PIL import Image
 
 from ghm_triton import cli
+from service.app import create_app
+from service.settings import Settings
 
 
 def predict(*words: object) -> int:
@@ -83,3 +85,76 @@ def test_what_is_not_an_image_or_not_a_detector_is_named(detector, photo, tmp_pa
     assert str(photo) in capsys.readouterr().err
     assert predict(detector, tmp_path / "none.png") == 2
     assert "none.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--json"],
+        ["--json", "--threshold", "0.2", "--iou", "0.1", "--max-detections", "4"],
+        ["--json", "--thresholds", '{"red": 0.1}', "--classes", "red,blue"],
+        ["--out", "drawn"],
+    ],
+)
+def test_a_service_answers_the_same(flags, detector, photo, live_service, monkeypatch, capsys):
+    monkeypatch.chdir(photo.parent)
+    drawn = photo.parent / "drawn" / "photo.png"
+    assert predict(detector, photo, photo, *flags) == 0
+    ours = capsys.readouterr().out
+    picture = drawn.read_bytes() if drawn.exists() else None
+    drawn.unlink(missing_ok=True)
+    assert predict("--url", live_service, photo, photo, *flags) == 0
+    assert capsys.readouterr().out == ours
+    assert (drawn.read_bytes() if drawn.exists() else None) == picture
+    assert (picture is None) == ("--out" not in flags)
+
+
+def test_names_may_stand_around_the_flags(detector, photo, live_service, capsys):
+    for words in (
+        ["--url", live_service, photo],
+        [photo, "--url", live_service],
+        ["--json", detector, photo],
+        [detector, "--json", photo],
+        [detector, photo, "--json"],
+    ):
+        assert predict(*words) == 0
+        assert capsys.readouterr().out.count("photo.png") == 1
+
+
+def test_a_service_that_asks_for_a_token(serve, settings, model, photo, monkeypatch, capsys):
+    monkeypatch.delenv("GHM_TOKEN", raising=False)
+    guarded = settings.model_copy(update={"tokens": Settings(tokens="secret").tokens})
+    with serve(create_app(guarded, model)) as url:
+        assert predict("--url", url, photo) == 2
+        assert predict("--url", url, photo, "--token", "wrong") == 2
+        assert predict("--url", url, photo, "--token", "secret") == 0
+        monkeypatch.setenv("GHM_TOKEN", "secret")
+        assert predict("--url", url, photo) == 0
+        assert predict("--url", url, photo, "--token", "wrong") == 2
+    assert capsys.readouterr().err.count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--threshold", "7"], "photo.png: threshold is '7'"),
+        (["--classes", "violet"], "unknown class 'violet'"),
+        (["--thresholds", "{"], "thresholds is '{'"),
+        (["--thresholds", "[1]"], "it must be a JSON object"),
+    ],
+)
+def test_a_services_refusal_is_one_sentence(flags, message, photo, live_service, capsys):
+    assert predict("--url", live_service, photo, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_what_is_missing_is_said(detector, photo, capsys):
+    assert predict(detector) == 2
+    assert "no image is named" in capsys.readouterr().err
+    assert predict("--url", "localhost:8000", photo) == 2
+    assert "'localhost:8000'" in capsys.readouterr().err
+    assert predict("--url", "http://127.0.0.1:1", photo) == 2
+    assert "does not answer" in capsys.readouterr().err
