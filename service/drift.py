@@ -162,7 +162,6 @@ def _grouped(
     begins = np.unique(np.searchsorted(below, shares, side="left").clip(0, max(len(fine) - 1, 0)))
     if wanted < 2 or len(begins) < 2:
         return np.zeros(0, np.float32), np.zeros(0, np.int64)
-    begins[0] = 0
     counts = np.add.reduceat(fine, begins)
     return np.append(lower[begins], np.float32(1.0)), counts
 

@@ -1,10 +1,14 @@
-"""How often one client may ask: a token bucket each."""
+"""How often one client may ask: a token bucket each, in memory that workers share."""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from struct import Struct
 from time import monotonic
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -13,9 +17,14 @@ from service.access import client_address
 from service.auth import RejectionObserver, is_public
 from service.problems import problem_response
 from service.settings import Settings
+from service.shared import WorkerFiles
 
-# Clients remembered at a time. The longest unseen is forgotten first, and starts afresh.
-MOST_CLIENTS = 10_000
+# A bucket: the client's digest, what is left in it, and when that was.
+_BUCKET = Struct("=8sdd")
+
+# A client has its place in one of `SETS`, beside others of the same; where one is full, the longest
+# unseen of it is forgotten, and starts afresh. 16,384 clients in 384 KiB, however many there are.
+SETS, WAYS = 2048, 8
 
 
 class Limiter:
@@ -24,22 +33,30 @@ class Limiter:
     Args:
         rate: What time adds, a second.
         burst: What a bucket holds.
-        most: Buckets remembered.
-        clock: Seconds that only rise.
+        file: Where workers keep their buckets together; memory of this process where None.
+        sets: How many sets of `WAYS` buckets there are.
+        clock: Seconds that only rise, the same for all workers.
     """
 
     def __init__(
         self,
         rate: float,
         burst: int,
-        most: int = MOST_CLIENTS,
+        file: Path | None = None,
+        sets: int = SETS,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._rate = rate
         self._burst = float(burst)
-        self._most = most
+        self._sets = sets
         self._clock = clock
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        size = sets * WAYS * _BUCKET.size
+        if file is None:
+            self._file, self._memory = None, mmap.mmap(-1, size)
+        else:
+            self._file = file.open("a+b")
+            self._file.truncate(size)  # to the same size by each; zeros where it is new
+            self._memory = mmap.mmap(self._file.fileno(), size)
 
     def wait(self, client: str) -> float:
         """Take one from a client's bucket.
@@ -48,29 +65,48 @@ class Limiter:
             0 where there was one to take; else the seconds until there will be, and nothing is
             taken.
         """
-        now = self._clock()
-        left, since = self._buckets.pop(client, (self._burst, now))
-        left = min(self._burst, left + (now - since) * self._rate)
-        allowed = left >= 1
-        self._buckets[client] = (left - 1 if allowed else left, now)
-        if len(self._buckets) > self._most:
-            self._buckets.popitem(last=False)
+        digest = blake2b(client.encode(errors="replace"), digest_size=8).digest()
+        start = int.from_bytes(digest, "big") % self._sets * WAYS * _BUCKET.size
+        stop = start + WAYS * _BUCKET.size
+        with self._alone():
+            now = self._clock()
+            buckets = list(_BUCKET.iter_unpack(self._memory[start:stop]))
+            place = next((i for i, one in enumerate(buckets) if one[0] == digest), None)
+            left = self._burst
+            if place is None:
+                place = min(range(WAYS), key=lambda i: buckets[i][2])
+            else:
+                _, before, since = buckets[place]
+                left = min(left, before + (now - since) * self._rate)
+            allowed = left >= 1
+            bucket = (digest, left - 1 if allowed else left, now)
+            _BUCKET.pack_into(self._memory, start + place * _BUCKET.size, *bucket)
         return 0.0 if allowed else (1 - left) / self._rate
 
-    def __len__(self) -> int:
-        return len(self._buckets)
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else takes meanwhile. The lock of a worker that is killed falls with it."""
+        if self._file is None:
+            yield
+            return
+        import fcntl  # not on Windows, where there is one process only
+
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
 class RateLimitMiddleware:
     """Refuses what comes too often, with 429, a `Retry-After`, and before a body is read.
 
-    Who asks is the name of the token, or the address where there are no tokens. What needs no token
-    is not limited. Each worker counts what comes to it, so its share of `rate_limit` is a part of
-    as many as there are workers.
+    Who asks is the name of the token, or the address where there are no tokens, over all workers
+    together. What would need no token is not limited.
 
     Args:
         app: What answers.
-        settings: The rate, the burst and the workers.
+        settings: The rate and the burst.
         observer: Told of refusals.
     """
 
@@ -78,7 +114,9 @@ class RateLimitMiddleware:
         self.app = app
         self.settings = settings
         self.observer = observer
-        self.limiter = Limiter(settings.rate_limit, settings.rate_burst)
+        files = WorkerFiles.of_environment()
+        file = files.folder / "rates" if files else None
+        self.limiter = Limiter(settings.rate_limit, settings.rate_burst, file)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from service.drift import ClassDrift, Comparison
 from service.problems import documented
@@ -13,6 +13,9 @@ from service.state import service_state
 
 metrics_router = APIRouter(tags=["health"])
 drift_router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+OPENMETRICS = "application/openmetrics-text"
 
 
 class MetricsResponse(Response):
@@ -25,10 +28,11 @@ class MetricsResponse(Response):
     "/metrics",
     summary="Counters for Prometheus",
     response_class=MetricsResponse,
-    responses=documented(500),
+    responses={200: {"content": {OPENMETRICS: {"schema": {"type": "string"}}}}, **documented(500)},
 )
-def metrics(request: Request, accept: Annotated[str, Header()] = "") -> Response:
+def metrics(request: Request) -> Response:
     """All that is counted, over all workers, as Prometheus' text or, if asked for, OpenMetrics."""
+    accept = request.headers.get("accept", "")
     body, content_type = service_state(request).metrics.render(accept)
     return Response(body, headers={"Content-Type": content_type})
 

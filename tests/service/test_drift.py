@@ -261,6 +261,8 @@ def test_workers_counts_add_up(trained):
     both = one.classes(one.live + other.live)[0].scores
     assert both.psi is not None
     assert sum(both.live) == pytest.approx(one.live[0, :-1].sum() + other.live[0, :-1].sum())
+    mixed = one.mix(one.live + other.live).live
+    assert mixed == (one.live[:, -1] + other.live[:, -1]).tolist()
 
 
 def test_a_held_out_class_that_never_passes_has_no_bins(shifted):

@@ -95,7 +95,7 @@ def test_every_path_is_documented_with_its_only_method(document):
 
 # What answers with something else than JSON alone.
 KINDS = {
-    "/metrics": ["text/plain"],
+    "/metrics": ["application/openmetrics-text", "text/plain"],
     "/v1/detect": ["application/json", "image/jpeg", "image/png"],
 }
 

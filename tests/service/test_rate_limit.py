@@ -1,8 +1,11 @@
+import subprocess
+import sys
+
 import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.rate_limit import Limiter
+from service.rate_limit import SETS, WAYS, Limiter
 from service.settings import Settings
 
 
@@ -51,12 +54,45 @@ def test_clients_do_not_share(clock):
 
 
 def test_as_many_clients_as_may_be_the_longest_unseen_forgotten(clock):
-    limiter = Limiter(rate=1, burst=1, most=2, clock=clock)
-    for client in ("a", "b", "a", "c"):
-        limiter.wait(client)
-        assert len(limiter) <= 2
-    assert limiter.wait("a") == 1  # remembered
-    assert limiter.wait("b") == 0  # forgotten
+    limiter = Limiter(rate=1e-6, burst=1, sets=1, clock=clock)
+    for client in [*range(WAYS), 0, "one more"]:
+        clock.now += 1
+        limiter.wait(str(client))
+    remembered = [0, *range(2, WAYS), "one more"]
+    assert all(limiter.wait(str(client)) > 0 for client in remembered)
+    assert limiter.wait("1") == 0
+
+
+def test_many_clients_find_room(clock):
+    limiter = Limiter(rate=1e-6, burst=1, clock=clock)
+    for _ in range(2):
+        clock.now += 1
+        again = [limiter.wait(f"10.0.{i // 256}.{i % 256}") for i in range(SETS)]
+    # A set that more than its WAYS fall in forgets some: with one a set on average, once in 10^6.
+    assert sum(wait > 0 for wait in again) >= SETS - 2
+
+
+TAKER = """
+import sys
+from pathlib import Path
+from service.rate_limit import SETS, WAYS, Limiter
+limiter = Limiter(rate=1e-6, burst=9_600, file=Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.read()
+print(sum(limiter.wait("a") == 0 for _ in range(8_000)))
+"""
+
+
+def test_workers_take_from_the_same_buckets(tmp_path):
+    command = [sys.executable, "-c", TAKER, tmp_path / "rates"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    assert [one.stdout.readline() for one in running] == ["ready\n"] * 2
+    for one in running:
+        one.stdin.close()
+    taken = [int(one.stdout.read()) for one in running]
+    assert [one.wait(60) for one in running] == [0, 0]
+    assert sum(taken) == 9_600  # not one more, though both take at once
 
 
 @pytest.fixture
