@@ -121,26 +121,45 @@ function askForToken() {
 }
 
 const start = () => attempt(async () => {
-  state.models = await listModels();
+  await list();
   byId("forget").hidden = !token.get();
   state.guarded ||= Boolean(token.get());
+  await use(newest(state.models[0].name));
+}, start);
+
+async function list() {
+  state.models = await listModels();
   const options = state.models.map((one, at) => {
     const { name, version } = one;
     return new Option(one === newest(name) ? name : `${name}, version ${version}`, at);
   });
   byId("model").replaceChildren(...options);
   byId("models").hidden = state.models.length < 2;
-  await use(newest(state.models[0].name));
-}, start);
+}
 
 async function use(model) {
+  await show(model);
+  if (state.file) await look();
+}
+
+async function show(model) {
   const { card } = await showModel(model);
   state.model = model;
   byId("model").value = state.models.indexOf(model);
   byId("name").textContent = model.name;
   document.title = `${model.name}: detector`;
   panel.use(card);
-  if (state.file) await look();
+}
+
+/** Show the model that an answer is of, if the service has put another in its place meanwhile. */
+async function follow({ model, version, classes }) {
+  const own = panel.card.thresholds;
+  const same = ({ class: name, threshold }, at) =>
+    own[at]?.name === name && own[at].threshold === threshold;
+  if (version === state.model.version && classes.every(same)) return;
+  await list();
+  const now = state.models.find((one) => one.name === model && one.version === version);
+  if (now) await show(now);
 }
 
 const take = (files) => {
@@ -163,7 +182,10 @@ async function look() {
   byId("view").setAttribute("aria-busy", "true");
   const { signal } = state.asking;
   try {
-    state.answer = await preview(state.file, which(), signal);
+    const answer = await preview(state.file, which(), signal);
+    await follow(answer);
+    if (signal.aborted) return;
+    state.answer = answer;
     fit(state.answer.image);
     panel.fold(state.answer.detections);
     redraw();

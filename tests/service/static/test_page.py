@@ -3,9 +3,11 @@
 import base64
 import re
 import shutil
+from contextlib import suppress
 
+import httpx
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Error, expect
 
 from export.contract import ThresholdCard
 from service.app import create_app
@@ -68,6 +70,31 @@ def test_another_image_takes_the_place_of_the_first(visit, live_service, photo, 
     assert size["width"] / size["height"] == pytest.approx(3, abs=0.02)  # a pixel of the height
     page.choose(photo)
     expect(page.locator("#boxes")).to_have_attribute("data-boxes", "3")
+
+
+def test_an_answer_that_comes_too_late_is_not_shown(visit, live_service, photo, scene, tmp_path):
+    blank = tmp_path / "blank.png"
+    scene(300, 100, {}).save(blank)
+    page = visit(live_service)
+    expect(page.locator("#panel")).to_be_visible()
+    held = []  # the first question, on its way to the service
+
+    def hold(route):
+        if held:
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.route("**/preview", hold)
+    page.set_input_files("#file", photo)
+    expect(page.locator("#summary")).to_have_text("Looking…")
+    page.choose(blank)
+    expect(page.locator("#summary")).to_have_text("No box reaches its threshold.")
+    with suppress(Error):  # the page has given it up
+        held[0].continue_()
+    page.evaluate("fetch('health/live')")  # a round to the service, after the late answer
+    expect(page.locator("#boxes")).to_have_attribute("data-boxes", "0")
+    expect(page.locator("#curl")).to_contain_text("blank.png")
 
 
 def test_what_the_browser_cannot_show_is_detected_all_the_same(
@@ -157,3 +184,24 @@ def test_several_models_can_be_chosen(visit, serve, write_detector, photo, tmp_p
             command = page.locator("#curl").inner_text()
             assert flag in command
             assert page.run_command(photo.parent) == page.shown()
+
+
+def test_a_model_that_was_replaced_shows_its_own_thresholds(
+    visit, serve, write_detector, photo, tmp_path
+):
+    thresholds = [
+        ThresholdCard(name=name, threshold=0.9375, source="manual", support=1, ground_truths=1)
+        for name in ("red", "green", "blue")
+    ]
+    path = tmp_path / "model.onnx"
+    shutil.copy(write_detector(), path)
+    with serve(create_app(Settings(model=path, threads=1, provider="cpu"))) as url:
+        page = visit(url)
+        page.choose(photo)
+        expect(page.locator("#boxes")).to_have_attribute("data-boxes", "3")
+        shutil.copy(write_detector(thresholds=thresholds), path)
+        assert httpx.post(f"{url}/v1/models/colours/reload").status_code == 200
+        page.choose(photo)
+        expect(page.locator("#boxes")).to_have_attribute("data-boxes", "2")
+        expect(page.locator('li[data-class="red"] .value')).to_have_text("0.938")
+        assert page.shown() == page.expected(photo)

@@ -2,6 +2,7 @@
 
 import math
 
+import httpx
 import numpy as np
 import pytest
 from playwright.sync_api import expect
@@ -44,6 +45,7 @@ def test_moving_a_slider_needs_no_server(visit, live_service, photo):
     page.get_by_role("button", name="Reset").click()
     assert page.shown() == page.expected(photo)
     expect(row.locator(".value")).to_have_text("0.500")
+    expect(slider).to_have_value("0.5")
     assert asked == []
 
 
@@ -65,6 +67,23 @@ def test_a_threshold_is_compared_as_the_service_compares_it(visit, live_service,
     assert page.evaluate(compare, [[s, as_float32(s)] for s in steps]) == [True] * 201
     pairs = [[step, less] for step, less in zip(steps, below, strict=True)]
     assert page.evaluate(compare, pairs) == [False] * 201
+
+
+def test_a_score_that_is_its_threshold_stands(
+    visit, live_service, write_detector, serve_file, photo
+):
+    found = httpx.post(f"{live_service}/v1/detect", content=photo.read_bytes()).json()["detections"]
+    scores = {one["class"]: one["score"] for one in found}
+    entries = [
+        ThresholdCard(
+            name=name, threshold=scores[name], source="manual", support=1, ground_truths=1
+        )
+        for name in ("red", "green", "blue")
+    ]
+    page = visit(serve_file(write_detector(thresholds=entries)))
+    page.choose(photo)
+    assert len(page.shown()) == 3
+    assert page.shown() == page.expected(photo)
 
 
 @pytest.fixture(scope="module")
