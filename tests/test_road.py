@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,15 +103,44 @@ def by_service(road: Road) -> list[Detections]:
         for index in range(len(road.dataset)):
             answer = client.post("/v1/detect", content=posted(road.dataset, index))
             assert answer.status_code == 200, answer.text
-            answers.append(answer.json()["detections"])
-    return [
-        Detections(
-            torch.tensor([d["box"] for d in found]).view(-1, 4),
-            torch.tensor([d["score"] for d in found]),
-            torch.tensor([d["label"] for d in found], dtype=torch.int64),
-        )
-        for found in answers
-    ]
+            answers.append(as_tensors(answer.json()["detections"]))
+    return answers
+
+
+def by_crowd(road: Road) -> list[Detections]:
+    """Many clients at once send lists of one to five images; the service batches as it can."""
+    order = np.random.default_rng(0).permutation(len(road.dataset)).tolist()
+    sizes = [1, 2, 3, 4, 5] * len(order)
+    lists = []
+    while order:
+        size = sizes[len(lists)]
+        lists.append(order[:size])
+        order = order[size:]
+    found: dict[int, Detections] = {}
+    flags = ("--batch-size", "8", "--queue-size", "1000")
+    with (
+        serving(road.onnx, *flags) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+        ThreadPoolExecutor(12) as pool,
+    ):
+
+        def ask(indices: list[int]) -> None:
+            files = [("files", (f"{i}.png", posted(road.dataset, i))) for i in indices]
+            answer = client.post("/v1/detect", files=files)
+            assert answer.status_code == 200, answer.text
+            for index, result in zip(indices, answer.json()["results"], strict=True):
+                found[index] = as_tensors(result["detections"])
+
+        list(pool.map(ask, lists))
+    return [found[index] for index in range(len(road.dataset))]
+
+
+def as_tensors(detections: list[dict]) -> Detections:
+    return Detections(
+        torch.tensor([d["box"] for d in detections]).view(-1, 4),
+        torch.tensor([d["score"] for d in detections]),
+        torch.tensor([d["label"] for d in detections], dtype=torch.int64),
+    )
 
 
 def posted(dataset: DetectionDataset, index: int) -> bytes:
@@ -123,9 +153,10 @@ def posted(dataset: DetectionDataset, index: int) -> bytes:
 
 
 @contextmanager
-def serving(onnx: Path) -> Iterator[str]:
+def serving(onnx: Path, *flags: str) -> Iterator[str]:
     """`ghm serve` in a process of its own; yields its address."""
-    command = [sys.executable, "-u", "-m", "ghm_triton.cli", "serve", str(onnx), "--port", "0"]
+    serve = ["serve", str(onnx), "--port", "0", *flags]
+    command = [sys.executable, "-u", "-m", "ghm_triton.cli", *serve]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(command, **pipes) as server:
         try:
@@ -165,6 +196,10 @@ def test_checkpoint_file_and_service_detect_the_same_on_every_held_out_image(roa
     checkpoint, file, service = by_checkpoint(road), by_file(road), by_service(road)
     assert assert_same(checkpoint, file, 0.05) > 3 * len(road.dataset)
     assert assert_same(checkpoint, service, 0.05) > 3 * len(road.dataset)
+
+
+def test_the_service_detects_the_same_in_any_batch_and_any_crowd(road):
+    assert assert_same(by_checkpoint(road), by_crowd(road), 0.05) > 3 * len(road.dataset)
 
 
 def test_training_and_serving_prepare_images_bit_for_bit_alike(road):
