@@ -80,7 +80,7 @@ class TensorSpec:
             raise malformed(
                 f"input {self.name} must be {self.datatype}, got {brief(datatype)}{what}"
             )
-        if self.optional and shape == (1, *self.shape):
+        if shape == (1, *self.shape):  # never where any size goes: -1 is in no shape given
             return self.shape
         fits = len(shape) == len(self.shape) and all(
             got >= 1 and wanted in (-1, got) for wanted, got in zip(self.shape, shape, strict=True)
@@ -197,8 +197,6 @@ def _flatten(data: object, shape: Sequence[int], name: str) -> list[Any]:
             raise malformed(f"input {name}: data is not nested as shape {brief(list(shape))} says")
         level = list(chain.from_iterable(level))
         depth += 1
-        if len(level) > total:
-            break
     if len(level) != total:
         raise malformed(
             f"input {name}: data holds {len(level)} elements,"

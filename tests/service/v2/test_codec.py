@@ -150,6 +150,23 @@ def test_the_bytes_of_one_tensor_are_not_taken_for_anothers(frame, refused):
     assert "images: binary_data_size is 28" in detail
 
 
+class TestLengths:
+    """Lies are named by the number that lies, not by what they lead to."""
+
+    def test_of_the_json(self, image, frame, refused):
+        body, _ = frame({"inputs": [image]})
+        size = len(body)
+        detail = refused(400, parse_request, body, str(size + 1), SMALL)
+        assert detail.endswith(f"Content-Length is {size + 1}, but the body has {size} bytes")
+
+    def test_of_a_tensor(self, frame, refused):
+        tensor = {"name": "images", "datatype": "FP32", "shape": [1, 2, 3]}
+        asked = {"inputs": [{**tensor, "parameters": {"binary_data_size": 24}}]}
+        body, length = frame(asked, bytes(23))
+        detail = refused(400, parse_request, body, length, SMALL)
+        assert "binary_data_size is 24, but only 23 bytes are left" in detail
+
+
 class TestBombs:
     """JSON that costs little to send and much to hold is refused before it is parsed."""
 

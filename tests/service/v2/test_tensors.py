@@ -185,5 +185,7 @@ class TestSpec:
 
 def test_brief_does_not_grow_with_what_it_quotes():
     assert brief("images") == "'images'"
+    assert brief("x" * 70) == repr("x" * 70)
+    assert "deep" not in brief([[["deep"]]])
     for value in ("x" * 10**6, list(range(10**6)), [[["y" * 10**5] * 100] * 100] * 100, 10**4000):
         assert len(brief(value)) <= 160
