@@ -12,10 +12,11 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 from starlette.testclient import TestClient
 
-from export.attach import AttachError, Reading, attach
-from export.contract import IOU_INPUT, THRESHOLDS_INPUT
+from export.attach import AttachError, Reading, _outputs, attach
+from export.contract import CARD_KEY, IOU_INPUT, THRESHOLDS_INPUT
 from export.file import read_detector
 from export.runtimes import RUNTIMES, OnnxRuntime
+from export.seal import SEAL_KEY
 from export.thresholds import rewrite_thresholds
 from ghm_triton.cli import main
 from service.app import create_app
@@ -146,7 +147,9 @@ def assert_found(ours: list[Any], wanted: list[Any]) -> None:
 
 @pytest.fixture(scope="module")
 def yolo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    paths = write(tmp_path_factory.mktemp("yolo"), another(YOLO))
+    model = another(YOLO)
+    helper.set_model_props(model, {"author": "somebody at /home/somebody"})
+    paths = write(tmp_path_factory.mktemp("yolo"), model)
     card, reading = attach(**paths)
     assert (card, reading) == (read_detector(paths["output_path"]).card, YOLO)
     return paths["output_path"]
@@ -190,6 +193,7 @@ def test_the_card_says_what_was_told_and_no_more(yolo: Path) -> None:
     model = onnx.load(yolo)
     assert model.opset_import[0].version == 18
     assert model.ir_version == 10
+    assert [entry.key for entry in model.metadata_props] == [CARD_KEY, SEAL_KEY]
 
 
 def test_bgr_is_swapped_in_the_graph(pair: Path) -> None:
@@ -258,6 +262,22 @@ def test_what_cannot_be_attached_to_is_refused_in_a_sentence(
         attach(**paths, **flags)
     assert str(caught.value).startswith(f"{paths['model_path']}: ")
     assert not paths["output_path"].exists()
+
+
+def test_scores_above_1_are_no_probabilities(tmp_path: Path) -> None:
+    model = another(YOLO)
+    (table,) = (one for one in model.graph.initializer if one.name == "scores_table")
+    table.CopyFrom(numpy_helper.from_array(3 * numpy_helper.to_array(table), "scores_table"))
+    with pytest.raises(
+        AttachError, match=r"its scores reach from 0 to 1\.3\d.*pass --scores logit"
+    ):
+        attach(**write(tmp_path, model))
+
+
+def test_scores_of_other_places_than_the_boxes_are_passed_over() -> None:
+    shapes = {"more": (2, 9, 3), "boxes": (2, 5, 4), "fewer": (2, 4, 3), "scores": (2, 5, 3)}
+    answers = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    assert _outputs(answers, "boxes+scores", 3) == ["boxes", "scores"]
 
 
 def test_a_batch_that_is_fixed_inside_is_refused(tmp_path: Path) -> None:
