@@ -24,6 +24,9 @@ from export.contract import DetectorCard
 from service.model import OFF
 from service.problems import ProblemError, short
 
+_MOST_OPTIONS = 64
+_MOST_ENTRIES = 10_000
+
 
 def _not_bool(value: object) -> object:
     if isinstance(value, bool):  # pydantic takes true for 1
@@ -34,15 +37,23 @@ def _not_bool(value: object) -> object:
 def _from_text(value: object) -> object:
     """JSON that came as text, as it does in a query or a form."""
     if not isinstance(value, str):
-        return value
+        return _not_too_long(value)
     try:
-        return orjson.loads(value)
+        return _not_too_long(orjson.loads(value))
     except orjson.JSONDecodeError as error:
         raise PydanticCustomError("json_invalid", "Invalid JSON") from error
 
 
+def _not_too_long(value: object) -> object:
+    """Pydantic would make an error for each of a million entries."""
+    if isinstance(value, list | dict) and len(value) > _MOST_ENTRIES:
+        raise PydanticCustomError("too_long", f"Input has more than {_MOST_ENTRIES} entries")
+    return value
+
+
 def _listed(value: object) -> object:
     """A list of names as JSON has it; a name may have a comma in it."""
+    value = _not_too_long(value)
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return tuple(value)
     return value
@@ -201,13 +212,15 @@ def read_options(pairs: Iterable[tuple[str, object]], kind: type[T]) -> T:
     """
     given: dict[str, object] = {}
     for name, value in pairs:
+        if len(given) >= _MOST_OPTIONS:
+            raise ProblemError(422, f"more than {_MOST_OPTIONS} options are given")
         if name in given:
             raise ProblemError(422, f"option {short(name)} is given twice")
         given[name] = value
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
             known = ", ".join(kind.model_fields)

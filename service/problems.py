@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -14,6 +15,11 @@ from starlette.exceptions import HTTPException
 from service.schemas import ProblemDetails
 
 MEDIA_TYPE = "application/problem+json"
+
+_QUOTED = 100  # characters of a value in an error
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = _QUOTED + 1
+_BRIEF.maxlist = _BRIEF.maxdict = _BRIEF.maxtuple = 20
 
 _MEANINGS = {
     400: "The request is malformed: its body is not what its headers say, or an image is damaged.",
@@ -83,9 +89,14 @@ def problem_response(
 
 
 def short(value: object) -> str:
-    """A value as it is quoted in an error: recognisable, and never a page long."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    """A value as it is quoted in an error: recognisable, and never a page long.
+
+    Takes no longer for a large value than for a small one.
+    """
+    if isinstance(value, str | bytes):
+        value = value[:_QUOTED]
+    text = repr(value) if isinstance(value, str | bytes) else _BRIEF.repr(value)
+    return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 3]}..."
 
 
 def install(app: FastAPI) -> None:

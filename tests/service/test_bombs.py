@@ -22,7 +22,15 @@ pixels += bytes([8, 2, 0, 0, 0]) + bytes(40)
 zeros = b"\\0" * 2**20
 inflating = zlib.compressobj(9, zlib.DEFLATED, 31)
 gzipped = b"".join([inflating.compress(zeros) for _ in range(1024)]) + inflating.flush()
-nested = b"[" * 900 + b"]" * 900
+nested = b"[" * 1020 + b"]" * 1020
+texts = {
+    "nested text": {"thresholds": "[" * 10**4},
+}
+extra = b"".join(b',"o%d":1' % n for n in range(10**6)) + b"}"
+
+def many(value):
+    return json.dumps({"image": "eA==", "thresholds": value}).encode()
+
 form = {"Content-Type": "multipart/form-data; boundary=b"}
 as_json = {"Content-Type": "application/json"}
 zipped = {"Content-Encoding": "gzip"}
@@ -37,6 +45,10 @@ requests = {
     "nesting": (400, b"[" * 10**5, as_json),
     "nested image": (400, b'{"image":' * 10**5, as_json),
     "nested option": (422, b'{"image":"eA==","classes":' + nested + b"}", as_json),
+    "a million thresholds": (400, many({f"c{n}": 2 for n in range(10**6)}), as_json),
+    "a million entries": (400, many([2] * 10**6), as_json),
+    "a long name": (422, many("x" * 10**7), as_json),
+    "a million options": (400, many(0)[:-1] + extra, as_json),
     "nested text": (422, b"", {}),
     "header of a part": (400, part + b"x: " + b"y" * 2**20, form),
     "headers of a part": (400, part + b"x: y\\r\\n" * 10**5, form),
@@ -49,7 +61,7 @@ with TestClient(app) as client:
         pass
     client.post("/v1/detect", content=b"x")
     for name, (status, body, headers) in requests.items():
-        params = {"thresholds": "[" * 10**4} if name == "nested text" else {}
+        params = texts.get(name, {})
         Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
         before = kilobytes("VmRSS")
         got = client.post("/v1/detect", content=body, headers=headers, params=params)
@@ -66,6 +78,6 @@ def test_bombs_are_refused_and_take_less_than_50_megabytes(detector: Path):
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split("|") for line in done.stdout.splitlines()]
-    assert len(rows) == 13
+    assert len(rows) == 17
     assert [row for row in rows if row[1] != row[2]] == []
     assert [row for row in rows if int(row[3]) > 50 * 1024] == []

@@ -221,9 +221,14 @@ def test_cmyk_jpeg_with_and_without_adobes_marker_is_inverted(encode):
         )  # JPEG's rounding
 
 
-def test_adobes_rgb_jpeg_is_not_taken_for_ycbcr(encode):
-    content = encode(Image.new("RGB", (8, 8), (250, 20, 60)), "JPEG", keep_rgb=True)
-    np.testing.assert_allclose(pixel(decode(content, LIMIT)), (250, 20, 60), atol=2)
+def test_adobes_marker_says_what_the_colours_of_a_jpeg_mean(encode):
+    content = encode(Image.new("RGB", (8, 8), (250, 20, 60)), "JPEG")
+    length = struct.unpack_from(">H", content, 4)[0]  # of JFIF's segment, which means YCbCr
+    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # 0: as it is, RGB
+    other = content[:2] + adobe + content[4 + length :]
+    expected = Image.open(io.BytesIO(other)).convert("RGB").getpixel((0, 0))
+    assert pixel(decode(other, LIMIT)) == expected
+    assert expected != pixel(decode(content, LIMIT))
 
 
 def test_alpha_is_composited_alike_across_bands(encode):

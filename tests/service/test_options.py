@@ -89,6 +89,8 @@ def test_options_as_form_fields(client, png):
             {"treshold": "0.5"},
             "unknown option 'treshold'; known: model, version, threshold, thresholds",
         ),
+        ({"thresholds": str([1] * 10_001)}, "Input has more than 10000 entries"),
+        ({f"o{n}": "1" for n in range(65)}, "more than 64 options"),
         ({"format": "xml"}, "format is 'xml'"),
         ({"image_ids": "[1]"}, "goes with format=coco alone"),
         ({"image_ids": "[1, 2]", "format": "coco"}, "image_ids holds 2 for 1 images"),

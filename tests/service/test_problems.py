@@ -47,3 +47,30 @@ def test_short_values_are_whole_and_long_ones_cut():
 
 def test_documented_has_the_statuses_asked_for():
     assert list(documented(400, 503)) == [400, 503]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("cow", "'cow'"),
+        (["a", "b"], "['a', 'b']"),
+        (None, "None"),
+        (True, "True"),
+        (1e300, "1e+300"),
+    ],
+)
+def test_values_are_quoted_as_they_are(value, shown):
+    assert short(value) == shown
+
+
+@pytest.mark.parametrize("value", ["x" * 10**7, [[0] * 99] * 99, {n: n for n in range(10**5)}])
+def test_large_values_are_quoted_in_short(value):
+    assert 50 < len(short(value)) <= 100
+    assert short(value).endswith("...")
+
+
+def test_deep_values_can_be_quoted():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert len(short(deep)) <= 100
