@@ -183,6 +183,12 @@ def _() -> bytes:
     return jpeg[:-2] + scan * 10_000 + b"\xff\xd9"
 
 
+@case("413-fifty-scans-of-thirty-six-megapixels.jpg")
+def _() -> bytes:
+    jpeg = jpeg_claiming(6000, 6000, encoded("JPEG", progressive=True))
+    return jpeg[:-2] + b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00" * 40 + b"\xff\xd9"
+
+
 @case("413-four-gigapixels.jpg")
 def _() -> bytes:
     return jpeg_claiming(65_535, 65_535, encoded("JPEG"))

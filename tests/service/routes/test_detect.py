@@ -135,6 +135,24 @@ def test_the_model_may_be_named(client, png, problem):
     assert "no version '2'" in problem(response, 404)
 
 
+def test_of_several_models_one_is_named(tmp_path, detector, settings, png, problem):
+    (tmp_path / "a.onnx").write_bytes(detector.read_bytes())
+    (tmp_path / "b").mkdir()
+    for version in ("1", "2"):
+        (tmp_path / "b" / f"{version}.onnx").write_bytes(detector.read_bytes())
+    told = settings.model_copy(update={"model": None, "models": tmp_path})
+    with TestClient(create_app(told)) as client:
+        while client.get("/health/ready").status_code != 200:
+            pass
+        assert "a, b" in problem(client.post(URL, content=png), 422)
+        body = send(client, png, model="b")
+        assert (body["model"], body["version"]) == ("b", "2")
+        form = {"model": "b", "version": "1"}
+        body = client.post(URL, files={"file": png}, data=form).json()
+        assert (body["model"], body["version"]) == ("b", "1")
+        assert send(client, png, model="a")["model"] == "a"
+
+
 def test_coco_results(client, png):
     files = [("files", png), ("files", png)]
     body = client.post(URL, files=files, data={"format": "coco"}).json()
