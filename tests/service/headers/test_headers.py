@@ -41,6 +41,22 @@ def test_every_file_of_the_corpus_is_answered_as_its_name_says(path):
     assert status == int(path.name[:3])
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "36-megapixels-in-a-kilobyte.jpg",
+        "40-megapixels-in-100-bytes.png",
+        "36-megapixels-and-no-bytes.bmp",
+        "uncompressed-and-not-there.tif",
+        "lossless-of-36-megapixels-and-no-bits.webp",
+    ],
+)
+def test_more_pixels_than_the_bytes_can_hold_are_refused_by_the_header(name):
+    (path,) = [path for path in CORPUS if path.name == f"400-{name}"]
+    with pytest.raises(DamagedImageError, match="are too few for"):
+        measure(path.read_bytes(), LIMIT)
+
+
 def test_the_corpus_is_what_its_builder_writes():
     script = CORPUS[0].parents[1] / "bombs.py"
     names: dict = {"__name__": "bombs", "__file__": str(script)}
