@@ -26,11 +26,11 @@ async function ask(path, options = {}) {
   let response;
   try {
     response = await fetch(new URL(path, root), { ...options, headers });
+    if (response.ok) return await response.json();
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServiceError(0, "The service does not answer. Is it running?");
   }
-  if (response.ok) return response.json();
   throw new ServiceError(response.status, await sentence(response));
 }
 

@@ -33,7 +33,7 @@ export class Boxes {
     this.shown = [];
     this.lit = null;
     this.size = { width: 1, height: 1 };
-    new ResizeObserver(() => this.draw()).observe(canvas);
+    new ResizeObserver(() => requestAnimationFrame(() => this.draw())).observe(canvas);
     const point = (event) => onPoint(this.at(event.offsetX, event.offsetY));
     canvas.addEventListener("pointermove", point);
     canvas.addEventListener("pointerdown", point);
