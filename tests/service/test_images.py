@@ -132,6 +132,14 @@ def test_palette_becomes_its_colours_and_its_transparent_entry_white(encode):
     assert [pixel(got, x) for x in range(2)] == [(200, 100, 50), (255, 255, 255)]
 
 
+def test_the_transparent_colour_of_a_gif_is_white(encode):
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 100, 50, 1, 2, 3])
+    image.putdata([0, 1])
+    got = decode(encode(image, "GIF", transparency=1), LIMIT)
+    assert [pixel(got, x) for x in range(2)] == [(200, 100, 50), (255, 255, 255)]
+
+
 def test_transparent_colour_of_an_rgb_image_is_white(encode, colours):
     image = Image.new("RGB", (2, 1))
     image.putdata([(9, 9, 9), (8, 8, 8)])
