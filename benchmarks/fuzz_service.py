@@ -44,7 +44,7 @@ CORPUS = Path(__file__).parents[1] / "tests" / "service"
 SLOW_SECONDS = 1.0
 
 # What a refusal quotes, so that refusals of the same kind count as one outcome.
-_VALUE = re.compile(r"'.*'|\[.*\]|\{.*\}|-?\d[-+.\de]*|True|False|None")
+_VALUE = re.compile(r"['\"[{].*|-?(\d[-+.\de]*|inf|nan)|True|False|None", re.DOTALL)
 
 _LONGEST = 2**18
 _INTERESTING = (b"0", b"-1", b"1e400", b"NaN", b"4294967296", b"18446744073709551616", b"null")
