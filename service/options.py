@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -292,47 +292,6 @@ def _switch_off(
         return
     wanted = [_index(name, card, "classes") for name in _names(classes, card)]
     thresholds[np.setdiff1d(np.arange(len(thresholds)), wanted)] = OFF
-
-
-def query_parameters(kind: type[ModelOptions]) -> list[dict[str, Any]]:
-    """Options as OpenAPI parameters."""
-    return [
-        {
-            "name": name,
-            "in": "query",
-            "required": False,
-            "description": schema["description"],
-            "schema": schema,
-        }
-        for name, schema in form_properties(kind).items()
-    ]
-
-
-def form_properties(kind: type[ModelOptions]) -> dict[str, dict[str, Any]]:
-    """Options as the properties of an OpenAPI form: what is no number is text there."""
-    return {name: _as_text(schema) for name, schema in json_properties(kind).items()}
-
-
-def json_properties(kind: type[ModelOptions]) -> dict[str, dict[str, Any]]:
-    """Options as the properties of a JSON object; null is as good as left out."""
-    return {
-        name: {**schema, "examples": [_from_example(one) for one in schema["examples"]]}
-        for name, schema in kind.model_json_schema()["properties"].items()
-    }
-
-
-def _from_example(text: object) -> object:
-    """An example as JSON has it: lists and objects are not text there."""
-    is_json = isinstance(text, str) and text[:1] in ("{", "[")
-    return _from_text(text) if is_json else text
-
-
-def _as_text(schema: dict[str, Any]) -> dict[str, Any]:
-    given = [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
-    simple = [one for one in given if one.get("type") not in ("object", "array")]
-    chosen = simple[0] if simple else {"type": "string", "contentMediaType": "application/json"}
-    kept = {key: value for key, value in chosen.items() if key not in ("title", "default")}
-    return {**kept, "description": schema["description"], "examples": schema["examples"]}
 
 
 def _names(classes: str | tuple[str, ...], card: DetectorCard) -> Iterable[str]:

@@ -1,11 +1,13 @@
-"""The bodies that images come in, as OpenAPI has them, with an example of each."""
+"""Options and bodies as OpenAPI has them, with an example of each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from service.options import ModelOptions, form_properties, json_properties
+import orjson
+
+from service.options import ModelOptions
 
 # A PNG of one white pixel.
 _PIXEL = (
@@ -90,3 +92,44 @@ def _json(kind: type[ModelOptions], many: bool) -> dict[str, Any]:
 
 def _one_of(names: Iterable[str]) -> dict[str, Any]:
     return {"oneOf": [{"required": [name]} for name in names]}
+
+
+def query_parameters(kind: type[ModelOptions]) -> list[dict[str, Any]]:
+    """Options as OpenAPI parameters."""
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": schema["description"],
+            "schema": schema,
+        }
+        for name, schema in form_properties(kind).items()
+    ]
+
+
+def form_properties(kind: type[ModelOptions]) -> dict[str, dict[str, Any]]:
+    """Options as the properties of an OpenAPI form: what is no number is text there."""
+    return {name: _as_text(schema) for name, schema in json_properties(kind).items()}
+
+
+def json_properties(kind: type[ModelOptions]) -> dict[str, dict[str, Any]]:
+    """Options as the properties of a JSON object; null is as good as left out."""
+    return {
+        name: {**schema, "examples": [_from_example(one) for one in schema["examples"]]}
+        for name, schema in kind.model_json_schema()["properties"].items()
+    }
+
+
+def _from_example(text: object) -> object:
+    """An example as JSON has it: lists and objects are not text there."""
+    is_json = isinstance(text, str) and text[:1] in ("{", "[")
+    return orjson.loads(str(text)) if is_json else text
+
+
+def _as_text(schema: dict[str, Any]) -> dict[str, Any]:
+    given = [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
+    simple = [one for one in given if one.get("type") not in ("object", "array")]
+    chosen = simple[0] if simple else {"type": "string", "contentMediaType": "application/json"}
+    kept = {key: value for key, value in chosen.items() if key not in ("title", "default")}
+    return {**kept, "description": schema["description"], "examples": schema["examples"]}

@@ -86,7 +86,8 @@ def _header(marker: int, frame: bytes, scans: int, essence: bytes, orientation: 
             f"the JPEG image has {scans} scans of {pixels} pixels; at most {MOST_SCANS} scans and"
             f" {MOST_SCANNED} pixels in all of them are read"
         )
-    # Pixels of 4 bytes, and their upright copy; coefficients of 2 bytes where scans add to them.
+    # Pixels of 4 bytes, and beside them coefficients of 2 where scans add to them; later, when
+    # those are gone, the upright copy or the RGB.
     coefficients = 2 * planes if scans > 1 or marker == _PROGRESSIVE else 0
     # Huffman's shortest code is a bit, and every block of 8 x 8 has one.
     bits = pixels * planes / 64 if marker in _HUFFMAN_FRAMES else 0
@@ -94,7 +95,7 @@ def _header(marker: int, frame: bytes, scans: int, essence: bytes, orientation: 
         "JPEG",
         width,
         height,
-        int(pixels * (8 + coefficients)),
+        int(pixels * (4 + max(4, coefficients))),
         essence,
         orientation,
         min_bytes=int(bits / 8),

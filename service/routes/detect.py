@@ -14,9 +14,9 @@ from service.deadline import while_wanted
 from service.formats import JPEG, PNG, coco_results, drawn, preferred_kind
 from service.intake import Prepared, batch_of, counted, opened, prepare_all, read_request
 from service.model import ServedModel
-from service.options import DetectOptions, Wanted, query_parameters, resolve
+from service.options import DetectOptions, Wanted, resolve
 from service.problems import ProblemError, documented
-from service.request_body import request_body
+from service.request_body import query_parameters, request_body
 from service.schemas import CocoResult, DetectManyResponse, DetectResponse
 from service.state import ServiceState, service_state
 from service.timer import Timer

@@ -15,9 +15,9 @@ from service.answers import image_answer
 from service.deadline import while_wanted
 from service.intake import Prepared, batch_of, counted, opened, read_request
 from service.model import OFF, Detections, ServedModel
-from service.options import PreviewOptions, Wanted, query_parameters, resolve_preview
+from service.options import PreviewOptions, Wanted, resolve_preview
 from service.problems import ProblemError, documented
-from service.request_body import request_body
+from service.request_body import query_parameters, request_body
 from service.schemas import PreviewResponse
 from service.state import ServiceState, service_state
 from service.timer import Timer
