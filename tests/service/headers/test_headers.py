@@ -104,6 +104,16 @@ def test_size_as_stored_and_orientation(encode, colours, kind):
     assert header.orientation == (6 if can_turn else 1)
 
 
+def test_orientation_behind_a_chunk_of_odd_length(encode, colours):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(colours, "WEBP", exif=exif)
+    place = content.index(b"EXIF")
+    longer = content[:place] + b"junk\3\0\0\0abc\0" + content[place:]
+    sized = longer[:4] + (len(longer) - 8).to_bytes(4, "little") + longer[8:]
+    assert measure(sized, LIMIT).orientation == 6
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_decoding_needs_is_kept(encode, colours, kind):
     content = encode(colours, kind)
