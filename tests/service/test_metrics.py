@@ -111,6 +111,14 @@ def test_nothing_is_left_of_a_model_that_was_replaced(metrics, fresh):
     assert infos(metrics) == []
 
 
+def test_while_both_are_there_the_newer_model_shows(metrics, fresh, judged):
+    old = fresh()
+    for model in (old, judged):  # of one name, from two files
+        metrics.model_loaded(model)
+    (only,) = infos(metrics)
+    assert judged.sha256 in only
+
+
 def test_versions_of_a_model_stand_side_by_side(metrics, fresh):
     models = [fresh(version=version) for version in ("1", "2")]
     for model in models:

@@ -61,7 +61,7 @@ def test_a_span_a_request_and_one_a_stage(spans, png):
     for one in stages:
         assert f"{one.context.trace_id:032x}" == TRACE
         assert one.parent.span_id == request.context.span_id
-        assert request.start_time <= one.start_time <= one.end_time <= request.end_time
+        assert request.start_time <= one.start_time < one.end_time <= request.end_time
 
 
 def test_without_a_caller_a_trace_begins_here(spans, caplog):
@@ -91,6 +91,16 @@ def test_errors_of_ours_are_errors_of_the_span_and_unknown_paths_name_none(spans
     assert unknown.name == "GET"
     assert unknown.status.status_code.name == "UNSET"
     assert unready.status.status_code.name == "ERROR"
+
+
+def test_the_end_of_the_service_is_the_end_of_its_traces(detector, model, monkeypatch):
+    monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
+    exporter = InMemorySpanExporter()
+    app = create_app(Settings(model=detector, threads=1, provider="cpu"), model)
+    app.state.tracing.add_span_processor(SimpleSpanProcessor(exporter))
+    with TestClient(app):
+        assert not exporter._stopped
+    assert exporter._stopped
 
 
 def test_off_unless_asked_for(monkeypatch):
