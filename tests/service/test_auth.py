@@ -187,6 +187,10 @@ def test_a_file_is_read_again_when_it_changes(told, tmp_path, clock, caplog):
     store = TokenStore(told(tokens_file=path, tokens=f"bob:{BOB}"), clock)
     assert store.find(ALICE).name == "alice"
     assert store.find(BOB).name == "bob"
+    clock.now += LOOK_AGAIN
+    with caplog.at_level(logging.INFO, logger="ghm.service"):
+        store.find(BOB)
+    assert "read" not in caplog.text  # it has not changed
     path.write_text("carol:carols-token\n")
     clock.now += LOOK_AGAIN / 2
     assert store.find("carols-token") is None  # not at every request

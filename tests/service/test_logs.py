@@ -52,6 +52,12 @@ def test_a_line_of_json(lines):
     assert abs((datetime.now(UTC) - moment).total_seconds()) < 60
 
 
+def test_the_time_to_the_millisecond():
+    record = logging.makeLogRecord({"created": 1_700_000_000.25, "msg": "x"})
+    line = json.loads(logs.JsonFormatter().format(record))
+    assert line["ts"] == "2023-11-14T22:13:20.250Z"
+
+
 def test_a_line_of_text(lines):
     def happens():
         logs.begin_request("abc")
@@ -102,8 +108,9 @@ def test_uvicorns_loggers_and_warnings_take_the_same_way(lines):
     assert [line["logger"] for line in found] == ["uvicorn.error", "somebody", "py.warnings"]
 
 
-def test_uvicorns_own_handlers_do_not_say_it_again(lines):
-    logging.getLogger("uvicorn").addHandler(logging.StreamHandler(sys.stderr))
+@pytest.mark.parametrize("name", ["uvicorn", "uvicorn.error"])
+def test_uvicorns_own_handlers_do_not_say_it_again(lines, name):
+    logging.getLogger(name).addHandler(logging.StreamHandler(sys.stderr))
     found = lines(lambda: logging.getLogger("uvicorn.error").info("once"))
     assert len(found) == 1
 

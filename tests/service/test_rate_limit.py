@@ -1,3 +1,4 @@
+import asyncio
 import subprocess
 import sys
 
@@ -5,7 +6,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.rate_limit import SETS, WAYS, Limiter
+from service.metrics import Metrics
+from service.rate_limit import SETS, WAYS, Limiter, RateLimitMiddleware
 from service.settings import Settings
 
 
@@ -114,6 +116,25 @@ def test_too_often_is_a_429_with_a_time_to_wait(limited, png, problem):
         assert 990 <= int(refused.headers["retry-after"]) <= 1000
         assert [client.get("/health/live").status_code for _ in range(5)] == [200] * 5
         assert client.get("/v1/models").status_code == 429
+
+
+def test_retry_after_is_whole_seconds_and_never_too_few(settings, clock):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    told = settings.model_copy(update={"rate_limit": 0.8, "rate_burst": 1})
+    middleware = RateLimitMiddleware(None, told, Metrics())
+    middleware.limiter = Limiter(0.8, 1, clock=clock)
+    middleware.limiter.wait("unknown")
+    clock.now += 0.25
+    scope = {"type": "http", "path": "/v1/models", "state": {}}
+    asyncio.run(middleware(scope, None, send))
+    assert dict(sent[0]["headers"])[b"retry-after"] == b"1"  # 1 / 0.8 - 0.25 is 1 exactly
+    clock.now -= 0.125
+    asyncio.run(middleware(scope, None, send))
+    assert dict(sent[2]["headers"])[b"retry-after"] == b"2"
 
 
 def test_each_token_has_its_own_bucket_and_wrong_ones_take_from_none(limited):
