@@ -12,7 +12,7 @@ from service.app import create_app
 from service.images import decode, prepare
 from service.model import ModelError, ServedModel
 from service.settings import Settings
-from service.v2 import schemas
+from service.v2 import inference, schemas
 from service.v2.codec import HEADER
 from service.v2.inference import LARGEST_PIXEL
 
@@ -263,6 +263,25 @@ class TestInfer:
             alone = vars(model.run(image[None]))
             for name in OUTPUTS:
                 assert found[name][place].tolist() == alone[name][0].tolist()
+
+    def test_a_large_answer_is_written_off_the_event_loop(
+        self, settings, model, batch, monkeypatch
+    ):
+        monkeypatch.setattr(inference, "_LARGE", vars(model.run(batch))["boxes"].nbytes - 1)
+        app = create_app(settings, model)
+        elsewhere = []
+        decode = app.state.service.scheduler.decode
+
+        async def spied(function, *arguments):
+            elsewhere.append(function.__name__)
+            return await decode(function, *arguments)
+
+        app.state.service.scheduler.decode = spied
+        with TestClient(app) as client:
+            two, one = (client.post(INFER, **binary_request(part)) for part in (batch, batch[:1]))
+        assert elsewhere == ["read", "_answer", "read"]
+        assert same_bits(tensors(two), vars(model.run(batch)))
+        assert same_bits(tensors(one), vars(model.run(batch[:1])))
 
     @pytest.mark.parametrize("kind", ["float32", "uint8"])
     def test_memory_is_counted_with_that_of_other_requests(
