@@ -285,7 +285,7 @@ def _encode(image: PIL.Image.Image) -> tuple[str, bytes]:
     """The pixels as they are in memory: EXIF's orientation is not sent along."""
     buffer = io.BytesIO()
     if image.mode in _PNG_MODES:
-        image.save(buffer, "PNG", compress_level=1, exif=b"")
+        image.save(buffer, "PNG", compress_level=1)
         return "image.png", buffer.getvalue()
     if image.mode == "CMYK":
         image.save(buffer, "TIFF")

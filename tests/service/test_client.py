@@ -152,6 +152,19 @@ def test_a_class_with_a_comma_goes_alone(png):
         client.detect(png, classes=["dog", "cat, black"])
 
 
+def test_and_then_it_reaches_the_service(serve, write_detector, card, png):
+    names = ["cat, black", "dog", "cow"]
+    entries = [
+        entry.model_copy(update={"name": name})
+        for entry, name in zip(card.thresholds, names, strict=True)
+    ]
+    path = write_detector(class_names=names, thresholds=entries)
+    with serve(create_app(Settings(model=path, threads=1, provider="cpu"))) as url:
+        for classes in (names[0], names[:1]):
+            found = asker("sync", url)("detect", png, classes=classes)
+            assert [one.class_name for one in found] == names[:1]
+
+
 def test_errors_are_the_services_own_sentences(ask):
     error = refused(ask, "detect", b"no image")
     assert error.status == 415
