@@ -296,6 +296,19 @@ def serve():
 
 
 @pytest.fixture(scope="session")
+def ready_at():
+    """Asks an address until its models have answered their warm-up; returns it."""
+
+    def ask(url: str) -> str:
+        for _ in range(10_000):
+            if httpx.get(f"{url}/health/ready").is_success:
+                return url
+        raise AssertionError(f"{url} does not become ready")
+
+    return ask
+
+
+@pytest.fixture(scope="session")
 def live_service(settings: Settings, model: ServedModel) -> Iterator[str]:
     """The address of a service that a browser, curl or another process can ask."""
     with serve_app(create_app(settings, model)) as url:

@@ -152,7 +152,7 @@ def test_a_class_with_a_comma_goes_alone(png):
         client.detect(png, classes=["dog", "cat, black"])
 
 
-def test_and_then_it_reaches_the_service(serve, write_detector, card, png):
+def test_and_then_it_reaches_the_service(serve, ready_at, write_detector, card, png):
     names = ["cat, black", "dog", "cow"]
     entries = [
         entry.model_copy(update={"name": name})
@@ -161,7 +161,7 @@ def test_and_then_it_reaches_the_service(serve, write_detector, card, png):
     path = write_detector(class_names=names, thresholds=entries)
     with serve(create_app(Settings(model=path, threads=1, provider="cpu"))) as url:
         for classes in (names[0], names[:1]):
-            found = asker("sync", url)("detect", png, classes=classes)
+            found = asker("sync", ready_at(url))("detect", png, classes=classes)
             assert [one.class_name for one in found] == names[:1]
 
 
@@ -217,13 +217,13 @@ def test_a_preview_of_ones_own(ask, png):
     assert ask("preview", png, floor=0).truncated
 
 
-def test_several_models(serve, write_detector, png, tmp_path):
+def test_several_models(serve, ready_at, write_detector, png, tmp_path):
     for name in ("one", "two"):
         shutil.copy(write_detector(), tmp_path / f"{name}.onnx")
     settings = Settings(models=tmp_path, threads=1, provider="cpu")
     with serve(create_app(settings)) as url:
         for kind in KINDS:
-            ask = asker(kind, url)
+            ask = asker(kind, ready_at(url))
             assert [one.name for one in ask("models")] == ["one", "two"]
             assert refused(ask, "detect", png).status == 422
             assert ask("detect", png, model="two", version="1").model == "two"

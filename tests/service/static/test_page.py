@@ -158,7 +158,7 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(visit, serve, settings, model,
         expect(page.get_by_label("This service asks for a token.")).to_be_visible()
 
 
-def test_several_models_can_be_chosen(visit, serve, write_detector, photo, tmp_path):
+def test_several_models_can_be_chosen(visit, serve, ready_at, write_detector, photo, tmp_path):
     folder = tmp_path / "models"
     strict = [
         ThresholdCard(name=name, threshold=0.9375, source="manual", support=1, ground_truths=1)
@@ -170,7 +170,7 @@ def test_several_models_can_be_chosen(visit, serve, write_detector, photo, tmp_p
     shutil.copy(write_detector(thresholds=strict), folder / "old" / "2.onnx")
     settings = Settings(models=folder, threads=1, provider="cpu")
     with serve(create_app(settings)) as url:
-        page = visit(url)
+        page = visit(ready_at(url))
         choice = page.get_by_label("Model")
         expect(choice.locator("option")).to_have_text(["old, version 1", "old", "plain"])
         for label, boxes, flag in (
@@ -187,7 +187,7 @@ def test_several_models_can_be_chosen(visit, serve, write_detector, photo, tmp_p
 
 
 def test_a_model_that_was_replaced_shows_its_own_thresholds(
-    visit, serve, write_detector, photo, tmp_path
+    visit, serve, ready_at, write_detector, photo, tmp_path
 ):
     thresholds = [
         ThresholdCard(name=name, threshold=0.9375, source="manual", support=1, ground_truths=1)
@@ -196,7 +196,7 @@ def test_a_model_that_was_replaced_shows_its_own_thresholds(
     path = tmp_path / "model.onnx"
     shutil.copy(write_detector(), path)
     with serve(create_app(Settings(model=path, threads=1, provider="cpu"))) as url:
-        page = visit(url)
+        page = visit(ready_at(url))
         page.choose(photo)
         expect(page.locator("#boxes")).to_have_attribute("data-boxes", "3")
         shutil.copy(write_detector(thresholds=thresholds), path)
