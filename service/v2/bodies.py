@@ -14,6 +14,7 @@ from contextlib import aclosing
 from fastapi import Request
 
 from service.problems import ProblemError, short
+from service.reception import hold
 from service.v2.tensors import malformed
 
 # zlib's own format, and gzip's around the same stream.
@@ -64,6 +65,7 @@ async def read_body(request: Request, max_bytes: int, off_loop: OffLoop) -> byte
                 body += chunk
             elif chunk:
                 await off_loop(inflater.feed, chunk)
+                hold(request, inflater.grown())
     return bytes(body) if inflater is None else inflater.finish()
 
 
@@ -98,6 +100,7 @@ class Inflater:
         self._stream = zlib.decompressobj(_WINDOW[coding])
         self._body = bytearray()
         self._read = 0
+        self._told = 0
 
     def feed(self, compressed: bytes) -> None:
         """Take the next bytes.
@@ -109,10 +112,14 @@ class Inflater:
         for start in range(0, len(compressed), _CHUNK):
             self._inflate(compressed[start : start + _CHUNK])
 
+    def grown(self) -> int:
+        """How many bytes have come out since this was last asked."""
+        before, self._told = self._told, len(self._body)
+        return self._told - before
+
     def _inflate(self, rest: bytes) -> None:
-        full = True
-        while rest or full:
-            if rest and self._stream.eof:
+        while rest:
+            if self._stream.eof:
                 raise self._wrong("bytes follow the end of its one stream")
             try:
                 piece = self._stream.decompress(rest, _SLICE)
@@ -123,7 +130,6 @@ class Inflater:
             self._body += piece
             self._check_size()
             rest = unread or self._stream.unused_data
-            full = len(piece) == _SLICE  # zlib may hold more back although it has read all
 
     def _check_size(self) -> None:
         size = len(self._body)
