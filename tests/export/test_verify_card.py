@@ -123,4 +123,5 @@ def test_a_checkpoint_of_another_input_size_is_told_and_not_run(
     report = verify(detector_path, saved(checkpoint, tmp_path, config=config), samples)
     assert any(problem.startswith("the card's preprocessing is") for problem in report.problems)
     assert report.runs == {}
+    assert not any("fails on a batch" in problem for problem in report.problems)
     assert report.table().endswith("FAILED")
