@@ -1,4 +1,4 @@
-"""What every request passes on its way in: its id, access line, trace, CORS, token and rate."""
+"""What every request passes on its way in, from its id to the bounds of its body."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from service.access import AccessMiddleware
 from service.auth import AuthMiddleware, TokenStore
 from service.metrics import Metrics
 from service.rate_limit import RateLimitMiddleware
+from service.reception import ReceptionMiddleware
 from service.request_id import HEADER, RequestIdMiddleware
 from service.settings import Settings, SettingsError
 
@@ -30,6 +31,12 @@ def install(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
         SettingsError: A token or an origin cannot be, or traces are asked for without their extra.
     """
     # Starlette puts each around those before it.
+    app.add_middleware(
+        ReceptionMiddleware,
+        max_bytes=settings.max_received_bytes,
+        seconds=settings.receive_seconds,
+        observer=metrics,
+    )
     if settings.rate_limit:
         app.add_middleware(RateLimitMiddleware, settings=settings, observer=metrics)
     store = TokenStore(settings)

@@ -25,6 +25,7 @@ _MEANINGS = {
     400: "The request is malformed: its body is not what its headers say, or an image is damaged.",
     401: "The request has no token, or one that is not known.",
     404: "There is no such model.",
+    408: "The body did not arrive in time.",
     409: "The file cannot be served as it is. The model before it goes on serving.",
     413: "The body has more bytes, or an image more pixels, than this service reads.",
     415: "Not an image of a kind that this service reads.",

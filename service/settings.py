@@ -48,6 +48,9 @@ class Settings(BaseSettings):
         max_upload_bytes: The largest request body, in bytes, after decompression.
         max_pixels: The largest image, in pixels, as its header states it.
         max_images: The most images in one request.
+        max_received_bytes: The most bytes of request bodies that are held at a time, over all
+            requests, decompressed.
+        receive_seconds: How long a request's body may take to arrive.
         max_decoded_bytes: The most bytes of decoded images at a time, over all requests.
         reload_seconds: How often the files are looked at for changes, in seconds; 0 is never.
         log_level: What is logged.
@@ -88,6 +91,8 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(default=20 * 2**20, ge=1)
     max_pixels: int = Field(default=40_000_000, ge=1, le=MOST_PIXELS)
     max_images: int = Field(default=16, ge=1, le=LARGEST_BATCH)
+    max_received_bytes: int = Field(default=256 * 2**20, ge=1)
+    receive_seconds: float = Field(default=30, gt=0, le=3600)
     max_decoded_bytes: int = Field(default=512 * 2**20, ge=1)
     reload_seconds: float = Field(default=2.0, ge=0, le=86_400)
     log_level: Literal["critical", "error", "warning", "info", "debug"] = "info"

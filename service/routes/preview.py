@@ -29,7 +29,7 @@ router = APIRouter(prefix="/v1/thresholds", tags=["detection"])
     "/preview",
     summary="Show what thresholds would do",
     response_model=PreviewResponse,
-    responses=documented(400, 404, 413, 415, 422, 429, 500, 503, 504),
+    responses=documented(400, 404, 408, 413, 415, 422, 429, 500, 503, 504),
     openapi_extra={
         "requestBody": request_body("/v1/thresholds/preview", PreviewOptions, many=False),
         "parameters": query_parameters(PreviewOptions),

@@ -70,7 +70,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
         "headers": {HEADER: _LENGTH},
         "description": "The outputs: JSON, or JSON and bytes where any was asked for as bytes",
     },
-    **documented(400, 404, 413, 415, 429, 500, 503, 504),
+    **documented(400, 404, 408, 413, 415, 429, 500, 503, 504),
 }
 
 
@@ -235,7 +235,7 @@ async def model_infer(request: Request, name: str, version: str | None) -> Respo
     "/repository/index",
     summary="List the models",
     response_model=list[RepositoryModel],
-    responses=documented(400, 413, 415, 500),
+    responses=documented(400, 408, 413, 415, 429, 500),
     openapi_extra={
         "requestBody": {"content": {"application/json": {"schema": inlined(RepositoryQuery)}}}
     },
@@ -259,7 +259,7 @@ def _listed(entry: Entry) -> dict[str, str]:
     "/repository/models/{name}/load",
     summary="Read a model's file again",
     response_model=list[RepositoryModel],
-    responses=documented(400, 404, 409, 413, 415, 500),
+    responses=documented(400, 404, 408, 409, 413, 415, 429, 500),
     openapi_extra={
         "requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}
     },

@@ -5,6 +5,7 @@ IoU, non-maximum suppression, padded and sorted outputs, any batch. A patch is a
 grid of 8 pixels; its score for a colour is a sigmoid of how much of that colour its mean has.
 """
 
+import asyncio
 import io
 import socket
 import threading
@@ -329,6 +330,39 @@ def image() -> Image.Image:
 @pytest.fixture(scope="session")
 def png(image: Image.Image) -> bytes:
     return encode_image(image)
+
+
+@pytest.fixture(scope="session")
+def status_without_body():
+    """The status that an application gives a client which never sends the body of its POST."""
+
+    def ask(app: FastAPI, path: str) -> int:
+        statuses = []
+
+        async def receive():
+            await asyncio.Event().wait()
+
+        async def send(message):
+            statuses.append(message.get("status"))
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "scheme": "http",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json"), (b"content-length", b"9")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+        }
+        asyncio.run(asyncio.wait_for(app(scope, receive, send), 30))
+        return statuses[0]
+
+    return ask
 
 
 @pytest.fixture(scope="session")

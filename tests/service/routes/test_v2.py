@@ -161,7 +161,7 @@ class BrokenModel(ServedModel):
 
 class TestDocumented:
     def test_every_status_of_infer_is_real_and_no_other(
-        self, v2, client, settings, model, detector, batch
+        self, v2, client, settings, model, detector, batch, status_without_body
     ):
         broken = BrokenModel(read_detector(detector), provider="cpu")
         broken.warm = True
@@ -181,7 +181,9 @@ class TestDocumented:
             TestClient(late).post(INFER, **fine),
         ]
         statuses = [response.status_code for response in real]
-        assert statuses == [200, 400, 404, 413, 415, 429, 500, 503, 504]
+        slow = create_app(settings.model_copy(update={"receive_seconds": 0.01}), model)
+        statuses.insert(3, status_without_body(slow, INFER))
+        assert statuses == [200, 400, 404, 408, 413, 415, 429, 500, 503, 504]
         paths = client.get("/openapi.json").json()["paths"]
         for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
             assert sorted(map(int, paths[path]["post"]["responses"])) == statuses
