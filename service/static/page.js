@@ -97,6 +97,7 @@ async function attempt(action, again) {
   } catch (error) {
     if (error.name === "AbortError") return;
     if (!(error instanceof ServiceError)) throw error;
+    if (!state.answer) byId("summary").textContent = "";
     if (error.status === 401) askForToken();
     else complain(error.message, again);
   }
@@ -120,12 +121,17 @@ function askForToken() {
   byId("token").focus();
 }
 
-const start = () => attempt(async () => {
+let starting = null;
+const start = () => {
+  starting ??= attempt(begin, start).finally(() => { starting = null; });
+};
+
+async function begin() {
   await list();
   byId("forget").hidden = !token.get();
   state.guarded ||= Boolean(token.get());
   await use(newest(state.models[0].name));
-}, start);
+}
 
 async function list() {
   state.models = await listModels();
@@ -169,8 +175,15 @@ const take = (files) => {
   byId("hint").hidden = files.length < 2;
   byId("hint").textContent = `One at a time: of ${files.length} files, this is ${file.name}.`;
   showPhoto(file);
-  attempt(look, () => attempt(look));
+  byId("summary").textContent = "Looking…";
+  lookAgain();
 };
+
+/** Look as soon as there is a model to look with; a start that is on its way looks by itself. */
+function lookAgain() {
+  if (state.model) attempt(look, lookAgain);
+  else start();
+}
 
 async function look() {
   state.asking.abort();
@@ -190,9 +203,6 @@ async function look() {
     panel.fold(state.answer.detections);
     redraw();
     refine();
-  } catch (error) {
-    if (error.name !== "AbortError") byId("summary").textContent = "";
-    throw error;
   } finally {
     if (!signal.aborted) byId("view").removeAttribute("aria-busy");
   }
@@ -271,7 +281,7 @@ byId("door").addEventListener("submit", (event) => {
   token.set(byId("token").value.trim());
   byId("token").value = "";
   byId("door").hidden = true;
-  if (state.model) attempt(() => (state.file ? look() : undefined));
+  if (state.file) lookAgain();
   else start();
 });
 

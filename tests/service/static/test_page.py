@@ -76,7 +76,7 @@ def test_an_answer_that_comes_too_late_is_not_shown(visit, live_service, photo, 
     blank = tmp_path / "blank.png"
     scene(300, 100, {}).save(blank)
     page = visit(live_service)
-    expect(page.locator("#panel")).to_be_visible()
+    page.choose(photo)
     held = []  # the first question, on its way to the service
 
     def hold(route):
@@ -88,6 +88,8 @@ def test_an_answer_that_comes_too_late_is_not_shown(visit, live_service, photo, 
     page.route("**/preview", hold)
     page.set_input_files("#file", photo)
     expect(page.locator("#summary")).to_have_text("Looking…")
+    page.get_by_label("red", exact=True).press("End")  # nor is the last one's drawn meanwhile
+    expect(page.locator("#boxes")).to_have_attribute("data-boxes", "0")
     page.choose(blank)
     expect(page.locator("#summary")).to_have_text("No box reaches its threshold.")
     with suppress(Error):  # the page has given it up
@@ -95,6 +97,19 @@ def test_an_answer_that_comes_too_late_is_not_shown(visit, live_service, photo, 
     page.evaluate("fetch('health/live')")  # a round to the service, after the late answer
     expect(page.locator("#boxes")).to_have_attribute("data-boxes", "0")
     expect(page.locator("#curl")).to_contain_text("blank.png")
+
+
+def test_an_image_may_come_before_the_model_is_known(visit, live_service, photo):
+    page = visit("about:blank")
+    page = visit(live_service)
+    held = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    page.set_input_files("#file", photo)
+    expect(page.locator("#summary")).to_have_text("Looking…")
+    held[0].continue_()
+    expect(page.locator("#boxes")).to_have_attribute("data-boxes", "3")
+    assert len(held) == 1
 
 
 def test_what_the_browser_cannot_show_is_detected_all_the_same(
