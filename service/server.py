@@ -76,14 +76,12 @@ class DrainingServer(uvicorn.Server):
     At SIGTERM `/health/ready` begins to say 503, and connections are closed after each answer, so
     that clients come back elsewhere. `drain_seconds` later nothing new is accepted, and what is in
     work has `shutdown_seconds` to end. A second signal ends the drain at once; so does Ctrl+C,
-    which people press who do not want to wait.
+    which people press who do not want to wait, and a second Ctrl+C drops what is in work.
 
     Args:
         app: The application.
         settings: Its `drain_seconds` and `shutdown_seconds`.
-        on_started: Called once requests are answered; only a worker's parent needs it. A process
-            without one obeys a second Ctrl+C by dropping what is in work. A worker hears Ctrl+C
-            twice, from the terminal and from its parent, and leaves it to that to kill it.
+        on_started: Called once requests are answered.
     """
 
     def __init__(
@@ -115,7 +113,7 @@ class DrainingServer(uvicorn.Server):
         Uvicorn's own keeps the signal and raises it again in the end: a process that was stopped in
         good order would look as if it had been killed.
         """
-        if sig == signal.SIGINT and self.should_exit and self._on_started is None:
+        if sig == signal.SIGINT and self.should_exit:
             self.force_exit = True
         if self._closes_at is not None or sig == signal.SIGINT:
             self.should_exit = True

@@ -134,10 +134,11 @@ class Supervisor:
         patience = self._settings.drain_seconds + self._settings.shutdown_seconds + _GRACE
         hurry = self._stops > 1 and int(signal.SIGINT) in numbers
         self._kills_at = monotonic() + (0 if hurry else patience)
-        passed_on = signal.SIGINT if int(signal.SIGINT) in numbers else signal.SIGTERM
+        pressed = int(signal.SIGINT) in numbers
         for worker in self._workers:
-            if worker.process:
-                worker.process.send_signal(passed_on)
+            if worker.process:  # one that does not answer yet has nothing to end in good order
+                gently = signal.SIGINT if pressed and worker.ready else signal.SIGTERM
+                worker.process.send_signal(gently)
 
     def _start_due(self) -> None:
         for worker in self._workers:
@@ -154,7 +155,11 @@ class Supervisor:
         environment[shared.VARIABLE] = str(self._files.folder)
         with theirs:
             worker.process = subprocess.Popen(  # noqa: S603  this interpreter, this module
-                command, env=environment, pass_fds=descriptors, stdin=subprocess.DEVNULL
+                command,
+                env=environment,
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                process_group=0,  # a terminal's Ctrl+C is for the parent, which passes it on
             )
         ours.setblocking(False)
         worker.ends, worker.said, worker.ready = ours, b"", False
@@ -247,7 +252,6 @@ def main(arguments: list[str]) -> int:
     """
     from service.server import DrainingServer, banner, prepare
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the server takes it: no traceback
     listener, parent = (socket.socket(fileno=int(number)) for number in arguments)
     settings = load_settings()
     logs.configure(settings.log_level, settings.log_format)

@@ -1,5 +1,6 @@
 """A process that stops in good order. Its signals are in test_workers.py, with real ones."""
 
+import asyncio
 import signal
 
 import pytest
@@ -11,9 +12,9 @@ from service.settings import Settings, SettingsError
 
 @pytest.fixture
 def server(settings, model):
-    def make(on_started=None, **changes) -> DrainingServer:
+    def make(**changes) -> DrainingServer:
         told = settings.model_copy(update=changes)
-        return DrainingServer(create_app(told, model), told, on_started)
+        return DrainingServer(create_app(told, model), told)
 
     return make
 
@@ -28,6 +29,17 @@ def test_sigterm_drains_first(server):
     assert draining(one)
     assert not one.should_exit
     assert one._captured_signals == []  # or uvicorn would end the process by it
+
+
+def test_while_it_drains_connections_are_closed_after_each_answer(server):
+    one, close = server(drain_seconds=5), (b"connection", b"close")
+    one.config.load()
+    asyncio.run(one.on_tick(0))
+    assert close not in one.server_state.default_headers
+    one.handle_exit(signal.SIGTERM, None)
+    for tick in (1, 2, 10):  # every tenth makes the headers anew
+        assert not asyncio.run(one.on_tick(tick))
+        assert one.server_state.default_headers.count(close) == 1
 
 
 def test_a_second_signal_ends_the_drain(server):
@@ -46,14 +58,6 @@ def test_ctrl_c_does_not_drain_and_a_second_one_drops_what_is_in_work(server):
     assert not one.force_exit
     one.handle_exit(signal.SIGINT, None)
     assert one.force_exit
-
-
-def test_a_worker_hears_ctrl_c_twice_and_finishes_all_the_same(server):
-    one = server(on_started=lambda: None)
-    for _ in range(2):
-        one.handle_exit(signal.SIGINT, None)
-    assert one.should_exit
-    assert not one.force_exit
 
 
 def test_seconds_to_end_are_never_cut(server):

@@ -78,12 +78,12 @@ class Service:
 
 
 @contextmanager
-def service(*arguments: object):
+def service(*arguments: object, **variables: str):
     command = [sys.executable, "-c", RUN, *map(str, arguments), "--port", "0", "--threads", "1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # In a session of its own, so that whatever a failure leaves running is ended with it.
     with subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes
+        command, cwd=ROOT, env=ENVIRONMENT | variables, start_new_session=True, **pipes
     ) as process:
         try:
             yield Service(process)
@@ -126,8 +126,10 @@ class HalfSent:
             return b"".join(iter(lambda: self.connection.recv(65536), b""))
 
 
-def test_a_killed_worker_is_replaced_the_others_go_on_and_counters_never_fall(detector, png):
-    with service(detector, "--workers", 2) as running:
+def test_a_killed_worker_is_replaced_the_others_go_on_and_counters_never_fall(
+    detector, png, tmp_path
+):
+    with service(detector, "--workers", 2, TMPDIR=str(tmp_path)) as running:
 
         def detect(times: int) -> None:
             for _ in range(times):
@@ -142,6 +144,10 @@ def test_a_killed_worker_is_replaced_the_others_go_on_and_counters_never_fall(de
         detect(5)  # before another has had the time to start
         running.wait(answered, count=15)
         assert counted(running.url) == 15
+        (folder,) = tmp_path.glob("ghm-*")
+        names = {path.name for path in folder.iterdir()}
+        assert "counter_retired.db" in names
+        assert not [name for name in names if str(victim) in name]
         newest = running.wait(says("Application startup complete."), count=3)[-1]["pid"]
         assert newest not in (victim, *pids)
         detect(5)
@@ -149,6 +155,7 @@ def test_a_killed_worker_is_replaced_the_others_go_on_and_counters_never_fall(de
         assert counted(running.url) == 20
         running.process.send_signal(signal.SIGTERM)
         running.ends()
+        assert not folder.exists()
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -195,6 +202,19 @@ def test_ctrl_c_reaches_everybody_at_once_and_stops_them_in_good_order(detector)
     with service(detector, "--workers", 2) as running:
         os.killpg(running.process.pid, signal.SIGINT)  # as a terminal does
         running.ends()
+
+
+def test_ctrl_c_while_workers_start_is_no_traceback(detector):
+    command = [sys.executable, "-c", RUN, str(detector), "--port", "0", "--workers", "2"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.PIPE
+    ) as process:
+        log = process.stderr.readline()
+        assert b"worker" in log
+        os.killpg(process.pid, signal.SIGINT)
+        log += process.stderr.read()
+    assert process.returncode == 0, log
+    assert b"Traceback" not in log
 
 
 def test_workers_do_not_outlive_their_parent(detector):
