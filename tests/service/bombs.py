@@ -128,6 +128,12 @@ def _() -> bytes:
     return png_file(4, 4, second, data=zlib.compress(b"\0" * 52))
 
 
+@case("400-two-headers-the-second-of-which-fits.png")
+def _() -> bytes:
+    second = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 2, 0, 0, 0))
+    return png_file(4, 4, second, data=zlib.compress(b"\0" * 14))
+
+
 @case("200-compressed-texts-of-64-megabytes.png")
 def _() -> bytes:
     text = b"k\0\0" + zlib.compress(b"\0" * (2**20 - 64), 9)
@@ -280,6 +286,12 @@ def _() -> bytes:
 @case("413-tiles-of-four-gigapixels.tif")
 def _() -> bytes:
     tiles = {"t322": (4, 1, 65_536), "t323": (4, 1, 65_536), "t324": (4, 1, 8), "t325": (4, 1, 64)}
+    return tiff_file(grey_tiff(16, 16, **tiles), b"\0" * 64)
+
+
+@case("400-tiles-of-no-width.tif")
+def _() -> bytes:
+    tiles = {"t323": (4, 1, 65_536), "t324": (4, 1, 8), "t325": (4, 1, 64)}
     return tiff_file(grey_tiff(16, 16, **tiles), b"\0" * 64)
 
 

@@ -58,6 +58,12 @@ def test_more_pixels_than_the_bytes_can_hold_are_refused_by_the_header(name):
         measure(path.read_bytes(), LIMIT)
 
 
+def test_tiles_of_no_size_are_refused_by_the_header():
+    (path,) = [path for path in CORPUS if path.name == "400-tiles-of-no-width.tif"]
+    with pytest.raises(DamagedImageError, match="tiles of no size"):
+        measure(path.read_bytes(), LIMIT)
+
+
 def test_the_corpus_is_what_its_builder_writes():
     script = CORPUS[0].parents[1] / "bombs.py"
     names: dict = {"__name__": "bombs", "__file__": str(script)}
