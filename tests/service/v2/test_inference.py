@@ -121,3 +121,12 @@ def test_pictures_that_take_too_much_to_resize(shape, status, uint8_model, reque
         detail = refused(413, read, *request, uint8_model.card, settings)
         assert f"{shape[2]} x {shape[1]}" in detail
         assert str(settings.max_decoded_bytes) in detail
+
+
+def test_memory_is_that_of_the_pictures_that_run_at_once(uint8_model, request_of, refused):
+    two = 2 * (64 + 64) * 96 * 3 * 4  # rows that there are and that are made, float32 colours
+    request = request_of(images=np.zeros((9, 64, 96, 3), np.uint8))
+    told = Settings(model=SETTINGS.model, max_decoded_bytes=two, max_images=2)
+    read(*request, uint8_model.card, told)
+    told = told.model_copy(update={"max_images": 3})
+    assert f"takes {two * 3 // 2} bytes" in refused(413, read, *request, uint8_model.card, told)
