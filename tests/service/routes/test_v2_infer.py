@@ -149,6 +149,26 @@ class TestInfer:
         assert used == [given.nbytes if kind == "float32" else (128 + 64) * 96 * 2 * 3 * 4]
         assert budget.free == budget.total
 
+    def test_every_image_is_counted_in_while_it_is_worked_on(self, v2, settings, model, batch):
+        app = create_app(settings, model)
+        scheduler, seen = app.state.service.scheduler, []
+        run = scheduler.run
+
+        async def spied(*arguments):
+            seen.append(scheduler.in_flight)
+            return await run(*arguments)
+
+        scheduler.run = spied
+        with TestClient(app) as client:
+            v2.tensors(client.post(INFER, **v2.binary_request(batch)))
+        assert seen == [2]
+        assert scheduler.in_flight == 0
+
+    def test_a_busy_service_does_not_read_what_it_would_refuse(self, settings, model, problem):
+        app = create_app(settings, model)
+        app.state.service.scheduler.in_flight = 1000
+        problem(TestClient(app).post(INFER, content=b"malformed"), 429)
+
     def test_refusals_are_counted_by_reason(self, v2, settings, model, batch):
         app = create_app(settings.model_copy(update={"deadline_ms": 1e-6}), model)
         with TestClient(app) as client:
