@@ -72,10 +72,6 @@ def configure(level: str, kind: Format) -> None:
             "loggers": {name: {"level": level.upper()} for name in ("ghm", "uvicorn")},
         }
     )
-    # Uvicorn's own handlers, where something configured them, would say everything twice.
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
     logging.getLogger("uvicorn.access").disabled = True  # service.access has a line that says more
     logging.captureWarnings(capture=True)
 

@@ -209,8 +209,11 @@ def test_ctrl_c_while_workers_start_is_no_traceback(detector):
     with subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.PIPE
     ) as process:
-        log = process.stderr.readline()
-        assert b"worker" in log
+        log = b""
+        while b"the model runs on" not in log:  # a worker's word; it does not answer yet
+            line = process.stderr.readline()
+            assert line, log
+            log += line
         os.killpg(process.pid, signal.SIGINT)
         log += process.stderr.read()
     assert process.returncode == 0, log
