@@ -171,6 +171,20 @@ def test_an_option_in_json_and_query_is_422(client, png, problem):
     assert "'iou' is given twice" in problem(response, 422)
 
 
+def test_a_form_of_too_many_or_too_long_fields_is_400(client, png, problem):
+    files = {"file": ("a.png", png)}
+    many = client.post(URL, files=files, data={f"o{place}": "1" for place in range(33)})
+    assert "more than 32 fields" in problem(many, 400)
+    long = client.post(URL, files=files, data={"classes": "x" * (64 * 1024 + 1)})
+    assert "a field has more than 65536 bytes" in problem(long, 400)
+
+
+@pytest.mark.parametrize("option", ["threshold", "iou", "max_detections"])
+def test_true_is_no_number(client, png, option, problem):
+    detail = problem(client.post(URL, **as_json(image=text_of(png), **{option: True})), 422)
+    assert f"{option} is True" in detail
+
+
 def test_malformed_json_is_400(client, png, problem):
     image = text_of(png)
     cases = [
