@@ -3,6 +3,8 @@ import json
 import numpy as np
 import pytest
 
+from service.options import parse_options, resolve
+
 URL = "/v1/detect"
 
 
@@ -112,3 +114,17 @@ def test_an_option_in_query_and_form_is_422(client, png, problem):
 def test_a_long_value_is_quoted_in_short(client, png, problem):
     detail = problem(client.post(URL, content=png, params={"classes": "x" * 5000}), 422)
     assert len(detail) < 300
+
+
+@pytest.mark.parametrize(
+    ("given", "shipped"),
+    [
+        ({}, True),
+        ({"max_detections": "1"}, True),
+        ({"iou": "0.3"}, False),
+        ({"threshold": "0.5"}, False),
+        ({"classes": "red"}, False),
+    ],
+)
+def test_what_is_wanted_is_as_shipped_or_not(card, given, shipped):
+    assert resolve(parse_options(given.items()), card).is_shipped_with(card) is shipped
