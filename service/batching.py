@@ -113,9 +113,12 @@ class Scheduler:
         self._running_images = 0
         self._image_seconds = 0.0
         self._wakes: asyncio.TimerHandle | None = None
-        self._decoders = ThreadPoolExecutor(settings.threads, "decode")
-        self._inferences = ThreadPoolExecutor(settings.inferences, "inference")
+        self._open()
         self.in_flight = 0
+
+    def _open(self) -> None:
+        self._decoders = ThreadPoolExecutor(self._settings.threads, "decode")
+        self._inferences = ThreadPoolExecutor(self._settings.inferences, "inference")
 
     @contextmanager
     def admit(self, images: int) -> Iterator[None]:
@@ -193,6 +196,7 @@ class Scheduler:
         """Let the threads end. What has begun runs to its end."""
         self._decoders.shutdown(wait=False)
         self._inferences.shutdown(wait=False)
+        self._open()  # threads begin with the first work: an application can start again
 
     def _dispatch(self) -> None:
         """Give the first images in the queue to threads that have nothing to do."""

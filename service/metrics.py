@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from time import time
+from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -39,6 +40,8 @@ _SECONDS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
     30.0,
 )
+M = TypeVar("M", Counter, Histogram)
+
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -53,6 +56,7 @@ class Metrics:
         self._files = files or WorkerFiles.of_environment()
         self._registry = CollectorRegistry()
         registry = None if self._files else self._registry  # workers' are read from their files
+        self._known: dict[tuple[object, ...], object] = {}
         self._requests = Histogram(
             "ghm_request_duration_seconds",
             "Time from a request's headers to the end of its answer.",
@@ -122,7 +126,7 @@ class Metrics:
             status: Of the answer.
             seconds: Since its headers came.
         """
-        self._requests.labels(route, method, str(status)).observe(seconds)
+        self._series(self._requests, route, method, str(status)).observe(seconds)
 
     def stage(self, stage: str, seconds: float) -> None:
         """A stage of a request has just ended.
@@ -131,8 +135,16 @@ class Metrics:
             stage: `read`, `decode`, `queue`, `inference` or `encode`.
             seconds: How long it took.
         """
-        self._stages.labels(stage).observe(seconds)
+        self._series(self._stages, stage).observe(seconds)
         telemetry.stage(stage, seconds)
+
+    def _series(self, metric: M, *labels: str) -> M:
+        """One series of a metric: what `labels` returns, without its lock and its checks."""
+        key = (metric, *labels)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = metric.labels(*labels)
+        return cast(M, found)
 
     def rejected(self, reason: str) -> None:
         """A request has been refused: `queue_full`, `deadline`, `too_large` and the like."""
@@ -160,10 +172,10 @@ class Metrics:
         """
         labels = np.concatenate([one.labels for one in found]) if found else np.zeros(0, np.int64)
         logs.note(model=model.name, images=len(found), detections=len(labels))
-        self._images.labels(model.name, model.version).inc(len(found))
-        for label, number in zip(*np.unique(labels, return_counts=True), strict=True):
-            name = model.card.class_names[label]
-            self._detections.labels(model.name, model.version, name).inc(int(number))
+        self._series(self._images, model.name, model.version).inc(len(found))
+        for name, number in zip(model.card.class_names, np.bincount(labels).tolist(), strict=False):
+            if number:
+                self._series(self._detections, model.name, model.version, name).inc(number)
         monitor = self._models.monitor(model)
         if as_shipped and monitor and len(labels):
             monitor.observe(np.concatenate([one.scores for one in found]), labels)

@@ -10,7 +10,7 @@ import torch
 
 from export.compare import Rules, Tolerance
 from export.file import read_detector
-from export.runtimes import OnnxRuntime, Reference
+from export.runtimes import OnnxRuntime, Reference, UnrunnableError
 from export.side_by_side import Outputs, SideBySide, broken_rules
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import Sample
@@ -88,6 +88,17 @@ def test_the_file_is_given_whole_batches(
     pair.compare(samples, [size])
     assert set(seen) == {size}
     assert len(seen) == 4 * -(-len(samples) // size)  # three settings, and mAP
+
+
+def test_a_runtime_that_fails_is_told_and_not_asked_again(
+    pair: SideBySide, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise UnrunnableError("out of memory")
+
+    monkeypatch.setattr(pair.runtimes[0], "run", fail)
+    assert pair.compare(samples[:2], [1]).faults == {"onnxruntime": "out of memory"}
+    assert pair.runtimes == []
 
 
 def test_slow_runtimes_get_the_first_images_of_all_that_are_compared(

@@ -311,3 +311,10 @@ def test_decoding_runs_in_threads_and_raises_what_it_raises(make):
 
     with pytest.raises(ValueError, match="7 in decode"):
         asyncio.run(scheduler.decode(fail, 7))
+
+
+def test_a_closed_scheduler_can_begin_again(make, model):
+    scheduler, _ = make()
+    scheduler.close()
+    assert len(asyncio.run(scheduler.run(model, images(1)))) == 1
+    assert asyncio.run(scheduler.decode(int, "7")) == 7
