@@ -164,7 +164,7 @@ def yardstick(setting: Setting, threads: int) -> Iterator[tuple[int, Any]]:
     """The pipeline in a process of its own: what its model weighs, and a way to measure it."""
     module = [sys.executable, "-m", "benchmarks.serving.pipeline", "--threads", str(threads)]
     command = [*module, "--model", str(setting.model), "--images", *map(str, setting.images)]
-    with running(command, setting.cores) as process:
+    with running(command, setting.cores, speaks=True) as process:
         assert process.stdin is not None  # noqa: S101  both are pipes
         assert process.stdout is not None  # noqa: S101
         weight = int(process.stdout.readline())

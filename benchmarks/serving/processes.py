@@ -22,20 +22,21 @@ def resident_bytes() -> int:
 
 @contextmanager
 def running(
-    command: Sequence[str], cores: Sequence[int], **environment: str
+    command: Sequence[str], cores: Sequence[int], *, speaks: bool = False, **environment: str
 ) -> Iterator[subprocess.Popen[str]]:
     """A process with its children, pinned to cores; killed at the end. Its stderr goes to ours.
 
     Args:
         command: What to run.
         cores: The processors that it may use.
+        speaks: Whether its stdout is read. One that is not would fill its pipe and stop there.
         **environment: Added to ours.
     """
     pinned = ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
     process = subprocess.Popen(
         pinned,
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdout=subprocess.PIPE if speaks else subprocess.DEVNULL,
         stderr=sys.stderr,
         text=True,
         env={**os.environ, **environment},
