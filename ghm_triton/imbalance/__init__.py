@@ -1,0 +1,1 @@
+"""Other answers to imbalance: hard examples, clean anchors, adversaries, no sampling."""

@@ -1,0 +1,263 @@
+"""A-Fast-RCNN: objects made harder while a detector learns them.
+
+Wang, Shrivastava and Gupta, 'A-Fast-RCNN: Hard Positive Generation via Adversary for Object
+Detection' (CVPR 2017; arXiv 1704.03414). One network (ASDN) learns which cells of an object's
+pooled features to hide, another (ASTN) how to turn them, so that the detector errs. Both are for
+training alone; no detector needs them to detect.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+KINDS = ("none", "asdn", "astn", "asdn+astn")
+CELLS = 7  # of a side of the pooled features, d
+WINDOW = CELLS // 3  # of a side of the window that is hidden, d/3
+TOP, DROPPED = 20, 15  # cells: the likeliest, and how many of them are hidden
+LEAST_FALL = 0.1  # of the true class's probability, for a mask to be learnt from
+JOINT_WEIGHT = 0.0025
+MOST_DEGREES = 10.0
+GROUPS = 4  # of channels, each turned by its own angle
+
+# Pooled features [R, channels, 7, 7] to the probability of each region's true class, [R].
+Probability = Callable[[Tensor], Tensor]
+
+
+class ASDN(nn.Module):
+    """Adversarial Spatial Dropout Network: how much hiding each cell would hurt.
+
+    Four 3x3 convolutions with ReLU, as wide as the features (256 for a ResNet's pyramid, as in
+    the paper), and a 3x3 convolution to one map.
+
+    Args:
+        channels: Of the pooled features.
+
+    Shape: `[R, channels, 7, 7]` to logits `[R, 7, 7]`.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(4):
+            layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 3, padding=1))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Logits of hiding each cell."""
+        logits: Tensor = self.layers(pooled).float().squeeze(1)
+        return logits
+
+
+class ASTN(nn.Module):
+    """Adversarial Spatial Transformer Network: turns groups of channels by angles of their own.
+
+    A localisation network of three fully connected layers gives each of the four groups an angle
+    of at most 10 degrees either way. Its gradient is reversed: where the detector learns to err
+    less, it learns to have it err more. It starts at angles of 0.
+
+    Args:
+        channels: Of the pooled features, a multiple of 4.
+
+    Raises:
+        ValueError: `channels` is not a multiple of 4.
+
+    Shape: `[R, channels, 7, 7]` to the same.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels % GROUPS:
+            raise ValueError(f"channels must be a multiple of {GROUPS}, got {channels}")
+        last = nn.Linear(4 * channels, GROUPS)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.localisation = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(channels * CELLS**2, 4 * channels),
+            nn.ReLU(),
+            nn.Linear(4 * channels, 4 * channels),
+            nn.ReLU(),
+            last,
+        )
+
+    def angles(self, pooled: Tensor) -> Tensor:
+        """Radians, `[R, 4]`; the features themselves are not asked to look other ways."""
+        turned: Tensor = self.localisation(pooled.detach()).float()
+        return math.radians(MOST_DEGREES) * torch.tanh(turned)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """The features, turned."""
+        return rotate_groups(pooled, reverse_gradient(self.angles(pooled)))
+
+
+class Adversary(nn.Module):
+    """ASDN, ASTN or one after the other, between a detector's pooling and its head.
+
+    For its first `start` batches ASDN learns by binary cross entropy which window of `d/3 x d/3`
+    cells the true class's probability suffers most without, and the detector sees its features
+    as they are. Then both learn jointly: 15 cells drawn from ASDN's 20 likeliest are zeroed, and
+    ASDN learns, with a weight of 0.0025, from those masks that lower the probability by more
+    than 0.1; ASTN turns what is left.
+
+    Args:
+        channels: Of the pooled features.
+        kind: `asdn`, `astn` or `asdn+astn`.
+        start: Batches before the detector meets its adversary, at least 0.
+
+    Raises:
+        ValueError: `kind` is unknown, `start` is negative, or `channels` does not fit.
+    """
+
+    batches: Tensor
+
+    def __init__(self, channels: int, kind: str = "asdn+astn", start: int = 0) -> None:
+        super().__init__()
+        if kind not in KINDS[1:]:
+            raise ValueError(f"kind must be one of {', '.join(KINDS[1:])}; got {kind!r}")
+        if start < 0:
+            raise ValueError(f"start must be at least 0, got {start}")
+        self.start = start
+        self.asdn = ASDN(channels) if "asdn" in kind else None
+        self.astn = ASTN(channels) if "astn" in kind else None
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, pooled: Tensor, probability: Probability) -> tuple[Tensor, Tensor]:
+        """Make a batch harder.
+
+        Args:
+            pooled: Features of the positive regions, `[R, channels, 7, 7]`.
+            probability: The detector's own; called without gradient.
+
+        Returns:
+            What the detector is to learn from, of the shape of `pooled`, and ASDN's loss, a
+            scalar whose gradient reaches neither the detector nor the features.
+        """
+        joint = int(self.batches) >= self.start
+        self.batches += 1
+        # All ranks of a distributed run must have a gradient of every parameter.
+        loss = torch.stack([p.sum() for p in self.parameters()]).sum().float() * 0.0
+        if self.asdn is not None and len(pooled):
+            logits = self.asdn(pooled.detach())
+            if joint:
+                hidden = draw_cells(logits.detach())
+                harder = hide(pooled, hidden)
+                loss = loss + JOINT_WEIGHT * _joint_loss(
+                    logits, hidden, pooled.detach(), harder.detach(), probability
+                )
+                pooled = harder
+            else:
+                window = hardest_windows(pooled.detach(), probability).to(logits.dtype)
+                loss = loss + F.binary_cross_entropy_with_logits(logits, window)
+        if self.astn is not None and joint and len(pooled):
+            pooled = self.astn(pooled)
+        return pooled, loss
+
+
+def _joint_loss(
+    logits: Tensor, hidden: Tensor, pooled: Tensor, harder: Tensor, probability: Probability
+) -> Tensor:
+    """BCE of the masks that hurt, over all their cells; 0 where none did."""
+    with torch.no_grad():
+        hurt = probability(pooled) - probability(harder) > LEAST_FALL
+    target = hidden.to(logits.dtype)
+    entries = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2))
+    return torch.where(hurt, entries, 0.0).sum() / hurt.sum().clamp(min=1)
+
+
+def hide(pooled: Tensor, hidden: Tensor) -> Tensor:
+    """Features `[R, channels, 7, 7]` with the cells `[R, 7, 7]` that are hidden at zero."""
+    return pooled.masked_fill(hidden.unsqueeze(1), 0.0)
+
+
+@torch.no_grad()
+def hardest_windows(pooled: Tensor, probability: Probability, side: int = WINDOW) -> Tensor:
+    """The window of each region whose removal most lowers its true class's probability.
+
+    Args:
+        pooled: `[R, channels, d, d]`.
+        probability: Called once for each place of the window.
+        side: Of the window, in cells.
+
+    Returns:
+        bool `[R, d, d]`: true in that window (of equals, the first in rows, then columns).
+    """
+    height, width = pooled.shape[-2:]
+    places = [(y, x) for y in range(height - side + 1) for x in range(width - side + 1)]
+    windows = torch.zeros(len(places), height, width, dtype=torch.bool, device=pooled.device)
+    for mask, (y, x) in zip(windows, places, strict=True):
+        mask[y : y + side, x : x + side] = True
+    left = torch.stack(
+        [probability(hide(pooled, mask.expand(len(pooled), -1, -1))) for mask in windows]
+    )
+    return windows[left.argmin(dim=0)]
+
+
+@torch.no_grad()
+def draw_cells(heat: Tensor, top: int = TOP, dropped: int = DROPPED) -> Tensor:
+    """Hide `dropped` cells of each region, drawn from the `top` hottest.
+
+    Args:
+        heat: `[R, d, d]`, the higher the likelier.
+        top: Cells to draw from, at most `d * d`.
+        dropped: Cells to draw, without replacement, at most `top`.
+
+    Returns:
+        bool `[R, d, d]`, drawn by torch's generator.
+
+    Raises:
+        ValueError: `dropped` exceeds `top`, or `top` the cells.
+    """
+    flat = heat.flatten(1)
+    if not 0 <= dropped <= top <= flat.shape[1]:
+        raise ValueError(f"cannot draw {dropped} of the top {top} of {flat.shape[1]} cells")
+    hottest = flat.topk(top, dim=1).indices
+    order = torch.rand(hottest.shape, device=heat.device).argsort(dim=1)[:, :dropped]
+    hidden = torch.zeros_like(flat, dtype=torch.bool)
+    return hidden.scatter(1, hottest.gather(1, order), True).view_as(heat)
+
+
+def rotate_groups(pooled: Tensor, angles: Tensor) -> Tensor:
+    """Turn each group of channels about the middle of its region.
+
+    Bilinear; what comes from outside the region is 0.
+
+    Args:
+        pooled: `[R, channels, d, d]`.
+        angles: Radians, `[R, groups]`, with `groups` a divisor of `channels`; positive turns the
+            picture counter-clockwise, as one sees it with the first row at the top.
+
+    Returns:
+        Of the shape of `pooled`.
+    """
+    groups = angles.shape[1]
+    features = pooled.float().unflatten(1, (groups, -1)).flatten(0, 1)
+    angle = angles.flatten()
+    cos, sin, none = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
+    # Where each cell of the answer comes from: turned back.
+    theta = torch.stack([cos, -sin, none, sin, cos, none], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, list(features.shape), align_corners=False)
+    turned = F.grid_sample(features, grid, padding_mode="zeros", align_corners=False)
+    return turned.view(pooled.shape).to(pooled.dtype)
+
+
+class _ReverseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        del ctx
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        del ctx
+        return -gradients[0]
+
+
+def reverse_gradient(x: Tensor) -> Tensor:
+    """`x` itself, whose gradient changes its sign."""
+    result: Tensor = _ReverseGradient.apply(x)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,169 @@
+"""Noisy anchors: how clean each positive is, and labels and weights made of it.
+
+Li et al., 'Learning from Noisy Anchors for One-stage Object Detection' (CVPR 2020;
+arXiv 1912.05086). A positive anchor is only as good a label as the box that the network makes of
+it, so its target is not 1 but its *cleanliness*.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torchvision.ops import box_iou
+
+TOP = 100
+ALPHA = 0.5
+BACKGROUND = -1
+SMOOTH_L1_DELTA = 1 / 9
+LEAST_GAP = 1e-3  # of f's argument from its pole, so that no anchor weighs more than 1,000
+
+
+def assign_top_anchors(boxes: Tensor, anchors: Tensor, top: int = TOP) -> Tensor:
+    """The `top` anchors of every ground truth by IoU, whatever that IoU is.
+
+    An anchor that several ground truths claim goes to the one it overlaps most (of equals, the
+    first). Anchors that touch no box are never claimed, so a small box may have fewer.
+
+    Args:
+        boxes: Ground truth, float `[G, 4]`, x1 y1 x2 y2 in pixels.
+        anchors: Float `[A, 4]`, likewise.
+        top: Positives of a ground truth, `N`, at least 1.
+
+    Returns:
+        int64 `[A]`: the ground truth of each anchor, or `BACKGROUND` (-1).
+
+    Raises:
+        ValueError: `top` is less than 1.
+
+    Example:
+        >>> import torch
+        >>> anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 4]])
+        >>> assign_top_anchors(anchors[:1], anchors, top=2).tolist()
+        [0, 0, -1]
+    """
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}")
+    matches = torch.full((len(anchors),), BACKGROUND, dtype=torch.int64, device=anchors.device)
+    if not len(boxes) or not len(anchors):
+        return matches
+    overlap = box_iou(boxes.to(anchors.dtype), anchors)
+    best, index = overlap.topk(min(top, len(anchors)), dim=1)
+    # Among the claims only: an anchor may overlap a box more that has no need of it.
+    claims = torch.zeros_like(overlap).scatter(1, index, best)
+    most, owner = claims.max(dim=0)
+    return torch.where(most > 0, owner, matches)
+
+
+def paired_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of boxes one by one, `[..., 4]` and `[..., 4]` to `[...]` in [0, 1]; 0 for no area."""
+    corner = torch.maximum(a[..., :2], b[..., :2])
+    opposite = torch.minimum(a[..., 2:], b[..., 2:])
+    shared = (opposite - corner).clamp(min=0).prod(dim=-1)
+    areas = [(x[..., 2:] - x[..., :2]).clamp(min=0).prod(dim=-1) for x in (a, b)]
+    union = areas[0] + areas[1] - shared
+    return torch.where(union > 0, shared / union.clamp(min=torch.finfo(a.dtype).tiny), 0.0)
+
+
+@torch.no_grad()
+def cleanliness(loc: Tensor, cls: Tensor, alpha: float = ALPHA) -> Tensor:
+    """`c = alpha * loc + (1 - alpha) * cls`: the soft label of a positive anchor.
+
+    Args:
+        loc: IoU of each positive's predicted box with its ground truth, `[P]` in [0, 1].
+        cls: Its predicted score for the class of that ground truth, `[P]` in [0, 1].
+        alpha: Share of the localisation, in [0, 1].
+
+    Returns:
+        `[P]` in [0, 1]. A constant to the optimiser.
+
+    Raises:
+        ValueError: `alpha` lies outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> cleanliness(torch.tensor([0.8]), torch.tensor([0.2])).tolist()
+        [0.5]
+    """
+    _require_alpha(alpha)
+    return (alpha * loc + (1 - alpha) * cls).clamp(0.0, 1.0)
+
+
+@torch.no_grad()
+def reweighting(
+    loc: Tensor,
+    cls: Tensor,
+    alpha: float = ALPHA,
+    gamma: float = 1.0,
+    least_gap: float = LEAST_GAP,
+) -> Tensor:
+    """`r = (alpha * f(loc) + (1 - alpha) * f(cls)) ** gamma` with `f(x) = 1 / (1 - x)`.
+
+    Args:
+        loc: As in `cleanliness`.
+        cls: As in `cleanliness`.
+        alpha: As in `cleanliness`.
+        gamma: How much the cleanest stand out; 0 weighs all alike.
+        least_gap: `1 - x` counts as at least this, because `f` is infinite at 1.
+
+    Returns:
+        `[P]` in [1, least_gap ** -gamma]. A constant to the optimiser.
+
+    Raises:
+        ValueError: `alpha` lies outside [0, 1], `gamma` is negative or `least_gap` not positive.
+    """
+    _require_alpha(alpha)
+    if not gamma >= 0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+    if not least_gap > 0:
+        raise ValueError(f"least_gap must be positive, got {least_gap}")
+    loud_loc, loud_cls = (1 / (1 - x).clamp(min=least_gap) for x in (loc, cls))
+    return torch.pow(alpha * loud_loc + (1 - alpha) * loud_cls, gamma)
+
+
+def soft_targets(positive: Tensor, clean: Tensor) -> Tensor:
+    """Labels of all anchors: a positive's cleanliness, and 0 for the others.
+
+    Args:
+        positive: bool, any shape, with `P` true entries.
+        clean: `[P]`, in the order of those entries.
+
+    Returns:
+        Float of the shape of `positive`.
+    """
+    target = torch.zeros(positive.shape, dtype=clean.dtype, device=clean.device)
+    target[positive] = clean
+    return target
+
+
+def classification_loss(logits: Tensor, target: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
+    """`L_cls = sum_pos r * BCE(p, c) + sum_neg BCE(p, 0)`, a sum.
+
+    Args:
+        logits: Float, any shape.
+        target: Soft labels of that shape, as `soft_targets` makes them.
+        positive: bool of that shape.
+        weight: `r` of the positives, `[P]`, in their order.
+    """
+    weights = torch.ones_like(logits).masked_scatter(positive, weight.to(logits.dtype))
+    return F.binary_cross_entropy_with_logits(logits, target, weights, reduction="sum")
+
+
+def regression_loss(
+    pred: Tensor, target: Tensor, weight: Tensor, delta: float = SMOOTH_L1_DELTA
+) -> Tensor:
+    """`L_reg = sum_pos r * SL1`, a sum over boxes and their coordinates.
+
+    Args:
+        pred: Predicted deltas of the positives, `[P, 4]`.
+        target: What they should be, likewise.
+        weight: `r` of each, `[P]`.
+        delta: Where smooth L1 turns from quadratic to linear.
+    """
+    entries = F.smooth_l1_loss(pred, target, beta=delta, reduction="none")
+    return (weight.unsqueeze(-1) * entries).sum()
+
+
+def _require_alpha(alpha: float) -> None:
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
