@@ -102,7 +102,7 @@ class Checkpoint:
             CheckpointError: The weights are not those of the detector that `config` describes.
         """
         detector = build_detector(self.config)
-        weights = {k: v for k, v in self.model.items() if not _belongs_to_loss(k)}
+        weights = {k: v for k, v in self.model.items() if not _belongs_to_training(k)}
         misfits = _misfits(detector.state_dict(), weights)
         if misfits:
             shown = "; ".join(misfits[:SHOWN])
@@ -147,5 +147,6 @@ def _misfits(wanted: dict[str, Tensor], given: dict[str, Any]) -> list[str]:
     return misfits + [f"{key!r} has no place" for key in given if key not in wanted]
 
 
-def _belongs_to_loss(key: str) -> bool:
-    return "classification_loss." in key or "regression_loss." in key
+def _belongs_to_training(key: str) -> bool:
+    parts = ("classification_loss.", "regression_loss.", "mining.", "adversary.")
+    return any(part in key for part in parts)

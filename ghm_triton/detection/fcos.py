@@ -19,6 +19,7 @@ from ghm_triton.detection.detector import Detector, Predictions
 from ghm_triton.detection.heads import (
     BETWEEN_THRESHOLDS,
     HeadLosses,
+    LearningHead,
     assigned_labels,
     start_loud,
 )
@@ -29,7 +30,7 @@ SMALLEST_REACH = 4.0  # in strides: a level's objects reach from this to twice a
 MAX_LOGIT = 40.0  # beyond it exp() would overflow in a product of two; scores below 1e-8
 
 
-class HarmonizedFCOSHead(FCOSHead):  # type: ignore[misc]
+class HarmonizedFCOSHead(LearningHead, FCOSHead):  # type: ignore[misc]
     """`FCOSHead` whose losses see every point of the batch together.
 
     Works inside any torchvision `FCOS`: `fcos.head = HarmonizedFCOSHead(256, C, losses=...)`.
@@ -42,9 +43,6 @@ class HarmonizedFCOSHead(FCOSHead):  # type: ignore[misc]
         convs: 3x3 convolutions before each predictor, 1 to 4.
         prior: Foreground probability at the start.
         group_norm: Whether a norm follows each convolution, as in torchvision's.
-
-    Attributes:
-        observer: Called with the labels `[B, A]` of every training batch, for statistics.
     """
 
     box_coder: BoxLinearCoder
@@ -69,9 +67,7 @@ class HarmonizedFCOSHead(FCOSHead):  # type: ignore[misc]
         for branch in (self.classification_head, self.regression_head):
             start_loud(branch.conv)
         self.num_classes = num_classes
-        self.classification_loss = losses.classification if losses else None
-        self.regression_loss = losses.regression if losses else None
-        self.observer: Callable[[Tensor], None] | None = None
+        self.hold(losses)
 
     def compute_loss(
         self,
@@ -85,11 +81,7 @@ class HarmonizedFCOSHead(FCOSHead):  # type: ignore[misc]
         Raises:
             RuntimeError: The head was built without losses.
         """
-        if self.classification_loss is None or self.regression_loss is None:
-            raise RuntimeError("this head was built without losses; pass losses=HeadLosses(...)")
         labels = assigned_labels(targets, matched_idxs, self.num_classes)
-        if self.observer is not None:
-            self.observer(labels)
         positive = [matches >= 0 for matches in matched_idxs]
         points = torch.cat([a[own] for a, own in zip(anchors, positive, strict=True)])
         matches = zip(targets, matched_idxs, positive, strict=True)
@@ -99,11 +91,9 @@ class HarmonizedFCOSHead(FCOSHead):  # type: ignore[misc]
         centre = head_outputs["bbox_ctrness"][own].squeeze(1).float()
         goal = centerness(self.box_coder.encode(points, boxes))
         off_centre = nn.functional.binary_cross_entropy_with_logits(centre, goal, reduction="sum")
-        return {
-            "classification": self.classification_loss(head_outputs["cls_logits"], labels),
-            "bbox_regression": self.regression_loss(self.box_coder.decode(codes, points), boxes),
-            "bbox_ctrness": off_centre / max(1, len(boxes)),
-        }
+        predicted = self.box_coder.decode(codes, points)
+        losses = self.dense_losses(head_outputs["cls_logits"], labels, predicted, boxes)
+        return {**losses, "bbox_ctrness": off_centre / max(1, len(boxes))}
 
 
 class FCOSDetector(Detector, FCOS):  # type: ignore[misc]

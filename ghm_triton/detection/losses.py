@@ -1,0 +1,119 @@
+"""The losses of heads that are not harmonized, and what fits a loss to a head."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss
+
+from ghm_triton.imbalance.cleanliness import paired_iou
+
+SMOOTH_L1_DELTA = 1 / 9
+ASL1_MU = 0.02
+
+
+class BoxLoss(nn.Module, ABC):
+    """A loss of boxes: summed over what a box consists of, divided by boxes.
+
+    Args:
+        reduction: `mean` divides by boxes; `sum`.
+    """
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be mean or sum, got {reduction!r}")
+        self.reduction = reduction
+
+    @abstractmethod
+    def rows(self, pred: Tensor, target: Tensor) -> Tensor:
+        """`[P, 4]` and `[P, 4]` to the loss of every box, `[P]`."""
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """`[P, 4]` and `[P, 4]` to a scalar; 0 for no boxes."""
+        total = self.rows(pred, target).sum()
+        return total if self.reduction == "sum" else total / max(1, len(pred))
+
+
+class SmoothL1(BoxLoss):
+    """Smooth L1 as RetinaNet trains with, of deltas; `delta = 1/9`."""
+
+    def rows(self, pred: Tensor, target: Tensor) -> Tensor:
+        """`d^2 / (2 delta)` where `|d| <= delta`, else `|d| - delta / 2`; summed over deltas."""
+        entries = nn.functional.smooth_l1_loss(pred, target, beta=SMOOTH_L1_DELTA, reduction="none")
+        return entries.sum(dim=1)
+
+
+class AuthenticSmoothL1(BoxLoss):
+    """ASL1 without harmonizing, of deltas (arXiv 1811.05181, equation 11); `mu = 0.02`."""
+
+    def rows(self, pred: Tensor, target: Tensor) -> Tensor:
+        """`sqrt(d^2 + mu^2) - mu`, summed over deltas."""
+        d = pred - target
+        # The plain form loses every digit when d << mu.
+        long = torch.hypot(d, torch.full_like(d, ASL1_MU))
+        return (d * (d / (long + ASL1_MU))).sum(dim=1)
+
+
+class IoU(BoxLoss):
+    """IoU loss of whole boxes, `1 - IoU`; without gradient for boxes that do not touch."""
+
+    def rows(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Boxes x1 y1 x2 y2 to `1 - IoU`."""
+        return 1 - paired_iou(pred, target)
+
+
+class GeneralizedIoU(BoxLoss):
+    """Generalised IoU loss of whole boxes (arXiv 1902.09630), as FCOS trains with."""
+
+    def rows(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Boxes x1 y1 x2 y2 to `1 - GIoU`, in [0, 2]."""
+        loss: Tensor = generalized_box_iou_loss(pred, target, reduction="none")
+        return loss
+
+
+class SoftmaxCrossEntropy(nn.Module):
+    """Cross entropy of a softmax with background as its first class, as Faster R-CNN trains."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits `[R, 1 + C]` and labels int64 `[R]` (`C` background, -1 ignored) to a scalar."""
+        target = background_first(labels, logits.shape[1])
+        total = nn.functional.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
+        return total / (labels >= 0).sum().clamp(min=1)
+
+
+class BackgroundFirst(nn.Module):
+    """A softmax loss whose logits have background as their first class.
+
+    Args:
+        loss: Called with logits `[R, 1 + C]` and the index of each row's class, negative ignored.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits `[R, 1 + C]` and labels int64 `[R]` (`C` background, -1 ignored) to a scalar."""
+        result: Tensor = self.loss(logits, background_first(labels, logits.shape[1]))
+        return result
+
+
+def background_first(labels: Tensor, outputs: int) -> Tensor:
+    """Labels whose last class is background, as places among outputs whose first is."""
+    return torch.where(labels < 0, -1, (labels + 1) % outputs)
+
+
+class Weighted(nn.Module):
+    """A loss times a constant."""
+
+    def __init__(self, loss: nn.Module, weight: float) -> None:
+        super().__init__()
+        self.loss, self.weight = loss, weight
+
+    def forward(self, *arguments: Tensor) -> Tensor:
+        """What the loss returns, times the weight."""
+        result: Tensor = self.weight * self.loss(*arguments)
+        return result
