@@ -10,7 +10,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from export.file import read_detector
-from service import middleware, openapi, problems
+from service import direct, middleware, openapi, problems
 from service.model import ServedModel
 from service.routes import detect, health, metrics, models, page, preview, v2
 from service.settings import Settings, load_settings
@@ -72,6 +72,7 @@ def create_app(settings: Settings | None = None, model: ServedModel | None = Non
         lifespan=lifespan,
     )
     app.state.service = service
+    direct.install(app, detect.router, preview.router)
     middleware.install(app, service.settings, service.metrics)
     problems.install(app)
     openapi.install(app, service.settings)

@@ -30,20 +30,48 @@ async def while_wanted(request: Request, work: Coroutine[Any, Any, T], milliseco
         ProblemError: 504 when the time is up.
         ClientDisconnect: Nobody waits for the answer any more.
     """
-    doing = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(request))
+    watch = _Watch(request)
+    limit = asyncio.timeout(milliseconds / 1000)
     try:
-        done, _ = await asyncio.wait(
-            (doing, leaving), timeout=milliseconds / 1000, return_when=asyncio.FIRST_COMPLETED
-        )
-        if doing in done:
-            return doing.result()
-        if leaving in done:
-            raise ClientDisconnect
-        raise ProblemError(504, f"the answer was not ready within {milliseconds:g} ms")
+        async with limit:
+            return await work
+    except TimeoutError as error:
+        if not limit.expired():  # the work's own
+            raise
+        raise ProblemError(504, f"the answer was not ready within {milliseconds:g} ms") from error
+    except asyncio.CancelledError:
+        if not watch.gone:  # somebody else's wish
+            raise
+        watch.working.uncancel()
+        raise ClientDisconnect from None
     finally:
-        leaving.cancel()
-        doing.cancel()  # does nothing where it is done
+        watch.end()
+
+
+class _Watch:
+    """Cancels the task that makes it as soon as the client has gone.
+
+    The work stays in the task of its request: one task more would cost as much as this.
+    """
+
+    def __init__(self, request: Request) -> None:
+        working = asyncio.current_task()
+        if working is None:
+            raise RuntimeError("no task is running")
+        self.working = working
+        self.gone = False
+        self._leaving = asyncio.ensure_future(_gone(request))
+        self._leaving.add_done_callback(self._left)
+
+    def _left(self, leaving: asyncio.Future[None]) -> None:
+        if not leaving.cancelled():
+            self.gone = True
+            self.working.cancel()
+
+    def end(self) -> None:
+        """Look no more."""
+        self._leaving.remove_done_callback(self._left)
+        self._leaving.cancel()
 
 
 async def _gone(request: Request) -> None:

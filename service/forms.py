@@ -66,8 +66,7 @@ class _Parts:
             raise _malformed("a part has no name")
         filename = options.get(b"filename", _extended_filename(self._disposition))
         shown = None if filename is None else _text(filename)
-        self.parts.append(Part(_text(options[b"name"]), shown, b""))
-        self._check_number()
+        self.add(Part(_text(options[b"name"]), shown, b""))
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         self._pieces.append(data[start:end])
@@ -81,7 +80,8 @@ class _Parts:
     def on_end(self) -> None:
         self.ended = True
 
-    def _check_number(self) -> None:
+    def add(self, part: Part) -> None:
+        self.parts.append(part)
         files = sum(part.filename is not None for part in self.parts)
         if files > self.max_files:
             raise _malformed(f"it holds more than {self.max_files} files")
@@ -107,6 +107,11 @@ def parse_form(content_type: str, body: bytes, max_files: int) -> list[Part]:
     if not boundary:
         raise _malformed("its Content-Type names no boundary")
     parts = _Parts(max_files)
+    plain = _plain_parts(boundary, body)
+    if plain is not None:
+        for part in plain:
+            parts.add(part)
+        return parts.parts
     names = [name for name in dir(parts) if name.startswith("on_")]
     callbacks = {name: getattr(parts, name) for name in names}
     try:
@@ -118,6 +123,38 @@ def parse_form(content_type: str, body: bytes, max_files: int) -> list[Part]:
     if not parts.ended:
         raise _malformed("it ends too early")
     return parts.parts
+
+
+# A part as every common client heads it: nothing quoted, encoded or folded.
+_PLAIN_HEAD = re.compile(
+    rb'Content-Disposition: form-data; name="([\w.-]+)"(?:; filename="([\w.() -]+)")?'
+    rb"(?:\r\nContent-Type: [\w.+/-]+(?:; charset=[\w-]+)?)?",
+    re.ASCII,
+)
+
+
+def _plain_parts(boundary: bytes, body: bytes) -> list[Part] | None:
+    """The parts of a form that has nothing unusual about it; None for others.
+
+    Nearly every form is such a one, and splitting it costs a tenth of what the parser does, which
+    looks at it sign by sign.
+    """
+    delimiter = b"\r\n--" + boundary
+    head, tail = delimiter[2:] + b"\r\n", delimiter + b"--\r\n"
+    if not (body.startswith(head) and body.endswith(tail)):
+        return None
+    pieces = body[len(head) : -len(tail)].split(delimiter + b"\r\n")
+    if body.count(delimiter) != len(pieces):  # one that ends no part as it should
+        return None
+    parts = []
+    for piece in pieces:
+        headers, blank, content = piece.partition(b"\r\n\r\n")
+        found = _PLAIN_HEAD.fullmatch(headers)
+        if not blank or found is None or (found[2] is None and len(content) > _MOST_FIELD_BYTES):
+            return None
+        filename = None if found[2] is None else found[2].decode()
+        parts.append(Part(found[1].decode(), filename, content))
+    return parts
 
 
 def _extended_filename(disposition: bytes) -> bytes | None:

@@ -145,6 +145,10 @@ class Registry:
             ProblemError: 404 for a model that is not there, 422 where one must be named, 503 for
                 one that is not ready.
         """
+        if len(self._entries) == 1:  # as nearly always; this is asked for every request
+            (only,) = self._entries.values()
+            if only.ready and name in (None, only.name) and version in (None, only.version):
+                return only.served
         entries = self._matching(name, version)
         ready = [entry for entry in entries if entry.ready]
         if not ready:
