@@ -7,6 +7,7 @@ from typing import Any, Self
 
 ARCHITECTURES = ("retinanet", "fcos", "faster-rcnn")
 CLASSIFIERS = ("sigmoid", "softmax")
+ASSIGNERS = ("iou", "cleanliness")
 BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
 
 
@@ -38,6 +39,9 @@ class DetectorConfig:
             class of its own (Faster R-CNN only).
         proposals: Regions that Faster R-CNN looks into, an image.
         region_samples: Regions that it learns from, an image.
+        assigner: How anchors learn: `iou`, by thresholds of overlap, or `cleanliness`: the best
+            anchors of every box, each as far as it is clean (`ghm_triton.imbalance.cleanliness`).
+            Faster R-CNN's are those of its proposal network; FCOS has none.
     """
 
     class_names: tuple[str, ...]
@@ -57,6 +61,7 @@ class DetectorConfig:
     classifier: str = "sigmoid"
     proposals: int = 300
     region_samples: int = 128
+    assigner: str = "iou"
 
     def __post_init__(self) -> None:
         if not self.class_names or len(set(self.class_names)) != len(self.class_names):
@@ -65,6 +70,7 @@ class DetectorConfig:
             ("architecture", ARCHITECTURES),
             ("backbone", BACKBONES),
             ("classifier", CLASSIFIERS),
+            ("assigner", ASSIGNERS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -74,6 +80,11 @@ class DetectorConfig:
             raise ValueError(
                 f"classifier must be sigmoid for {self.architecture}, whose places are mostly"
                 " background; got 'softmax'"
+            )
+        if self.assigner == "cleanliness" and self.architecture == "fcos":
+            raise ValueError(
+                "assigner must be iou for fcos, which has no anchors to rank by their overlap;"
+                " got 'cleanliness'"
             )
         for name in ("candidates", "max_detections", "proposals", "region_samples"):
             if getattr(self, name) < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.detector import Detector, Predictions
 from ghm_triton.detection.heads import HeadLosses
 from ghm_triton.detection.postprocess import OUT, decode_boxes
-from ghm_triton.detection.rpn import ProposalNetwork
+from ghm_triton.detection.rpn import CleanProposalNetwork, ProposalNetwork
 
 COARSEST_STRIDE = 32  # that regions are pooled from
 CELLS, SAMPLES_A_CELL = 7, 2
@@ -37,8 +38,9 @@ class FasterRCNNDetector(Detector):
 
     Args:
         config: What to build.
-        losses: The region head's losses; None for a detector that will not be trained. The
-            proposal network's are torchvision's.
+        losses: The region head's losses, and its adversary if there is to be one; None for a
+            detector that will not be trained. The proposal network's are torchvision's, unless
+            the configuration's `assigner` is `cleanliness`, which takes `losses.objectness`.
     """
 
     roi_heads: RoIHeads
@@ -51,7 +53,11 @@ class FasterRCNNDetector(Detector):
         channels = int(self.backbone.out_channels)  # type: ignore[arg-type]
         self.pooled_strides = [s for s in strides if s <= COARSEST_STRIDE]
         self.background = int(config.classifier == "softmax")  # outputs before the first class
-        self.rpn = ProposalNetwork(channels, strides, config)
+        if config.assigner == "cleanliness":
+            objectness = losses.objectness if losses else None
+            self.rpn = CleanProposalNetwork(channels, strides, config, objectness)
+        else:
+            self.rpn = ProposalNetwork(channels, strides, config)
         predictor = FastRCNNPredictor(WIDTH * channels, self.background + config.num_classes)
         if not self.background:
             nn.init.constant_(predictor.cls_score.bias, math.log(config.prior / (1 - config.prior)))
@@ -72,6 +78,8 @@ class FasterRCNNDetector(Detector):
         )
         self.classification_loss = losses.classification if losses else None
         self.regression_loss = losses.regression if losses else None
+        # The last to draw its weights: with or without, those of the detector start the same.
+        self.adversary = losses.adversary(channels) if losses and losses.adversary else None
         self.observer: Callable[[Tensor], None] | None = None
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
@@ -89,6 +97,8 @@ class FasterRCNNDetector(Detector):
 
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The training losses: the regions', and `rpn_objectness` and `rpn_box` of the proposals.
+
+        And `adversary`, where there is one, who makes the positive regions harder.
 
         Raises:
             RuntimeError: The detector was built without losses, or is in evaluation mode, where
@@ -108,15 +118,29 @@ class FasterRCNNDetector(Detector):
         labels = torch.where(labels > 0, labels - 1, classes)
         if self.observer is not None:
             self.observer(labels)
-        logits, deltas = self.classify(self.roi_heads.box_roi_pool(features, regions, sizes))
+        pooled = self.roi_heads.box_roi_pool(features, regions, sizes)
         own = torch.nonzero(labels < classes).squeeze(1)
+        adversarial = {}
+        if self.adversary is not None:
+            harder, adversarial["adversary"] = self.adversary(
+                pooled[own], partial(self._true_probability, labels=labels[own])
+            )
+            pooled = pooled.index_put((own,), harder)
+        logits, deltas = self.classify(pooled)
         predicted = deltas[own, labels[own]].float()
         return {
             "classification": self.classification_loss(logits, labels),
             "bbox_regression": self.regression_loss(predicted, torch.cat(goals)[own]),
             "rpn_objectness": rpn_losses["loss_objectness"],
             "rpn_box": rpn_losses["loss_rpn_box_reg"],
+            **adversarial,
         }
+
+    def _true_probability(self, pooled: Tensor, labels: Tensor) -> Tensor:
+        """What positive regions `[R, channels, 7, 7]` are taken for, rightly: `[R]` in [0, 1]."""
+        logits, _ = self.classify(pooled)
+        scores = torch.softmax(logits, 1) if self.background else torch.sigmoid(logits)
+        return scores.gather(1, (labels + self.background).unsqueeze(1)).squeeze(1).float()
 
     def predict(self, images: Tensor) -> Predictions:
         """Boxes and scores of every proposal; every class has a box of its own."""

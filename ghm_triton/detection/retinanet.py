@@ -17,6 +17,7 @@ from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.detector import Detector, Predictions
 from ghm_triton.detection.heads import HarmonizedRetinaNetHead, HeadLosses
 from ghm_triton.detection.postprocess import decode_boxes
+from ghm_triton.imbalance.cleanliness import assign_top_anchors
 
 OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 
@@ -49,6 +50,7 @@ class RetinaNetDetector(Detector, RetinaNet):  # type: ignore[misc]
             config.num_classes,
             losses=losses,
             convs=config.head_convs,
+            soft=config.assigner == "cleanliness",
         )
         super().__init__(backbone, config.num_classes, anchor_generator=anchor_generator, head=head)
         self.config = config
@@ -84,7 +86,7 @@ class RetinaNetDetector(Detector, RetinaNet):  # type: ignore[misc]
         head_outputs: dict[str, Tensor],
         anchors: list[Tensor],
     ) -> dict[str, Tensor]:
-        """Match anchors to ground truth by IoU (0.5 / 0.4), then ask the head for its losses."""
+        """Match anchors to ground truth, then ask the head for its losses."""
         matches = [self.match(a, t) for a, t in zip(anchors, targets, strict=True)]
         return self.head.compute_loss(targets, head_outputs, anchors, matches)
 
@@ -93,11 +95,17 @@ class RetinaNetDetector(Detector, RetinaNet):  # type: ignore[misc]
         return self.head.labels(targets, [self.match(self.anchors, t) for t in targets])
 
     def match(self, anchors: Tensor, target: dict[str, Tensor]) -> Tensor:
-        """Index of each anchor's ground truth, -1 for background, -2 for neither. `[A]`."""
+        """Index of each anchor's ground truth, -1 for background, -2 for neither. `[A]`.
+
+        By IoU (0.5 / 0.4), or of each ground truth its best anchors, as the configuration says.
+        """
         matcher = self.proposal_matcher
         matches = anchors.new_full((len(anchors),), matcher.BELOW_LOW_THRESHOLD, dtype=torch.int64)
         if len(target["boxes"]):
-            matches = matcher(box_iou(target["boxes"], anchors))
+            if self.config.assigner == "cleanliness":
+                matches = assign_top_anchors(target["boxes"], anchors)
+            else:
+                matches = matcher(box_iou(target["boxes"], anchors))
             if "ignore" in target:
                 hidden = (matches >= 0) & target["ignore"][matches.clamp(min=0)]
                 matches = matches.masked_fill(hidden, matcher.BETWEEN_THRESHOLDS)

@@ -1,9 +1,15 @@
-"""Where to look: torchvision's region proposal network, and its proposals for a whole batch."""
+"""Where to look: torchvision's proposal network, its proposals for a whole batch, and a clean one.
+
+`ProposalNetwork` trains on a sample of anchors that overlap enough or hardly at all, as
+torchvision does. `CleanProposalNetwork` trains on all of them, by how clean each is.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import (
     RegionProposalNetwork,
@@ -15,6 +21,14 @@ from ghm_triton.detection.anchors import ASPECT_RATIOS, level_sizes, make_anchor
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.heads import start_loud
 from ghm_triton.detection.postprocess import OUT, decode_boxes, suppress
+from ghm_triton.imbalance.cleanliness import (
+    assign_top_anchors,
+    cleanliness,
+    paired_iou,
+    regression_loss,
+    soft_targets,
+)
+from ghm_triton.imbalance.sampling_free import count_priors, optimal_prior, prior_bias
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.7, 0.3
 SAMPLES, POSITIVE_SHARE = 256, 0.5  # anchors of an image that the losses see
@@ -124,3 +138,106 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
                 nearest = self.box_similarity(target["boxes"], own).argmax(dim=0)
                 row[(row == 1) & target["ignore"][nearest]] = -1
         return labels, boxes
+
+
+class CleanProposalNetwork(ProposalNetwork):
+    """An RPN that learns from every anchor, each by how clean it is, and samples none.
+
+    The `N = 100` anchors of a ground truth with the highest IoU are its positives, all others
+    negatives. A positive's label is its cleanliness `c = 0.5 * loc + 0.5 * cls` (arXiv
+    1912.05086), with `loc` the IoU of its predicted box and `cls` its predicted objectness; a
+    negative's is 0. `L_cls` is a loss that sees all anchors of the batch at once, as GHM-C (arXiv
+    1811.05181); `L_reg` is smooth L1 over the positives, divided by their number. Nothing is
+    weighted by cleanliness: harmonizing weighs already.
+
+    Args:
+        channels: Of the pyramid.
+        strides: Of its levels, finest first.
+        config: The detector's.
+        classification_loss: Called with logits `[B * A, 1]`, soft labels and label weights of
+            that shape; None for a network that will not be trained.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        strides: tuple[int, ...],
+        config: DetectorConfig,
+        classification_loss: nn.Module | None = None,
+    ) -> None:
+        super().__init__(channels, strides, config)
+        self.classification_loss = classification_loss
+        self._start_at(config.prior)
+
+    def set_optimal_prior(self, targets: Iterable[dict[str, Tensor]]) -> None:
+        """Start at the share of positives, which costs the least: bias `-log(N_s*C/N_p - 1)`.
+
+        `N_s` are the anchors of `targets` that count, `N_p` those of them that are positive, and
+        `C` is 1 (arXiv 1909.04868). Without positives the configuration's prior stays.
+        """
+        counted = count_priors(self, ([target] for target in targets), ("object",))
+        positives = int(counted.positives.sum())
+        if 0 < positives < counted.anchors:
+            self._start_at(optimal_prior(positives, int(counted.anchors), 1))
+
+    def _start_at(self, prior: float) -> None:
+        nn.init.constant_(self.head.cls_logits.bias, prior_bias(prior))
+
+    def labels(self, targets: list[dict[str, Tensor]]) -> Tensor:
+        """What every anchor learns, int64 `[B, A]`: 0 an object, 1 background, -1 neither."""
+        own = [self.anchors] * len(targets)
+        labels, _ = self.assign_targets_to_anchors(own, targets)
+        rows = torch.stack(labels).long()
+        return torch.where(rows < 0, rows, 1 - rows)
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Which anchors are objects (1), background (0) or neither (-1), and their boxes."""
+        labels, matched = [], []
+        for own, target in zip(anchors, targets, strict=True):
+            boxes = target["boxes"]
+            matches = assign_top_anchors(boxes, own)
+            row, nearest = (matches >= 0).float(), torch.zeros_like(own)
+            if len(boxes):
+                nearest = boxes[matches.clamp(min=0)]
+                if "ignore" in target:
+                    row[(row == 1) & target["ignore"][matches.clamp(min=0)]] = -1
+            labels.append(row)
+            matched.append(nearest)
+        return labels, matched
+
+    def compute_loss(
+        self,
+        objectness: Tensor,
+        pred_bbox_deltas: Tensor,
+        labels: list[Tensor],
+        regression_targets: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Objectness over every anchor that is not ignored, boxes over the positives.
+
+        Args:
+            objectness: Logits `[B * A, 1]`.
+            pred_bbox_deltas: `[B * A, 4]`.
+            labels: For each image 1, 0 or -1, `[A]`.
+            regression_targets: For each image `[A, 4]`; those of positives are read.
+
+        Raises:
+            RuntimeError: The network was built without a loss.
+        """
+        if self.classification_loss is None:
+            raise RuntimeError("this proposal network was built without a loss")
+        label = torch.cat(labels)
+        positive = label == 1
+        predicted, goals = pred_bbox_deltas[positive], torch.cat(regression_targets)[positive]
+        with torch.no_grad():
+            own = self.anchors.repeat(len(labels), 1)[positive]
+            boxes, truth = (self.box_coder.decode_single(x, own) for x in (predicted, goals))
+            scores = torch.sigmoid(objectness[positive].squeeze(1))
+            target = soft_targets(positive, cleanliness(paired_iou(boxes, truth), scores))
+        counted = (label >= 0).float().unsqueeze(1)
+        box_loss = regression_loss(predicted, goals, torch.ones_like(goals[:, 0]))
+        return (
+            self.classification_loss(objectness, target.unsqueeze(1), counted),
+            box_loss / max(1, len(goals)),
+        )

@@ -235,14 +235,15 @@ def rotate_groups(pooled: Tensor, angles: Tensor) -> Tensor:
         Of the shape of `pooled`.
     """
     groups = angles.shape[1]
-    features = pooled.float().unflatten(1, (groups, -1)).flatten(0, 1)
+    rows, channels, height, width = pooled.shape
+    features = pooled.float().reshape(rows * groups, channels // groups, height, width)
     angle = angles.flatten()
     cos, sin, none = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
     # Where each cell of the answer comes from: turned back.
     theta = torch.stack([cos, -sin, none, sin, cos, none], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(features.shape), align_corners=False)
     turned = F.grid_sample(features, grid, padding_mode="zeros", align_corners=False)
-    return turned.view(pooled.shape).to(pooled.dtype)
+    return turned.reshape(pooled.shape).to(pooled.dtype)
 
 
 class _ReverseGradient(torch.autograd.Function):
@@ -259,5 +260,5 @@ class _ReverseGradient(torch.autograd.Function):
 
 def reverse_gradient(x: Tensor) -> Tensor:
     """`x` itself, whose gradient changes its sign."""
-    result: Tensor = _ReverseGradient.apply(x)  # type: ignore[no-untyped-call]
+    result: Tensor = _ReverseGradient.apply(x)
     return result

@@ -1,14 +1,17 @@
 import dataclasses
+import math
 
 import pytest
 import torch
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from ghm_triton.detection.config import DetectorConfig
-from ghm_triton.detection.rpn import ProposalNetwork
+from ghm_triton.detection.rpn import CleanProposalNetwork, ProposalNetwork
+from ghm_triton.imbalance.cleanliness import assign_top_anchors
+from ghm_triton.losses import GHMCLoss
 
 STRIDES = (8, 16, 32)
 SIZE = (64, 96)
@@ -129,3 +132,142 @@ def test_anchors_are_objects_from_an_iou_of_0_7_and_background_below_0_3(config)
     assert int((labels == 1).sum()) > 2
     between = (best >= 0.6) & (best < 0.7) & ~nearest
     assert bool(between.any())
+
+
+class Asked(torch.nn.Module):
+    """Notes what a loss is asked."""
+
+    def forward(self, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        self.logits, self.target, self.weight = logits.detach(), target.detach(), weight.detach()
+        return logits.sum()
+
+
+def clean(config: DetectorConfig, loss: torch.nn.Module | None = None) -> CleanProposalNetwork:
+    torch.manual_seed(0)
+    clean = dataclasses.replace(config, assigner="cleanliness")
+    rpn = CleanProposalNetwork(16, STRIDES, clean, loss).train()
+    for layer in (rpn.head.cls_logits, rpn.head.bbox_pred):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    return rpn
+
+
+TARGETS = [
+    {"boxes": torch.tensor([[4.0, 8.0, 40.0, 44.0], [38.0, 20.0, 92.0, 60.0]])},
+    {"boxes": torch.zeros(0, 4)},
+    {
+        "boxes": torch.tensor([[10.0, 10.0, 30.0, 30.0], [50.0, 5.0, 80.0, 40.0]]),
+        "ignore": torch.tensor([False, True]),
+    },
+]
+
+
+def learn(rpn: CleanProposalNetwork) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    levels = {str(i): x for i, x in enumerate(pyramid(3))}
+    _, losses = rpn(ImageList(torch.zeros(3, 3, *SIZE), [SIZE] * 3), levels, TARGETS)
+    return losses
+
+
+def raw(rpn: CleanProposalNetwork) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        objectness, deltas = concat_box_prediction_layers(*rpn.head(pyramid(3)))
+    return objectness.view(3, -1), deltas.view(3, -1, 4)
+
+
+def test_the_labels_of_a_clean_network_are_those_of_the_definition(config):
+    loss = Asked()
+    rpn = clean(config, loss)
+    losses = learn(rpn)
+    logits, deltas = raw(rpn)
+    assert torch.equal(loss.logits.view(3, -1), logits)
+    anchors, soft = rpn.anchors.double(), loss.target.view(3, -1)
+    counted, off, positives = loss.weight.view(3, -1), 0.0, 0
+    for i, target in enumerate(TARGETS):
+        boxes = target["boxes"].double()
+        owner = assign_top_anchors(boxes, anchors)
+        for a in range(len(anchors)):
+            if owner[a] < 0:
+                assert (float(soft[i, a]), float(counted[i, a])) == (0.0, 1.0)
+                continue
+            if "ignore" in target and bool(target["ignore"][owner[a]]):
+                assert float(counted[i, a]) == 0.0
+                continue
+            box, anchor, delta = boxes[owner[a]], anchors[a], deltas[i, a].double()
+            size = anchor[2:] - anchor[:2]
+            centre, sides = (anchor[:2] + anchor[2:]) / 2 + delta[:2] * size, delta[2:].exp() * size
+            moved = torch.cat([centre - sides / 2, centre + sides / 2])
+            loc = float(box_iou(moved[None], box[None]))
+            cls = float(torch.sigmoid(logits[i, a].double()))
+            # float32 against float64, through a box that was encoded and decoded.
+            assert float(soft[i, a]) == pytest.approx(0.5 * loc + 0.5 * cls, abs=1e-5)
+            goal = torch.cat(
+                [
+                    ((box[:2] + box[2:]) / 2 - (anchor[:2] + anchor[2:]) / 2) / size,
+                    ((box[2:] - box[:2]) / size).log(),
+                ]
+            )
+            d = (delta - goal).abs()
+            off += float(torch.where(d <= 1 / 9, d * d / (2 / 9), d - 1 / 18).sum())
+            positives += 1
+    assert positives > 150
+    # A sum of a thousand float32 terms.
+    assert float(losses["loss_rpn_box_reg"].detach()) == pytest.approx(off / positives, rel=1e-4)
+
+
+def test_a_clean_network_learns_by_ghm_over_every_anchor(config):
+    asked, loss = Asked(), GHMCLoss(momentum=0.0, average="positives")
+    learn(clean(config, asked))
+    total = learn(clean(config, loss))["loss_objectness"]
+    assert len(asked.logits) == 3 * 378
+    expected = GHMCLoss(momentum=0.0, average="positives")(asked.logits, asked.target, asked.weight)
+    assert torch.equal(total.detach(), expected)
+
+
+def test_cleanliness_is_no_way_for_the_gradient(config):
+    """The gradient of the objectness is that of BCE on constant labels, and boxes get none."""
+    asked = Asked()
+    learn(clean(config, asked))
+    rpn = clean(config, GHMCLoss(momentum=0.0, strength=0.0))
+    learn(rpn)["loss_objectness"].backward()
+    assert rpn.head.bbox_pred.weight.grad is None
+    valid = asked.weight.bool()
+    slope = (torch.sigmoid(asked.logits) - asked.target)[valid].sum() / valid.sum()
+    assert float(rpn.head.cls_logits.bias.grad.sum()) == pytest.approx(float(slope), rel=1e-4)
+
+
+def test_a_clean_network_starts_at_the_optimal_prior(config):
+    rpn = clean(config)
+    assert rpn.head.cls_logits.bias.tolist() == pytest.approx([math.log(0.01 / 0.99)] * 3)
+    rpn.set_optimal_prior(TARGETS)
+    labels = rpn.labels(TARGETS)
+    positives, counted = int((labels == 0).sum()), int((labels >= 0).sum())
+    assert 0 < positives < counted < labels.numel() == 3 * 378
+    expected = -math.log(counted * 1 / positives - 1)
+    assert rpn.head.cls_logits.bias.tolist() == pytest.approx([expected] * 3)
+    rpn.set_optimal_prior([TARGETS[1]])  # nothing positive: stays
+    assert rpn.head.cls_logits.bias.tolist() == pytest.approx([expected] * 3)
+
+
+def test_a_clean_network_without_boxes_or_loss(config):
+    rpn = clean(config, GHMCLoss())
+    levels = {str(i): x for i, x in enumerate(pyramid(1))}
+    images = ImageList(torch.zeros(1, 3, *SIZE), [SIZE])
+    _, losses = rpn(images, levels, [TARGETS[1]])
+    assert float(losses["loss_rpn_box_reg"].detach()) == 0.0
+    sum(losses.values()).backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in rpn.parameters() if p.grad is not None)
+    assert rpn.head.cls_logits.bias.grad.any()
+    with pytest.raises(RuntimeError, match="without a loss"):
+        clean(config)(images, levels, [TARGETS[0]])
+
+
+def test_a_clean_network_proposes_as_any_other(config):
+    rpn = clean(config).eval()
+    plain = network(config).eval()
+    plain.load_state_dict(rpn.state_dict())
+    torch.manual_seed(2)
+    features = pyramid(2)
+    with torch.inference_mode():
+        for ours, theirs in zip(rpn.propose(features), plain.propose(features), strict=True):
+            assert torch.equal(ours, theirs)
