@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ghm_triton.detection.data import DetectionDataset
     from ghm_triton.detection.evaluate import MeanAveragePrecision
 
+SOFTMAX_LOSSES = ("ce", "ghm-softmax")  # as in `fits`, which loads torchvision's neighbours
 DIGITS_FRAME = (128, 128)
 FOLDER_FRAME = (320, 320)
 
@@ -37,6 +38,7 @@ examples:
     _add_data_options(parser.add_argument_group("data"))
     _add_detector_options(parser.add_argument_group("detector"))
     _add_loss_options(parser.add_argument_group("losses"))
+    _add_adversarial_options(parser.add_argument_group("adversary"))
     _add_optimiser_options(parser.add_argument_group("optimiser"))
 
 
@@ -63,7 +65,18 @@ def _add_detector_options(group: argparse._ArgumentGroup) -> None:
     add("--channels", type=int, help="width of tiny, of its pyramid and head (default: 48)")
     add("--head-convs", type=int, help="convolutions before each predictor, 1 to 4 (default: 2)")
     add("--anchor-scale", type=float, help="smallest anchor, in strides (default: 3)")
+    add(
+        "--assigner",
+        choices=["iou", "cleanliness"],
+        help="which anchors learn what: by thresholds of overlap (default), or the best of every"
+        " box as far as they are clean; of faster-rcnn, its proposals'",
+    )
     add("--prior", type=float, help="foreground probability at the start (default: 0.01)")
+    add(
+        "--init",
+        metavar="prior=P|optimal",
+        help="the same as --prior P; or the share of positives, counted over the data beforehand",
+    )
     add("--proposals", type=int, help="regions faster-rcnn looks into, an image (default: 300)")
     add("--region-samples", type=int, help="and those it learns from, an image (default: 128)")
 
@@ -72,13 +85,27 @@ def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--cls-loss",
-        choices=["ghm", "focal", "ce"],
-        help="default: ghm (GHM-C); ce makes faster-rcnn a softmax detector, the others sigmoids",
+        choices=["ghm", "focal", "ce", "ghm-softmax"],
+        help="default: ghm (GHM-C); ce and ghm-softmax make faster-rcnn a softmax detector, the"
+        " others sigmoids",
     )
     add(
         "--reg-loss",
-        choices=["ghm", "sl1", "giou"],
-        help="default: ghm (GHM-R); giou is fcos's, and its only one",
+        choices=["ghm", "sl1", "asl1", "iou", "giou"],
+        help="default: ghm (GHM-R); sl1 and asl1 are smooth L1 and its authentic form; iou and"
+        " giou are of whole boxes: for retinanet, and fcos has no other (default: giou)",
+    )
+    add(
+        "--mining",
+        choices=["none", "ohem", "s-ohem"],
+        help="learn from hard examples only, of one-stage detectors (default: none); it suits ce",
+    )
+    add("--mining-keep", type=int, help="anchors or points kept, an image (default: 64)")
+    add(
+        "--guided-loss",
+        action="store_true",
+        default=None,
+        help="scale the classification loss to the regression loss, of one-stage detectors",
     )
     add("--strength", type=float, help="of GHM-C, 0 (CE) to 1 (paper); default: 0.25")
     add("--strength-end", type=float, help="of GHM-C at the last step (default: constant)")
@@ -91,6 +118,20 @@ def _add_loss_options(group: argparse._ArgumentGroup) -> None:
         "--reg-weight",
         type=float,
         help="multiplies the regression loss (default: 1, and 10 for ghm in retinanet)",
+    )
+
+
+def _add_adversarial_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--adversarial",
+        choices=["none", "asdn", "astn", "asdn+astn"],
+        help="hides (asdn) or turns (astn) what faster-rcnn learns from (default: none)",
+    )
+    add(
+        "--adversarial-start",
+        type=float,
+        help="share of the steps before that; asdn learns meanwhile (default: 0.25)",
     )
 
 
@@ -135,11 +176,13 @@ UNFIT = {
     "retinanet": {
         "proposals": "it looks once, and proposes no regions",
         "region_samples": "it learns from every anchor",
+        "adversarial_start": "it looks once, and has no regions to make harder",
     },
     "fcos": {
         "anchor_scale": "it has no anchors",
         "proposals": "it looks once, and proposes no regions",
         "region_samples": "it learns from every point",
+        "adversarial_start": "it looks once, and has no regions to make harder",
     },
     "faster-rcnn": {},
 }
@@ -155,10 +198,18 @@ def _fitted(given: dict[str, Any]) -> dict[str, Any]:
     defaults = {"architecture": architecture}
     if architecture == "fcos":
         defaults["reg_loss"] = "giou"
-    if architecture == "faster-rcnn" and given.get("cls_loss") == "ce":
+    if "prior" in given and "init" in given:
+        raise ValueError(f"--prior {given['prior']} and --init {given['init']} exclude each other")
+    if "mining_keep" in given and given.get("mining", "none") == "none":
+        raise ValueError("--mining-keep means nothing without --mining")
+    cls_loss = given.get("cls_loss")
+    if architecture == "faster-rcnn" and cls_loss in SOFTMAX_LOSSES:
         defaults["classifier"] = "softmax"
-        if "prior" in given:
-            raise ValueError("--prior does not fit --cls-loss ce: a softmax has no such bias")
+        for name in ("prior", "init"):
+            if name in given:
+                raise ValueError(
+                    f"--{name} does not fit --cls-loss {cls_loss}: a softmax has no such bias"
+                )
     return {**defaults, **given}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,9 @@ class LearningHead(nn.Module):
         observer: Called with the labels `[B, A]` of every training batch, for statistics.
     """
 
+    # torchvision's, which is not typed.
+    classification_head: Any
+    regression_head: Any
     observer: Callable[[Tensor], None] | None
 
     def hold(self, losses: HeadLosses | None) -> None:

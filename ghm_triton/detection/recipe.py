@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torchvision.ops import generalized_box_iou_loss
 
+from ghm_triton.detection.fits import OF_BOXES, require_fitting
 from ghm_triton.detection.heads import HeadLosses
+from ghm_triton.detection.losses import (
+    AuthenticSmoothL1,
+    BackgroundFirst,
+    BoxLoss,
+    GeneralizedIoU,
+    IoU,
+    SmoothL1,
+    SoftmaxCrossEntropy,
+    Weighted,
+)
+from ghm_triton.detection.mining import HardPlaces
+from ghm_triton.detection.two_stage import adversary_maker, objectness_loss
 from ghm_triton.functional import DEFAULT_STRENGTH
-from ghm_triton.losses import FocalLoss, GHMCLoss, GHMRLoss
+from ghm_triton.imbalance.adversarial import KINDS as ADVERSARIES
+from ghm_triton.imbalance.ohem import KEEP, OHEM
+from ghm_triton.imbalance.s_ohem import StratifiedOHEM
+from ghm_triton.imbalance.samples import cross_entropy_of_samples
+from ghm_triton.imbalance.sampling_free import GuidedLoss
+from ghm_triton.losses import FocalLoss, GHMCLoss, GHMRLoss, GHMSoftmaxLoss
 from ghm_triton.schedule import StrengthSchedule, require_strength
 
-CLS_LOSSES = ("ghm", "focal", "ce")
-REG_LOSSES = ("ghm", "sl1", "giou")
-# What a detector regresses: deltas to anchors and regions, or whole boxes from points.
-DETECTOR_REG_LOSSES = {
-    "retinanet": ("ghm", "sl1"),
-    "fcos": ("giou",),
-    "faster-rcnn": ("ghm", "sl1"),
+CLS_LOSSES = ("ghm", "focal", "ce", "ghm-softmax")
+BOX_LOSSES: dict[str, type[BoxLoss]] = {
+    "sl1": SmoothL1,
+    "asl1": AuthenticSmoothL1,
+    "iou": IoU,
+    "giou": GeneralizedIoU,
 }
+REG_LOSSES = ("ghm", *BOX_LOSSES)
+MINING = ("none", "ohem", "s-ohem")
 OPTIMIZERS = ("adamw", "sgd")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-SMOOTH_L1_DELTA = 1 / 9
 # The released RetinaNet configuration's. Faster R-CNN scales its deltas by 10 and 5 instead.
 GHM_R_WEIGHT = {"retinanet": 10.0, "faster-rcnn": 1.0}
 
@@ -47,8 +64,9 @@ class TrainOptions:
         warmup: Steps of warm-up.
         weight_decay: Decoupled for AdamW.
         clip: Largest norm of the gradient.
-        cls_loss: `ghm`, `focal` or `ce`.
-        reg_loss: `ghm` or `sl1` (smooth L1, delta 1/9) of deltas; FCOS: `giou` of boxes.
+        cls_loss: `ghm`, `focal` or `ce`; `ghm-softmax` or `ce` of a softmax classifier.
+        reg_loss: `ghm`, `sl1` (smooth L1, delta 1/9) or `asl1` (authentic smooth L1, mu 0.02) of
+            deltas; `iou` or `giou` of boxes: for RetinaNet, and FCOS learns by no other.
         cls_weight: Multiplies the classification loss.
         reg_weight: Multiplies the regression loss; None: 10 for `ghm` in RetinaNet (as the
             released configuration), else 1.
@@ -58,6 +76,14 @@ class TrainOptions:
         strength_end: Strength of GHM-C at the last step; None keeps it constant.
         reg_strength: Strength of GHM-R at the first step.
         reg_strength_end: Strength of GHM-R at the last step; None keeps it constant.
+        mining: What is learnt from: `none` (everything), `ohem` or `s-ohem` (hard examples).
+        mining_keep: Anchors or points that mining keeps, an image.
+        init: What the classifier's bias starts from: `prior`, the configuration's; `prior=0.01`,
+            that one; or `optimal`, counted before training (arXiv 1909.04868).
+        guided_loss: Scale the classification loss to the regression loss (arXiv 1909.04868).
+        adversarial: What makes a two-stage detector's regions harder: `none`, `asdn`, `astn` or
+            `asdn+astn` (A-Fast-RCNN).
+        adversarial_start: Share of the steps after which it begins to, in [0, 1].
         hflip: Probability of mirroring an image left to right.
         vflip: Probability of mirroring it upside down.
         amp: `none`, `bf16` or `fp16` autocast.
@@ -87,6 +113,12 @@ class TrainOptions:
     strength_end: float | None = None
     reg_strength: float = DEFAULT_STRENGTH
     reg_strength_end: float | None = None
+    mining: str = "none"
+    mining_keep: int = KEEP
+    init: str = "prior"
+    guided_loss: bool = False
+    adversarial: str = "none"
+    adversarial_start: float = 0.25
     hflip: float = 0.0
     vflip: float = 0.0
     amp: str = "none"
@@ -98,6 +130,8 @@ class TrainOptions:
         choices = {
             "cls_loss": CLS_LOSSES,
             "reg_loss": REG_LOSSES,
+            "mining": MINING,
+            "adversarial": ADVERSARIES,
             "optimizer": OPTIMIZERS,
             "amp": tuple(AMP),
             "on_damage": ("skip", "refuse"),
@@ -107,14 +141,34 @@ class TrainOptions:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
                 )
-        for name in ("steps", "batch_size", "checkpoint_every"):
+        for name in ("steps", "batch_size", "checkpoint_every", "mining_keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("hflip", "vflip", "strength", "reg_strength"):
+        for name in ("adversarial_start", "hflip", "vflip", "strength", "reg_strength"):
             require_strength(getattr(self, name), name)
+        self.chosen_prior()
+
+    def chosen_prior(self) -> float | None:
+        """The prior that `init` names, if it names a number.
+
+        Raises:
+            ValueError: `init` is not one of its forms.
+        """
+        if self.init in ("prior", "optimal"):
+            return None
+        kind, _, number = self.init.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if kind != "prior" or not 0.0 < value < 1.0:
+            raise ValueError(
+                f"init must be optimal, or prior=P with P in (0, 1); got {self.init!r}"
+            )
+        return value
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -132,54 +186,13 @@ class TrainOptions:
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
 
 
-class SmoothL1(nn.Module):
-    """Smooth L1 as RetinaNet trains with: summed over coordinates, divided by boxes."""
-
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """`[P, 4]` and `[P, 4]` to a scalar; 0 for no boxes."""
-        total = nn.functional.smooth_l1_loss(pred, target, beta=SMOOTH_L1_DELTA, reduction="sum")
-        return total / max(1, len(pred))
-
-
-class GeneralizedIoU(nn.Module):
-    """Generalised IoU loss as FCOS trains with: divided by boxes."""
-
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Boxes `[P, 4]` and `[P, 4]`, x1 y1 x2 y2, to a scalar; 0 for no boxes."""
-        total: Tensor = generalized_box_iou_loss(pred, target, reduction="sum")
-        return total / max(1, len(pred))
-
-
-class SoftmaxCrossEntropy(nn.Module):
-    """Cross entropy of a softmax with background as its first class, as Faster R-CNN trains."""
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits `[R, 1 + C]` and labels int64 `[R]` (`C` background, -1 ignored) to a scalar."""
-        classes = logits.shape[1]
-        target = torch.where(labels < 0, -1, (labels + 1) % classes)
-        total = nn.functional.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
-        return total / (labels >= 0).sum().clamp(min=1)
-
-
-class Weighted(nn.Module):
-    """A loss times a constant."""
-
-    def __init__(self, loss: nn.Module, weight: float) -> None:
-        super().__init__()
-        self.loss, self.weight = loss, weight
-
-    def forward(self, *arguments: Tensor) -> Tensor:
-        """What the loss returns, times the weight."""
-        result: Tensor = self.weight * self.loss(*arguments)
-        return result
-
-
 def build_losses(
     options: TrainOptions,
     group: ProcessGroup | None = None,
     *,
     architecture: str = "retinanet",
     classifier: str = "sigmoid",
+    assigner: str = "iou",
 ) -> HeadLosses:
     """The head's losses as the options name them.
 
@@ -188,58 +201,93 @@ def build_losses(
         group: Processes that share one gradient density.
         architecture: The detector's, as its configuration names it.
         classifier: The detector's, likewise.
+        assigner: The detector's, likewise.
 
     Raises:
         ValueError: The detector cannot learn by a loss that the options name.
     """
-    fitting = DETECTOR_REG_LOSSES[architecture]
-    if options.reg_loss not in fitting:
-        reason = (
-            "learns whole boxes, and GHM-R and smooth L1 are losses of single coordinates"
-            if "giou" in fitting
-            else "learns single coordinates, and giou is a loss of whole boxes"
-        )
-        raise ValueError(
-            f"reg_loss must be {' or '.join(fitting)} for {architecture}, which {reason};"
-            f" got {options.reg_loss!r}"
-        )
-    if classifier == "softmax" and options.cls_loss != "ce":
-        raise ValueError(
-            "a softmax classifier learns by cls_loss ce; ghm and focal are losses of sigmoids,"
-            f" got {options.cls_loss!r}"
-        )
+    require_fitting(options, architecture, classifier, assigner)
     weight = options.reg_weight
     if weight is None:
         weight = GHM_R_WEIGHT[architecture] if options.reg_loss == "ghm" else 1.0
+    mining = _mining(options, weight)
+    strength = _strength(options.strength, options.strength_end, options.steps)
+    # Guided loss is to see the classification without its weight.
+    cls_weight = 1.0 if options.guided_loss else options.cls_weight
     return HeadLosses(
-        Weighted(_classification(options, group, classifier), options.cls_weight),
-        Weighted(_regression(options, group), weight),
+        Weighted(_classification(options, group, classifier), cls_weight),
+        Weighted(*_regression(options, group, weight)),
+        of_boxes=options.reg_loss in OF_BOXES,
+        mining=mining,
+        guide=GuidedLoss(options.cls_weight, process_group=group) if options.guided_loss else None,
+        objectness=objectness_loss(options, strength, group, architecture, assigner),
+        adversary=adversary_maker(options, architecture),
     )
 
 
 def _classification(
     options: TrainOptions, group: ProcessGroup | None, classifier: str
 ) -> nn.Module:
+    harmonized: dict[str, Any] = {
+        "bins": options.bins,
+        "strength": _strength(options.strength, options.strength_end, options.steps),
+        "process_group": group,
+    }
+    if options.cls_loss == "ghm-softmax":
+        return BackgroundFirst(GHMSoftmaxLoss(**harmonized))
     if classifier == "softmax":
         return SoftmaxCrossEntropy()
+    reduction = _reduction(options)
     if options.cls_loss == "focal":
-        return FocalLoss()
-    strength = _strength(options.strength, options.strength_end, options.steps)
-    return GHMCLoss(
-        bins=options.bins,
-        strength=strength if options.cls_loss == "ghm" else 0.0,
-        average=options.average,  # type: ignore[arg-type]
-        process_group=group,
-    )
+        return FocalLoss(reduction=reduction)
+    if options.cls_loss == "ce":
+        harmonized["strength"] = 0.0
+    average: Any = options.average
+    return GHMCLoss(**harmonized, average=average, reduction=reduction)
 
 
-def _regression(options: TrainOptions, group: ProcessGroup | None) -> nn.Module:
-    if options.reg_loss == "giou":
-        return GeneralizedIoU()
-    if options.reg_loss == "sl1":
-        return SmoothL1()
+def _regression(
+    options: TrainOptions, group: ProcessGroup | None, weight: float
+) -> tuple[nn.Module, float]:
+    """The loss and its weight."""
+    reduction = _reduction(options)
+    if options.reg_loss != "ghm":
+        return BOX_LOSSES[options.reg_loss](reduction), weight
     strength = _strength(options.reg_strength, options.reg_strength_end, options.steps)
-    return GHMRLoss(strength=strength, process_group=group)
+    loss = GHMRLoss(strength=strength, process_group=group, reduction=reduction)
+    # Its mean is one over coordinates; a sum that is to be divided by boxes has four times those.
+    return loss, weight / 4 if reduction == "sum" else weight
+
+
+def _reduction(options: TrainOptions) -> Literal["mean", "sum"]:
+    """Mined samples are divided by their number, whatever they are."""
+    return "mean" if options.mining == "none" else "sum"
+
+
+def _mining(options: TrainOptions, reg_weight: float) -> nn.Module | None:
+    if options.mining == "none":
+        return None
+    choose: nn.Module = (
+        OHEM(options.mining_keep)
+        if options.mining == "ohem"
+        else StratifiedOHEM(options.steps, options.mining_keep)
+    )
+    focal = FocalLoss(reduction="none")
+    boxes = BOX_LOSSES["asl1" if options.reg_loss == "ghm" else options.reg_loss]()
+    scale = reg_weight / 4 if options.reg_loss == "ghm" else reg_weight
+
+    def classification(logits: Tensor, labels: Tensor) -> Tensor:
+        # Of GHM-C without its weights, which follow from what is kept.
+        if options.cls_loss == "focal":
+            lost: Tensor = focal(logits, labels).sum(dim=-1)
+        else:
+            lost = cross_entropy_of_samples(logits, labels)
+        return options.cls_weight * lost
+
+    def regression(predicted: Tensor, expected: Tensor) -> Tensor:
+        return scale * boxes.rows(predicted, expected)
+
+    return HardPlaces(choose, classification, regression)
 
 
 def _strength(start: float, end: float | None, steps: int) -> float | StrengthSchedule:

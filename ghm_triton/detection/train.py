@@ -20,6 +20,7 @@ import ghm_triton
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset, open_dataset
+from ghm_triton.detection.detector import Detector
 from ghm_triton.detection.distributed import World, world
 from ghm_triton.detection.evaluate import (
     MeanAveragePrecision,
@@ -28,14 +29,19 @@ from ghm_triton.detection.evaluate import (
     observe,
     torch_predictor,
 )
+from ghm_triton.detection.faster_rcnn import FasterRCNNDetector
+from ghm_triton.detection.fits import require_fitting
 from ghm_triton.detection.loader import Batch, StepSampler, TrainingView, training_loader
 from ghm_triton.detection.model import build_detector, channels_last
 from ghm_triton.detection.postprocess import DeployedDetector
+from ghm_triton.detection.priors import start_at_prior
 from ghm_triton.detection.recipe import AMP, TrainOptions, build_losses, build_optimizer
+from ghm_triton.detection.rpn import CleanProposalNetwork
 from ghm_triton.statistics import ClassStatistics
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
+PRIOR_IMAGES = 256  # enough to know a proposal network's share of positives
 LOOK_EVERY = 20  # steps between waits for the device
 
 
@@ -96,17 +102,26 @@ class _Run:
     def __init__(
         self, options: TrainOptions, config: DetectorConfig, out: Path, here: World, resume: bool
     ) -> None:
-        self.options, self.config, self.out, self.here = options, config, out, here
+        self.options, self.out, self.here = options, out, here
         self.dataset = open_split(options, options.train_split, config.class_names)
         # Opened before training, so that a mistake in its name does not cost a run.
         self.held_out = open_split(options, options.val_split, config.class_names)
         if here.leads:
             warn_of_shared_images(self.dataset, self.held_out)
+        require_fitting(options, config.architecture, config.classifier, config.assigner)
+        config = start_at_prior(options, config, self.dataset, out, resume=resume)
+        self.config = config
         torch.manual_seed(options.seed)
         losses = build_losses(
-            options, here.group, architecture=config.architecture, classifier=config.classifier
+            options,
+            here.group,
+            architecture=config.architecture,
+            classifier=config.classifier,
+            assigner=config.assigner,
         )
         self.detector = build_detector(config, losses)
+        if not resume:
+            start_proposals(self.detector, self.dataset)
         channels_last(self.detector).to(here.device)
         self.optimizer = build_optimizer(options, self.detector)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=options.amp == "fp16")
@@ -258,6 +273,18 @@ class _Run:
         results = list(detect(predict, self.config, self.held_out))
         observe(self.statistics, results)
         return mean_average_precision(self.config.class_names, results)
+
+
+def start_proposals(detector: Detector, dataset: DetectionDataset) -> None:
+    """Let a proposal network that samples nothing start at the share of positives of some images.
+
+    Only targets are looked at, those of at most `PRIOR_IMAGES` evenly spaced images.
+    """
+    if isinstance(detector, FasterRCNNDetector) and isinstance(detector.rpn, CleanProposalNetwork):
+        view = TrainingView(dataset, detector.config, (0.0, 0.0))
+        count = min(PRIOR_IMAGES, len(dataset))
+        places = [i * len(dataset) // count for i in range(count)]
+        detector.rpn.set_optimal_prior(view[place, 0][1] for place in places)
 
 
 def open_split(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from ghm_triton.statistics import ClassStatistics
 Target = dict[str, Tensor]
 
 
+@runtime_checkable
 class Assigner(Protocol):
     """What says which place learns which class, as dense detectors do."""
 

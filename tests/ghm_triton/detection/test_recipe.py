@@ -100,10 +100,35 @@ def test_options_survive_plain_values():
 @pytest.mark.parametrize(
     ("architecture", "classifier", "changes", "message"),
     [
-        ("fcos", "sigmoid", {}, "must be giou for fcos, which learns whole boxes.*got 'ghm'"),
+        (
+            "fcos",
+            "sigmoid",
+            {},
+            "must be iou or giou for fcos, which learns whole boxes.*got 'ghm'",
+        ),
         ("fcos", "sigmoid", {"reg_loss": "sl1"}, "GHM-R and smooth L1 are losses of single"),
-        ("retinanet", "sigmoid", {"reg_loss": "giou"}, "must be ghm or sl1 for retinanet.*'giou'"),
-        ("faster-rcnn", "sigmoid", {"reg_loss": "giou"}, "must be ghm or sl1 for faster-rcnn"),
+        (
+            "faster-rcnn",
+            "sigmoid",
+            {"reg_loss": "giou"},
+            "ghm or sl1 or asl1 for faster-rcnn.*giou",
+        ),
+        (
+            "faster-rcnn",
+            "sigmoid",
+            {"reg_loss": "iou"},
+            "IoU losses are losses of whole boxes.*'iou'",
+        ),
+        ("retinanet", "sigmoid", {"cls_loss": "ghm-softmax"}, "needs a softmax classifier"),
+        ("faster-rcnn", "sigmoid", {"mining": "ohem"}, "mining must be none.*draws.*'ohem'"),
+        ("faster-rcnn", "sigmoid", {"guided_loss": True}, "guided_loss is for dense detectors"),
+        ("faster-rcnn", "sigmoid", {"init": "optimal"}, "init must not be optimal.*sampling"),
+        (
+            "faster-rcnn",
+            "softmax",
+            {"cls_loss": "ce", "init": "prior=0.1"},
+            "init must be prior .*'prior=0.1'",
+        ),
         ("faster-rcnn", "softmax", {}, "softmax classifier learns by cls_loss ce.*got 'ghm'"),
         ("faster-rcnn", "softmax", {"cls_loss": "focal"}, "got 'focal'"),
     ],
