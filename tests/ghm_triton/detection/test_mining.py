@@ -1,0 +1,165 @@
+import dataclasses
+
+import pytest
+import torch
+
+from ghm_triton.detection.heads import HeadLosses, LearningHead
+from ghm_triton.detection.losses import SmoothL1
+from ghm_triton.detection.mining import HardPlaces
+from ghm_triton.detection.recipe import TrainOptions, build_losses
+from ghm_triton.functional import focal_loss
+from ghm_triton.imbalance.ohem import OHEM
+from ghm_triton.losses import FocalLoss
+
+CLASSES = 3
+
+
+def batch(seed=0, images=2, places=40):
+    """Logits, labels with every kind among them, and deltas of the positives."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(images, places, CLASSES, generator=generator)
+    labels = torch.randint(-1, CLASSES + 3, (images, places), generator=generator)
+    labels = labels.clamp(max=CLASSES)
+    positives = int(((labels >= 0) & (labels < CLASSES)).sum())
+    predicted, expected = torch.randn(2, positives, 4, generator=generator)
+    return logits, labels, predicted, expected
+
+
+def head_of(losses):
+    head = LearningHead()
+    head.hold(losses)
+    return head
+
+
+def entries_of(logits, labels):
+    """Cross entropy and smooth L1 place by place, written out."""
+    target = torch.nn.functional.one_hot(labels.clamp(min=0), CLASSES + 1)[..., :CLASSES]
+    plain = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, target.float(), reduction="none"
+    )
+    return plain.sum(-1).masked_fill(labels < 0, 0.0)
+
+
+def test_ohem_backpropagates_the_hardest_of_each_image_alone():
+    logits, labels, predicted, expected = batch()
+    logits.requires_grad_()
+    predicted.requires_grad_()
+    options = TrainOptions(cls_loss="ce", reg_loss="sl1", mining="ohem", mining_keep=7)
+    losses = head_of(build_losses(options)).dense_losses(logits, labels, predicted, expected)
+    positive = (labels >= 0) & (labels < CLASSES)
+    both = entries_of(logits.detach(), labels)
+    both[positive] += SmoothL1().rows(predicted.detach(), expected)
+    best = both.masked_fill(labels < 0, -1).topk(7, dim=1).indices
+    kept = torch.zeros_like(positive).scatter(1, best, True)
+    entries = entries_of(logits.detach(), labels)
+    # Float32 sums in another order.
+    wanted = float(entries[kept].sum()) / 14
+    assert float(losses["classification"].detach()) == pytest.approx(wanted, rel=1e-5)
+    rows = SmoothL1().rows(predicted.detach(), expected)[kept[positive]]
+    assert 0 < len(rows) < len(predicted)
+    wanted = float(rows.sum()) / 14
+    assert float(losses["bbox_regression"].detach()) == pytest.approx(wanted, rel=1e-5)
+    (2 * losses["classification"] + 3 * losses["bbox_regression"]).backward()
+    assert torch.equal(logits.grad.abs().sum(-1) > 0, kept)
+    assert torch.equal(predicted.grad.abs().sum(-1) > 0, kept[positive])
+
+
+def test_the_weights_take_part_in_the_choice():
+    logits, labels, predicted, expected = batch()
+    options = TrainOptions(cls_loss="ce", reg_loss="sl1", mining="ohem", mining_keep=7)
+    kept = []
+    for weights in ({}, {"reg_weight": 100.0}, {"cls_weight": 100.0}):
+        losses = build_losses(dataclasses.replace(options, **weights))
+        kept.append(losses.mining(logits, labels, predicted, expected)[1])
+    assert int(kept[1].sum()) == 14  # positives, by their boxes
+    assert int(kept[2].sum()) < int(kept[0].sum()) < 14
+
+
+@pytest.mark.parametrize("reg_loss", ["sl1", "asl1", "ghm"])
+@pytest.mark.parametrize("cls_loss", ["ce", "focal", "ghm"])
+def test_what_is_chosen_by_is_what_is_learnt(cls_loss, reg_loss):
+    """With everything kept, the choice's losses and the trained ones have one sum."""
+    logits, labels, predicted, expected = batch()
+    everything = int((labels >= 0).sum())
+    options = TrainOptions(
+        cls_loss=cls_loss,
+        reg_loss=reg_loss,
+        mining="ohem",
+        mining_keep=1000,
+        cls_weight=2.0,
+        strength=0.0,
+        reg_strength=0.0,
+    )
+    built = build_losses(options)
+    losses = head_of(built).dense_losses(logits, labels, predicted, expected)
+    lost = built.mining.classification(logits, labels).sum()
+    misplaced = built.mining.regression(predicted, expected).sum()
+    # Float32 sums in another order.
+    assert float(losses["classification"]) * everything == pytest.approx(float(lost), rel=1e-5)
+    assert float(losses["bbox_regression"]) * everything == pytest.approx(
+        float(misplaced), rel=1e-5
+    )
+
+
+def test_ghm_r_weighs_a_box_as_it_does_unmined():
+    """Its mean over coordinates is a fourth of a sum over boxes."""
+    _, _, predicted, expected = batch()
+    whole, mined = (
+        build_losses(TrainOptions(mining=mining)).regression(predicted, expected)
+        for mining in ("none", "ohem")
+    )
+    # Float32 rounding of one division.
+    assert float(mined) / len(predicted) == pytest.approx(float(whole), rel=1e-6)
+
+
+def test_focal_loss_chooses_by_focal_loss():
+    logits, labels, *_ = batch()
+    losses = build_losses(TrainOptions(cls_loss="focal", reg_loss="sl1", mining="ohem"))
+    expected = focal_loss(logits, labels, reduction="none").sum(-1)
+    assert torch.equal(losses.mining.classification(logits, labels), expected)
+
+
+def test_s_ohem_moves_with_the_steps_of_training():
+    options = TrainOptions(cls_loss="ce", reg_loss="sl1", mining="s-ohem", steps=10)
+    head = head_of(build_losses(options)).train()
+    for _ in range(10):
+        head.dense_losses(*batch())
+    # The course of alpha is that of the run.
+    assert float(head.mining.choose.alpha()) == pytest.approx(0.25)
+    assert "mining.choose.updates" in head.state_dict()
+
+
+def test_ignored_places_are_never_chosen_and_an_image_may_have_none():
+    logits, labels, predicted, expected = batch()
+    labels[1] = -1
+    positives = int(((labels >= 0) & (labels < CLASSES)).sum())
+    predicted, expected = predicted[:positives], expected[:positives]
+    mining = HardPlaces(OHEM(1000), entries_of, SmoothL1().rows)
+    learnt, kept = mining(logits, labels, predicted, expected)
+    assert torch.equal(learnt, labels)
+    assert bool(kept.all())
+    labels[:] = -1
+    losses = head_of(
+        HeadLosses(FocalLoss(reduction="sum"), SmoothL1("sum"), mining=mining)
+    ).dense_losses(logits, labels, predicted[:0], expected[:0])
+    assert float(losses["classification"]) == float(losses["bbox_regression"]) == 0.0
+
+
+def test_the_observer_sees_what_was_assigned_not_what_was_mined():
+    logits, labels, predicted, expected = batch()
+    head = head_of(build_losses(TrainOptions(mining="ohem", mining_keep=2)))
+    seen = []
+    head.observer = seen.append
+    head.dense_losses(logits, labels, predicted, expected)
+    assert torch.equal(seen[0], labels)
+
+
+def test_guided_loss_scales_the_classification_before_its_weight():
+    options = TrainOptions(cls_loss="focal", reg_loss="sl1", cls_weight=3.0, reg_weight=0.5)
+    plain = head_of(build_losses(options)).dense_losses(*batch())
+    options = dataclasses.replace(options, guided_loss=True)
+    guided = head_of(build_losses(options)).dense_losses(*batch())
+    # w_reg L_reg, and w_cls r L_cls = w_cls w_reg L_reg; to float32 rounding.
+    assert float(guided["bbox_regression"]) == float(plain["bbox_regression"])
+    wanted = 3.0 * float(plain["bbox_regression"])
+    assert float(guided["classification"]) == pytest.approx(wanted, rel=1e-6)
