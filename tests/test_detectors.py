@@ -35,6 +35,8 @@ COMMON = "--image-size 96x96 --channels 16 --head-convs 1 --steps 30 --batch-siz
 KINDS = {
     "fcos": "--detector fcos --prior 0.05",
     "faster-rcnn": "--detector faster-rcnn --proposals 50 --region-samples 32 --prior 0.05",
+    "clean": "--detector faster-rcnn --proposals 50 --region-samples 32 --assigner cleanliness"
+    " --adversarial asdn+astn --prior 0.05",
     "softmax": "--detector faster-rcnn --cls-loss ce --proposals 50 --region-samples 32",
 }
 

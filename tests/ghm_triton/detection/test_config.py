@@ -23,6 +23,7 @@ from ghm_triton.detection.config import DetectorConfig
         ("max_detections", 0),
         ("proposals", 0),
         ("region_samples", -1),
+        ("assigner", "hungarian"),
     ],
 )
 def test_a_configuration_names_what_is_wrong(field, value, config):
@@ -39,7 +40,12 @@ def test_a_configuration_survives_plain_values(config):
 def test_a_configuration_without_an_architecture_is_a_retinanets(config):
     """As the first checkpoints wrote them."""
     values = config.to_dict()
-    for name in ("architecture", "classifier", "proposals", "region_samples"):
+    for name in ("architecture", "classifier", "proposals", "region_samples", "assigner"):
         del values[name]
     assert DetectorConfig.from_dict(values) == config
     assert config.architecture == "retinanet"
+
+
+def test_points_are_not_assigned_by_the_overlap_of_anchors(config):
+    with pytest.raises(ValueError, match=r"assigner must be iou for fcos, which has no anchors"):
+        dataclasses.replace(config, architecture="fcos", assigner="cleanliness")

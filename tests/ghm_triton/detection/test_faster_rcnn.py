@@ -17,6 +17,8 @@ from ghm_triton.detection.faster_rcnn import FasterRCNNDetector, softmax_logits
 from ghm_triton.detection.heads import HeadLosses
 from ghm_triton.detection.postprocess import DeployedDetector
 from ghm_triton.detection.recipe import SmoothL1, SoftmaxCrossEntropy
+from ghm_triton.detection.rpn import CleanProposalNetwork
+from ghm_triton.imbalance.adversarial import Adversary
 from ghm_triton.losses import GHMCLoss, GHMRLoss
 
 SIZE = (96, 128)
@@ -324,3 +326,71 @@ def test_of_two_softmaxes_that_are_equal_in_float32_the_rank_tells():
 
 def test_softmax_ranks_of_equal_logits_are_finite():
     assert softmax_logits(torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]
+
+
+class Bystander(torch.nn.Module):
+    """An adversary that notes what it is shown and hides every object."""
+
+    def forward(self, pooled, probability):
+        self.pooled, self.sure = pooled.detach(), probability(pooled).detach()
+        return pooled * 0, pooled.new_tensor(7.0)
+
+
+def test_the_adversary_meets_the_positive_regions_alone(config, losses, monkeypatch):
+    bystander = Bystander()
+    detector = lively(config, dataclasses.replace(losses, adversary=lambda _: bystander)).train()
+    asked, seen = [], []
+    classify = detector.classify
+    monkeypatch.setattr(detector, "classify", lambda x: asked.append(x.detach()) or classify(x))
+    detector.observe_labels(seen.append)
+    result = detector(torch.randn(2, 3, *SIZE), [SCENE, NO_BOXES])
+    assert float(result["adversary"]) == 7.0
+    labels = seen[0]
+    own = labels < 3
+    assert 2 <= int(own.sum()) < len(own)
+    assert torch.equal(bystander.pooled, asked[0])
+    assert not asked[1][own].any()  # as the adversary left them
+    assert bool(asked[1][~own].flatten(1).any(1).all())
+    logits, _ = classify(bystander.pooled)
+    scores = torch.softmax(logits, 1)[:, 1:] if logits.shape[1] == 4 else torch.sigmoid(logits)
+    by_hand = [float(row[label].detach()) for row, label in zip(scores, labels[own], strict=True)]
+    assert bystander.sure.tolist() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_an_adversary_takes_no_part_in_detecting(config, losses):
+    detectors = []
+    for chosen in (losses, dataclasses.replace(losses, adversary=Adversary)):
+        torch.manual_seed(0)
+        detectors.append(FasterRCNNDetector(config, chosen))
+    plain, armed = detectors
+    added = armed.state_dict().keys() - plain.state_dict().keys()
+    assert added
+    assert all(key.startswith("adversary.") for key in added)
+    for key, weight in plain.state_dict().items():  # it draws from the generator last
+        assert torch.equal(weight, armed.state_dict()[key]), key
+    images = torch.randn(1, 3, *SIZE)
+    with torch.inference_mode():
+        ours, theirs = (x.eval().predict(images) for x in detectors)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_with_an_adversary_every_part_learns(config, losses):
+    detector = lively(config, dataclasses.replace(losses, adversary=Adversary)).train()
+    with torch.no_grad():  # as after some steps; from zero, layers before it start a step late
+        torch.nn.init.normal_(detector.adversary.astn.localisation[-1].weight, std=0.1)
+    result = detector(torch.randn(2, 3, *SIZE), [SCENE, SCENE])
+    sum(result.values()).backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in detector.parameters())
+    assert all(bool(p.grad.any()) for p in detector.adversary.astn.parameters())
+    assert bool(detector.roi_heads.box_head.fc6.weight.grad.any())
+
+
+def test_clean_proposals_are_a_matter_of_the_configuration(config, losses):
+    config = dataclasses.replace(config, assigner="cleanliness")
+    detector = lively(config, dataclasses.replace(losses, objectness=GHMCLoss())).train()
+    assert isinstance(detector.rpn, CleanProposalNetwork)
+    result = detector(torch.randn(2, 3, *SIZE), [SCENE, NO_BOXES])
+    assert set(result) == {"classification", "bbox_regression", "rpn_objectness", "rpn_box"}
+    assert int(detector.rpn.classification_loss.density.updates) == 1
+    with pytest.raises(RuntimeError, match="built without a loss"):
+        lively(config, losses).train()(torch.randn(1, 3, *SIZE), [SCENE])

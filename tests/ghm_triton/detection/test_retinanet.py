@@ -4,10 +4,12 @@ import pytest
 import torch
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import box_iou
 
 from ghm_triton.detection.backbones import build_backbone
 from ghm_triton.detection.heads import HarmonizedRetinaNetHead, HeadLosses
 from ghm_triton.detection.model import build_detector
+from ghm_triton.imbalance.cleanliness import assign_top_anchors
 from ghm_triton.losses import FocalLoss, GHMCLoss, GHMRLoss
 
 
@@ -135,3 +137,59 @@ def iou_with(boxes: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     common = (high - low).clamp(min=0).prod(1)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     return common / (area + (other[2:] - other[:2]).prod() - common)
+
+
+class Noted(torch.nn.Module):
+    """Notes what a loss is asked."""
+
+    def forward(self, *asked):
+        self.asked = [x.detach() for x in asked]
+        return asked[0].sum()
+
+
+@pytest.mark.parametrize("of_boxes", [False, True])
+def test_clean_anchors_learn_their_cleanliness_at_their_class(of_boxes, config):
+    config = dataclasses.replace(config, assigner="cleanliness")
+    torch.manual_seed(0)
+    losses = HeadLosses(Noted(), Noted(), of_boxes=of_boxes)
+    detector = build_detector(config, losses)
+    torch.nn.init.normal_(detector.head.regression_head.bbox_reg.weight, std=0.02)
+    target = {
+        "boxes": torch.tensor([[10.0, 12.0, 40.0, 50.0], [50.0, 8.0, 80.0, 60.0]]),
+        "labels": torch.tensor([7, 3]),
+        "ignore": torch.tensor([False, True]),
+    }
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    images = torch.randn(2, 3, 96, 96)
+    seen = []
+    detector.observe_labels(seen.append)
+    detector(images, [target, empty])
+    logits, soft, weight = losses.classification.asked
+    with torch.no_grad():
+        expected, deltas = detector.raw(images)
+    assert torch.equal(logits, expected)
+    owner = assign_top_anchors(target["boxes"], detector.anchors)
+    own = torch.nonzero(owner == 0).flatten()
+    assert len(own) in range(60, 101)
+    coder = detector.head.regression_head.box_coder
+    boxes = coder.decode_single(deltas[0, own], detector.anchors[own])
+    clean = 0.5 * box_iou(boxes, target["boxes"][:1])[:, 0] + 0.5 * logits[0, own, 7].sigmoid()
+    by_hand = torch.zeros_like(soft)
+    by_hand[0, own, 7] = clean
+    # The ground truth goes through an encoding and back, in float32.
+    torch.testing.assert_close(soft, by_hand, rtol=0, atol=1e-5)
+    assert torch.equal(weight[0, :, 0], (owner != 1).float())
+    assert bool((weight[1] == 1).all())
+    labels = torch.full((2, len(owner)), 10)
+    labels[0, own], labels[0, owner == 1] = 7, -1
+    assert torch.equal(seen[0], labels)
+    assert torch.equal(detector.labels([target, empty]), labels)
+
+
+def test_a_detector_of_clean_anchors_learns_by_any_loss_of_sigmoids(config):
+    config = dataclasses.replace(config, assigner="cleanliness")
+    target = {"boxes": torch.tensor([[10.0, 12.0, 40.0, 50.0]]), "labels": torch.tensor([7])}
+    for loss in (GHMCLoss(average="positives"), FocalLoss()):
+        detector = build_detector(config, HeadLosses(loss, GHMRLoss()))
+        sum(detector(torch.randn(1, 3, 96, 96), [target]).values()).backward()
+        assert all(bool(torch.isfinite(p.grad).all()) for p in detector.parameters())

@@ -271,3 +271,29 @@ def test_a_clean_network_proposes_as_any_other(config):
     with torch.inference_mode():
         for ours, theirs in zip(rpn.propose(features), plain.propose(features), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_a_clean_network_learns_where_to_look(config):
+    """Two boxes of one picture, among ten proposals."""
+    rpn = clean(config, GHMCLoss(average="positives"))
+    rpn.set_optimal_prior(TARGETS[:1])
+    rpn.config = dataclasses.replace(rpn.config, proposals=10)
+    torch.manual_seed(3)
+    features = pyramid(1)
+    levels = {str(i): x for i, x in enumerate(features)}
+    images = ImageList(torch.zeros(1, 3, *SIZE), [SIZE])
+
+    def found() -> float:
+        with torch.inference_mode():
+            boxes, _ = rpn.eval().propose(features)
+        return float(box_iou(TARGETS[0]["boxes"], boxes[0]).amax(1).min())
+
+    before = found()
+    optimizer = torch.optim.Adam(rpn.parameters(), 3e-3)
+    for _ in range(60):
+        _, losses = rpn.train()(images, levels, TARGETS[:1])
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    assert before < 0.7
+    assert found() > 0.85
