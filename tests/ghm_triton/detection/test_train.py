@@ -12,6 +12,7 @@ from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.loader import StepSampler, TrainingView
 from ghm_triton.detection.model import build_detector
+from ghm_triton.detection.recipe import TrainOptions
 from ghm_triton.detection.train import CHECKPOINT, METRICS, TrainingError, train
 
 
@@ -33,6 +34,41 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(options, config, tmp_pa
     assert whole.model.keys() == broken.model.keys()
     assert all(torch.equal(whole.model[key], broken.model[key]) for key in whole.model)
     assert whole.statistics.to_dict() == broken.statistics.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "chosen"),
+    [
+        ("retinanet", {"mining": "s-ohem", "cls_loss": "ce", "reg_loss": "iou", "init": "optimal"}),
+        ("fcos", {"mining": "ohem", "reg_loss": "giou", "guided_loss": True, "init": "prior=0.02"}),
+    ],
+)
+def test_mined_and_guided_runs_resume_bit_for_bit(chosen, architecture, options, config, tmp_path):
+    config = dataclasses.replace(config, architecture=architecture)
+    options = dataclasses.replace(options, steps=4, mining_keep=9, **chosen)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    quietly(options, config, whole)
+    quietly(options, config, broken, stop_after=3)
+    quietly(options, config, broken, resume=True)
+    assert losses_of(broken) == losses_of(whole)
+    saved = [Checkpoint.load(out / CHECKPOINT) for out in (whole, broken)]
+    assert all(torch.equal(saved[0].model[key], saved[1].model[key]) for key in saved[0].model)
+    if chosen["mining"] == "s-ohem":
+        assert int(saved[0].model["head.mining.choose.updates"]) == options.steps
+    # What was learnt with is no part of what was learnt.
+    assert not any("mining" in key for key in saved[0].detector().state_dict())
+
+
+def test_a_checkpoint_of_before_the_methods_resumes(options, config, tmp_path):
+    quietly(options, config, tmp_path / "whole")
+    quietly(options, config, tmp_path / "old", stop_after=4)
+    saved = Checkpoint.load(tmp_path / "old" / CHECKPOINT)
+    for name in ("mining", "mining_keep", "init", "guided_loss"):
+        del saved.training[name]
+    saved.save(tmp_path / "old" / CHECKPOINT)
+    assert TrainOptions.from_dict(saved.training) == options
+    quietly(options, config, tmp_path / "old", resume=True)
+    assert losses_of(tmp_path / "old") == losses_of(tmp_path / "whole")
 
 
 def test_the_seed_decides_and_nothing_else(options, config, tmp_path):
@@ -59,6 +95,21 @@ def test_statistics_count_the_anchors_that_were_trained_on(options, config, tmp_
     held_out = open_dataset(options.data, "val")
     boxes = sum(len(held_out[i].labels) for i in range(len(held_out)))
     assert int(statistics.ground_truths.sum()) == boxes
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"reg_loss": "asl1", "guided_loss": True, "init": "optimal"},
+        {"reg_loss": "iou", "cls_loss": "ce", "mining": "s-ohem"},
+        {"reg_loss": "giou", "cls_loss": "focal", "mining": "ohem"},
+    ],
+)
+def test_every_method_learns(chosen, options, config, tmp_path):
+    quietly(dataclasses.replace(options, steps=20, batch_size=8, **chosen), config, tmp_path)
+    lines = losses_of(tmp_path)
+    total = [x["classification"] + x["bbox_regression"] for x in lines]
+    assert sum(total[-5:]) / 5 < 0.85 * sum(total[:2]) / 2
 
 
 @pytest.mark.parametrize("cls_loss", ["ghm", "focal", "ce"])
