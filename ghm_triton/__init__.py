@@ -12,6 +12,14 @@ if TYPE_CHECKING:
         ghm_softmax_loss,
         gradient_density,
     )
+    from ghm_triton.imbalance.ohem import OHEM, hard_examples
+    from ghm_triton.imbalance.s_ohem import StratifiedOHEM
+    from ghm_triton.imbalance.sampling_free import (
+        GuidedLoss,
+        guided,
+        initial_loss,
+        optimal_prior,
+    )
     from ghm_triton.losses import FocalLoss, GHMCLoss, GHMRLoss, GHMSoftmaxLoss
     from ghm_triton.schedule import StrengthSchedule
     from ghm_triton.statistics import ClassStatistics
@@ -30,6 +38,9 @@ _HOMES = {
     "GHMRLoss": "losses",
     "GHMSoftmaxLoss": "losses",
     "GradientDensity": "density",
+    "GuidedLoss": "imbalance.sampling_free",
+    "OHEM": "imbalance.ohem",
+    "StratifiedOHEM": "imbalance.s_ohem",
     "StrengthSchedule": "schedule",
     "ThresholdWarning": "thresholds",
     "focal_loss": "functional",
@@ -37,9 +48,14 @@ _HOMES = {
     "ghm_r_loss": "functional",
     "ghm_softmax_loss": "functional",
     "gradient_density": "functional",
+    "guided": "imbalance.sampling_free",
+    "hard_examples": "imbalance.ohem",
+    "initial_loss": "imbalance.sampling_free",
+    "optimal_prior": "imbalance.sampling_free",
 }
 
 __all__ = [
+    "OHEM",
     "ClassStatistics",
     "ClassThreshold",
     "ClassThresholds",
@@ -48,6 +64,8 @@ __all__ = [
     "GHMRLoss",
     "GHMSoftmaxLoss",
     "GradientDensity",
+    "GuidedLoss",
+    "StratifiedOHEM",
     "StrengthSchedule",
     "ThresholdWarning",
     "focal_loss",
@@ -55,6 +73,10 @@ __all__ = [
     "ghm_r_loss",
     "ghm_softmax_loss",
     "gradient_density",
+    "guided",
+    "hard_examples",
+    "initial_loss",
+    "optimal_prior",
 ]
 
 

@@ -25,5 +25,7 @@ for name in ("torchvision", "triton", "sklearn", "PIL", "matplotlib"):
 import torch, ghm_triton
 loss = ghm_triton.GHMCLoss()(torch.randn(4, 3), torch.tensor([0, 1, 3, 3]))
 assert bool(torch.isfinite(loss)), loss
+assert ghm_triton.OHEM(2)(torch.rand(1, 5)).sum() == 2
+assert ghm_triton.GuidedLoss()(loss, loss) == 2 * loss
 """
     subprocess.run([sys.executable, "-c", code], check=True)
