@@ -46,6 +46,17 @@ def test_the_detector_is_a_flag_and_its_losses_follow(flags, built, trained_by, 
     assert (saved.training["cls_loss"], saved.training["reg_loss"]) == trained_by
 
 
+def test_clean_anchors_and_adversaries_are_flags(tmp_path):
+    flags = "--detector faster-rcnn --proposals 40 --assigner cleanliness --adversarial asdn"
+    words = [*RUN, "--steps", "1", *flags.split(), "--adversarial-start", "0"]
+    assert cli.main(["train", "--out", str(tmp_path), *words]) == 0
+    saved = Checkpoint.load(tmp_path / "checkpoint.pt")
+    assert saved.config.assigner == "cleanliness"
+    assert (saved.training["adversarial"], saved.training["adversarial_start"]) == ("asdn", 0.0)
+    metrics = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert 0 <= metrics["adversary"] < 0.01  # joint from the first step
+
+
 def test_resume_takes_its_options_from_the_checkpoint(tmp_path, capsys):
     assert cli.main(["train", "--out", str(tmp_path), *RUN, "--steps", "2"]) == 0
     assert cli.main(["train", "--out", str(tmp_path), "--resume", "--device", "cpu"]) == 0
@@ -89,6 +100,16 @@ def test_thresholds_print_and_plot(trained, tmp_path, capsys):
             "--prior does not fit --cls-loss ce",
         ),
         (["train", "--detector", "faster-rcnn", "--proposals", "0"], "proposals must be at least"),
+        (["train", "--adversarial", "asdn"], "adversarial must be none for retinanet, which looks"),
+        (["train", "--adversarial-start", "0.5"], "it looks once, and has no regions to make"),
+        (
+            ["train", "--detector", "fcos", "--assigner", "cleanliness"],
+            "assigner must be iou for fcos, which has no anchors",
+        ),
+        (
+            ["train", "--assigner", "cleanliness", "--mining", "ohem"],
+            "mining must be none with assigner cleanliness",
+        ),
     ],
 )
 def test_a_wrong_flag_is_one_sentence(words, message, tmp_path, capsys):

@@ -1,0 +1,170 @@
+r"""Where does each proposal network look, and what does the detector behind it make of that?
+
+Trains Faster R-CNN with torchvision's sampled proposals and with those that learn from every
+anchor by how clean it is (GHM-C, soft labels, optimal bias), on the same images in the same steps.
+Reports how many boxes of the test split are among the first 100, 300 and 1000 proposals, and
+average precision. One JSON line a run, with provenance; runs already in the file are not repeated,
+so that an interrupted one goes on where it stopped.
+
+    python -m benchmarks.proposals --steps 600 --seeds 0 1 2
+    python -m benchmarks.proposals --data voc:path/to/BCCD --train-split trainval \
+        --image-size 256x320 --channels 64 --flips 0.5 --batch-size 8 --steps 500 --seeds 0 1 2
+    python -m benchmarks.proposals --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from benchmarks.provenance import provenance
+from benchmarks.rows import Row, Rows, current, read
+from ghm_triton.detection.checkpoint import Checkpoint
+from ghm_triton.detection.commands import image_size
+from ghm_triton.detection.config import DetectorConfig
+from ghm_triton.detection.data import DetectionDataset, open_dataset
+from ghm_triton.detection.evaluate import detect, mean_average_precision, torch_predictor
+from ghm_triton.detection.faster_rcnn import FasterRCNNDetector
+from ghm_triton.detection.loader import TrainingView
+from ghm_triton.detection.postprocess import DeployedDetector
+from ghm_triton.detection.recipe import TrainOptions
+from ghm_triton.detection.train import train
+
+RESULTS = Path(__file__).parent / "results" / "proposals.jsonl"
+COUNTS = (100, 300, 1000)
+IOUS = tuple(i / 100 for i in range(50, 100, 5))  # COCO's
+NETWORKS = {"sampled (torchvision)": "iou", "clean, GHM-C over all anchors": "cleanliness"}
+MEASURED = ("ap", "ap50", *(f"{name}@{k}" for name in ("ar", "recall50") for k in COUNTS))
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--train-split", default="train")
+    parser.add_argument("--image-size", type=image_size, default=(128, 128), metavar="HxW")
+    parser.add_argument("--channels", type=int, default=48)
+    parser.add_argument("--flips", type=float, default=0.0, help="probability of either mirroring")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        rows = Rows(arguments.out, provenance())
+        for seed in arguments.seeds:
+            for network in arguments.networks:
+                key = {**run_key(arguments), "network": network, "seed": seed}
+                if not rows.here(key):
+                    print(rows.add({**key, **measure(network, seed, arguments)}), flush=True)
+    print(table(current(read(arguments.out))))
+
+
+def run_key(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What tells runs apart, besides their network and seed."""
+    # The folder of a data set differs between machines; its name does not.
+    data = ":".join(part.rsplit("/", 1)[-1] for part in arguments.data.split(":"))
+    return {
+        "data": data,
+        "image_size": list(arguments.image_size),
+        "channels": arguments.channels,
+        "steps": arguments.steps,
+        "batch_size": arguments.batch_size,
+        "flips": arguments.flips,
+    }
+
+
+def measure(network: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train, and evaluate on the test split."""
+    options = TrainOptions(
+        data=arguments.data,
+        train_split=arguments.train_split,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        seed=seed,
+        hflip=arguments.flips,
+        vflip=arguments.flips,
+    )
+    names = open_dataset(options.data, options.train_split).class_names
+    config = DetectorConfig(
+        class_names=names,
+        image_size=arguments.image_size,
+        channels=arguments.channels,
+        architecture="faster-rcnn",
+        assigner=NETWORKS[network],
+    )
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Checkpoint.load(train(options, config, Path(folder), progress=False).checkpoint)
+    seconds = time.perf_counter() - started
+    test = open_dataset(options.data, "test", class_names=names)
+    predict = torch_predictor(DeployedDetector(saved.detector()))
+    result = mean_average_precision(names, list(detect(predict, config, test)))
+    precision = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75}
+    numbers = {**precision, **recall(best_overlaps(saved, test))}
+    rounded = {name: round(value, 4) for name, value in numbers.items()}
+    return {**rounded, "seconds": round(seconds, 1)}
+
+
+@torch.inference_mode()
+def best_overlaps(saved: Checkpoint, dataset: DetectionDataset) -> dict[int, Tensor]:
+    """For each number of proposals, every box's best IoU with the first so many, `[boxes]`."""
+    config = replace(saved.config, proposals=max(COUNTS), candidates=max(COUNTS))
+    detector = Checkpoint(config, saved.model, saved.statistics, {}).detector()
+    assert isinstance(detector, FasterRCNNDetector)  # noqa: S101 - for the type checker
+    view = TrainingView(dataset, config, (0.0, 0.0))
+    overlaps: dict[int, list[Tensor]] = {count: [] for count in COUNTS}
+    for index in range(len(dataset)):
+        image, target = view[index, 0]
+        boxes = target["boxes"][~target["ignore"]]
+        if len(boxes):
+            features = detector.features(image.unsqueeze(0))
+            (proposals,), _ = detector.rpn.propose(list(features.values()))
+            for count in COUNTS:
+                overlaps[count].append(box_iou(boxes, proposals[:count]).amax(dim=1))
+    return {count: torch.cat(rows) for count, rows in overlaps.items()}
+
+
+def recall(overlaps: dict[int, Tensor]) -> dict[str, float]:
+    """Share of the boxes that are found: at an IoU of 0.5, and on average over COCO's ten."""
+    found = {}
+    for count, best in overlaps.items():
+        shares = [float((best >= iou).float().mean()) for iou in IOUS]
+        found[f"recall50@{count}"] = shares[0]
+        found[f"ar@{count}"] = statistics.mean(shares)
+    return found
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Mean and range over seeds, as Markdown."""
+    head = ("data", "channels", "steps", "network")
+    lines = [f"| {' | '.join((*head, 'seeds', *MEASURED))} |"]
+    lines.append("|---" * (len(head) + 1 + len(MEASURED)) + "|")
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in head), []).append(row)
+    for what, runs in groups.items():
+        cells = [_spread([run[name] for run in runs]) for name in MEASURED]
+        lines.append(f"| {' | '.join(map(str, (*what, len(runs), *cells)))} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+
+
+if __name__ == "__main__":
+    main()
