@@ -10,10 +10,10 @@ import zlib
 from collections.abc import Callable
 
 from benchmarks.fuzz_json import mutate_json
-from service.body import _read_json
-from service.forms import parse_form
-from service.images import ImageError, decode
-from service.options import DetectOptions, read_options
+from service.intake.body import _read_json
+from service.intake.forms import parse_form
+from service.intake.images import ImageError, decode
+from service.intake.options import DetectOptions, read_options
 from service.problems import ProblemError
 
 MAX_PIXELS = 2**20

@@ -10,8 +10,9 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from export.file import read_detector
-from service import direct, middleware, openapi, problems
-from service.model import ServedModel
+from service import openapi, problems
+from service.gate import chain, direct
+from service.models.model import ServedModel
 from service.routes import detect, health, metrics, models, page, preview, v2
 from service.settings import Settings, load_settings
 from service.state import ServiceState
@@ -73,7 +74,7 @@ def create_app(settings: Settings | None = None, model: ServedModel | None = Non
     )
     app.state.service = service
     direct.install(app, detect.router, preview.router)
-    middleware.install(app, service.settings, service.metrics)
+    chain.install(app, service.settings, service.metrics)
     problems.install(app)
     openapi.install(app, service.settings)
     for part in (detect, models, health, page, preview, v2):

@@ -174,7 +174,7 @@ _PLAIN = (
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    from service import logs
+    from service.operations import logs
     from service.settings import load_settings, unknown_variables
 
     def scaled(value: float | None, unit: int) -> int | None:
@@ -195,7 +195,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _serve(settings: Settings) -> None:
-    from service.server import DrainingServer, banner, prepare
+    from service.process.server import DrainingServer, banner, prepare
 
     app = prepare(settings)  # before we listen, so that what cannot run is an error of the start
     with _listen(settings.host, settings.port) as listener:
@@ -204,8 +204,8 @@ def _serve(settings: Settings) -> None:
 
 
 def _serve_with_workers(settings: Settings) -> None:
+    from service.process.workers import Supervisor
     from service.settings import SettingsError
-    from service.workers import Supervisor
 
     if sys.platform == "win32":
         raise SettingsError(f"workers is {settings.workers}: Windows can have only 1")

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from service.auth import is_public
+from service.gate.auth import is_public
 from service.problems import MEDIA_TYPE, described
 from service.settings import Settings
 

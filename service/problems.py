@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from service.schemas import ProblemDetails
+from service.answers.schemas import ProblemDetails
 
 MEDIA_TYPE = "application/problem+json"
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.cpus import available_cpus
+from service.process.cpus import available_cpus
 
 PREFIX = "GHM_"
 _PROVIDERS = "GHM_PROVIDERS"  # as onnxruntime says it; read where GHM_PROVIDER is not set

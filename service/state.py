@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
-from service.batching import Scheduler
-from service.limits import ByteBudget
-from service.metrics import Metrics
-from service.registry import Registry
+from service.intake.budget import ByteBudget
+from service.models.batching import Scheduler
+from service.models.registry import Registry
+from service.operations.metrics import Metrics
 from service.settings import Settings
 
 

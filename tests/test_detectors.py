@@ -24,7 +24,7 @@ from ghm_triton.detection.detector import Predictions
 from ghm_triton.detection.evaluate import Detections, detect, torch_predictor
 from ghm_triton.detection.postprocess import DeployedDetector
 from service.app import create_app
-from service.model import ServedModel
+from service.models.model import ServedModel
 from service.settings import Settings
 
 # The contract's: boxes in pixels, scores. Runtimes sum convolutions in different orders.

@@ -16,10 +16,10 @@ import numpy as np
 
 from benchmarks.serving.processes import resident_bytes
 from export.file import read_detector
-from service.answers import image_answer
-from service.images import decode, prepare
-from service.model import ServedModel
-from service.options import DetectOptions, resolve
+from service.answers.detections import image_answer
+from service.intake.images import decode, prepare
+from service.intake.options import DetectOptions, resolve
+from service.models.model import ServedModel
 from service.settings import MOST_PIXELS
 
 

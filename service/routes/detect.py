@@ -8,18 +8,18 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from service.answers import failed_answer, image_answer
-from service.body import Upload
-from service.deadline import while_wanted
-from service.formats import JPEG, PNG, coco_results, drawn, preferred_kind
-from service.intake import Prepared, batch_of, counted, opened, prepare_all, read_request
-from service.model import ServedModel
-from service.options import DetectOptions, Wanted, resolve
+from service.answers.detections import failed_answer, image_answer
+from service.answers.formats import JPEG, PNG, coco_results, drawn, preferred_kind
+from service.answers.schemas import CocoResult, DetectManyResponse, DetectResponse
+from service.answers.timer import Timer
+from service.intake.body import Upload
+from service.intake.options import DetectOptions, Wanted, resolve
+from service.intake.prepared import Prepared, batch_of, counted, opened, prepare_all, read_request
+from service.intake.request_body import query_parameters, request_body
+from service.models.deadline import while_wanted
+from service.models.model import ServedModel
 from service.problems import ProblemError, documented
-from service.request_body import query_parameters, request_body
-from service.schemas import CocoResult, DetectManyResponse, DetectResponse
 from service.state import ServiceState, service_state
-from service.timer import Timer
 
 router = APIRouter(prefix="/v1", tags=["detection"])
 

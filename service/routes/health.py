@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
+from service.answers.schemas import Health, ModelHealth, Readiness
 from service.problems import ProblemError, documented
-from service.schemas import Health, ModelHealth, Readiness
 from service.state import service_state
 
 router = APIRouter(prefix="/health", tags=["health"])

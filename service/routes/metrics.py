@@ -6,9 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from service.drift import ClassDrift, Comparison
+from service.answers.schemas import ClassDriftAnswer, DriftAnswer, HistogramPair
+from service.operations.drift import ClassDrift, Comparison
 from service.problems import documented
-from service.schemas import ClassDriftAnswer, DriftAnswer, HistogramPair
 from service.state import service_state
 
 metrics_router = APIRouter(tags=["health"])

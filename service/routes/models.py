@@ -6,9 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
+from service.answers.schemas import ModelDetail, ModelList, ModelSummary
+from service.models.registry import Entry
 from service.problems import ProblemError, documented
-from service.registry import Entry
-from service.schemas import ModelDetail, ModelList, ModelSummary
 from service.state import service_state
 
 router = APIRouter(prefix="/v1/models", tags=["models"])

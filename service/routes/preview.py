@@ -11,16 +11,16 @@ import orjson
 from fastapi import APIRouter, Request, Response
 
 from export.contract import DetectorCard
-from service.answers import image_answer
-from service.deadline import while_wanted
-from service.intake import Prepared, batch_of, counted, opened, read_request
-from service.model import OFF, Detections, ServedModel
-from service.options import PreviewOptions, Wanted, resolve_preview
+from service.answers.detections import image_answer
+from service.answers.schemas import PreviewResponse
+from service.answers.timer import Timer
+from service.intake.options import PreviewOptions, Wanted, resolve_preview
+from service.intake.prepared import Prepared, batch_of, counted, opened, read_request
+from service.intake.request_body import query_parameters, request_body
+from service.models.deadline import while_wanted
+from service.models.model import OFF, Detections, ServedModel
 from service.problems import ProblemError, documented
-from service.request_body import query_parameters, request_body
-from service.schemas import PreviewResponse
 from service.state import ServiceState, service_state
-from service.timer import Timer
 
 router = APIRouter(prefix="/v1/thresholds", tags=["detection"])
 

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import orjson
 from fastapi import APIRouter, Path, Request, Response
 
-from service.model import ServedModel
+from service.models.model import ServedModel
+from service.models.registry import Entry
 from service.problems import ProblemError, documented
-from service.registry import Entry
 from service.state import service_state
 from service.v2 import inference
 from service.v2.bodies import read_body

@@ -13,8 +13,8 @@ from contextlib import aclosing
 
 from fastapi import Request
 
+from service.gate.reception import hold
 from service.problems import ProblemError, short
-from service.reception import hold
 from service.v2.tensors import malformed
 
 # zlib's own format, and gzip's around the same stream.

@@ -11,10 +11,10 @@ import numpy as np
 from fastapi import Request, Response
 
 from export.contract import INPUT, IOU_INPUT, THRESHOLDS_INPUT, DetectorCard
-from service.deadline import while_wanted
-from service.intake import counted
-from service.model import Outputs, ServedModel
-from service.options import Wanted
+from service.intake.options import Wanted
+from service.intake.prepared import counted
+from service.models.deadline import while_wanted
+from service.models.model import Outputs, ServedModel
 from service.problems import ProblemError
 from service.settings import LARGEST_BATCH, Settings
 from service.state import ServiceState, service_state

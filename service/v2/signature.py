@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
-from service.model import CPU, ServedModel
+from service.models.model import CPU, ServedModel
 from service.settings import LARGEST_BATCH
 from service.v2.tensors import TensorSpec
 

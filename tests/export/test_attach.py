@@ -20,7 +20,7 @@ from export.seal import SEAL_KEY
 from export.thresholds import rewrite_thresholds
 from ghm_triton.cli import main
 from service.app import create_app
-from service.model import ServedModel
+from service.models.model import ServedModel
 from service.settings import Settings
 
 HEIGHT, WIDTH = 40, 60  # no multiples of 32: another's model may have any size

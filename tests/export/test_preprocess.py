@@ -19,7 +19,7 @@ from export.contract import IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard, 
 from export.file import read_detector
 from export.preprocess import PREFIX, accept_uint8
 from ghm_triton.detection.data import open_dataset
-from service.images import letterbox
+from service.intake.images import letterbox
 
 Feeds = dict[str, np.ndarray]
 

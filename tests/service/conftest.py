@@ -38,9 +38,9 @@ from export.contract import (
 )
 from export.file import read_detector
 from export.preprocess import accept_uint8
+from service.answers.schemas import ProblemDetails
 from service.app import create_app, load_model
-from service.model import ServedModel
-from service.schemas import ProblemDetails
+from service.models.model import ServedModel
 from service.settings import Settings
 
 HEIGHT, WIDTH, CELL, STRIDE = 64, 96, 16, 8

@@ -20,7 +20,7 @@ from export.contract import DetectorCard
 from export.file import read_detector
 from service.app import create_app
 from service.client import AsyncClient, Client, ServiceError
-from service.model import ModelError, ServedModel
+from service.models.model import ModelError, ServedModel
 from service.settings import Settings
 
 KINDS = ("sync", "async")

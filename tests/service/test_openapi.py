@@ -3,10 +3,10 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from export.file import read_detector
+from service.answers.schemas import DetectResponse
 from service.app import create_app
-from service.model import ModelError, ServedModel
-from service.options import DetectOptions, PreviewOptions
-from service.schemas import DetectResponse
+from service.intake.options import DetectOptions, PreviewOptions
+from service.models.model import ModelError, ServedModel
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from starlette.testclient import TestClient
 from export.file import read_detector
 from service.app import create_app
 from service.cli import SERVE
-from service.cpus import available_cpus
-from service.metrics import Metrics
-from service.model import ServedModel
+from service.models.model import ServedModel
+from service.operations.metrics import Metrics
+from service.process.cpus import available_cpus
 from service.settings import Settings
 
 README = Path(__file__).parents[2] / "README.md"

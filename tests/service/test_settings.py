@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from service.cpus import available_cpus
+from service.process.cpus import available_cpus
 from service.settings import Settings, SettingsError, load_settings, unknown_variables
 
 

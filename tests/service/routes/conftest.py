@@ -6,7 +6,7 @@ import numpy as np
 import orjson
 import pytest
 
-from service.images import decode, prepare
+from service.intake.images import decode, prepare
 from service.v2 import schemas
 from service.v2.codec import HEADER
 

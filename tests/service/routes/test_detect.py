@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from starlette.testclient import TestClient
 
+from service.answers.schemas import DetectManyResponse, DetectResponse
 from service.app import create_app
-from service.images import decode, letterbox
-from service.schemas import DetectManyResponse, DetectResponse
+from service.intake.images import decode, letterbox
 from service.settings import Settings
 
 URL = "/v1/detect"

@@ -4,9 +4,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from export.file import read_detector
+from service.answers.schemas import DriftAnswer
 from service.app import create_app
-from service.model import ServedModel
-from service.schemas import DriftAnswer
+from service.models.model import ServedModel
 from service.settings import Settings
 
 

@@ -3,8 +3,8 @@ import hashlib
 from starlette.testclient import TestClient
 
 from export.contract import DetectorCard
+from service.answers.schemas import ModelDetail, ModelList, ProblemDetails
 from service.app import create_app
-from service.schemas import ModelDetail, ModelList, ProblemDetails
 
 
 def test_list(client, detector, card):

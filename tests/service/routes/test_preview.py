@@ -3,7 +3,7 @@ import base64
 import numpy as np
 import pytest
 
-from service.schemas import PreviewResponse
+from service.answers.schemas import PreviewResponse
 
 URL = "/v1/thresholds/preview"
 

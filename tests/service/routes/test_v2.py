@@ -6,7 +6,7 @@ from starlette.testclient import TestClient
 
 from export.file import read_detector
 from service.app import create_app
-from service.model import ModelError, ServedModel
+from service.models.model import ModelError, ServedModel
 from service.settings import Settings
 from service.v2 import schemas
 

@@ -97,8 +97,9 @@ def as_rows(detections: list[dict[str, Any]]) -> list[Row]:
     ]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Open no longer than its module: while it is, no test in this thread can run a loop."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("there is no Chromium here to look at the page with: apt-get install chromium")

@@ -1,0 +1,1 @@
+"""From a request to rows of a model's input: bodies, options, images."""
