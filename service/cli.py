@@ -70,7 +70,10 @@ def _add_work(group: argparse._ArgumentGroup) -> None:
         help="threads of an inference (default: the processors we may use, shared by the workers)",
     )
     group.add_argument(
-        "--inferences", type=int, metavar="N", help="inferences at a time, a worker (default: 1)"
+        "--inferences",
+        type=int,
+        metavar="N",
+        help="inferences at a time, a worker (default: the processors, up to 4)",
     )
     group.add_argument(
         "--batch-size",

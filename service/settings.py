@@ -17,8 +17,15 @@ _PROVIDERS = "GHM_PROVIDERS"  # as onnxruntime says it; read where GHM_PROVIDER 
 # The largest batch that the contract lets a file be run with.
 LARGEST_BATCH = 64
 
+_MOST_DEFAULT_INFERENCES = 4
+
 # Pillow refuses an image of more pixels by itself, whatever we would allow.
 MOST_PIXELS = 178_956_970
+
+
+def default_inferences() -> int:
+    """As many inferences as processors, up to where more gain nothing but take memory."""
+    return min(available_cpus(), _MOST_DEFAULT_INFERENCES)
 
 
 class SettingsError(ValueError):
@@ -37,7 +44,8 @@ class Settings(BaseSettings):
         provider: What runs the model. `auto` takes CUDA where it works and the CPU elsewhere;
             `cuda` does not start where CUDA does not work.
         threads: Threads of one inference, and images decoded at a time.
-        inferences: Inferences that run at a time, each with `threads` threads.
+        inferences: Inferences that run at a time. They share `threads` threads: while one of them
+            does what cannot be divided, the others use the processors.
         queue_size: Images that may wait, beyond those that are worked on; more are refused with
             429.
         deadline_ms: Milliseconds from a request's arrival to the start of its inference; after
@@ -83,7 +91,7 @@ class Settings(BaseSettings):
     workers: int = Field(default=1, ge=1, le=256)
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default_factory=available_cpus, ge=1, le=1024)
-    inferences: int = Field(default=1, ge=1, le=64)
+    inferences: int = Field(default_factory=default_inferences, ge=1, le=64)
     queue_size: int = Field(default=64, ge=0, le=100_000)
     deadline_ms: float = Field(default=10_000, gt=0, le=3_600_000)
     batch_size: int | None = Field(default=None, ge=1, le=LARGEST_BATCH)
@@ -166,6 +174,10 @@ def load_settings(**given: Any) -> Settings:
         # All workers share the processors: threads that wait for one another only cost.
         share = max(1, settings.threads // settings.workers)
         settings = settings.model_copy(update={"threads": share})
+    if settings.workers > 1 and "inferences" not in settings.model_fields_set:
+        settings = settings.model_copy(
+            update={"inferences": min(settings.inferences, settings.threads)}
+        )
     return settings
 
 

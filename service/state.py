@@ -40,7 +40,11 @@ class ServiceState:
     def __post_init__(self) -> None:
         told = self.settings
         self.registry = Registry(
-            told.source, provider=told.provider, threads=told.threads, observer=self.metrics
+            told.source,
+            provider=told.provider,
+            threads=told.threads,
+            spin=told.inferences == 1,
+            observer=self.metrics,
         )
         self.scheduler = Scheduler(told, self.metrics)
         self.decoded = ByteBudget(told.max_decoded_bytes)

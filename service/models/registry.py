@@ -99,6 +99,7 @@ class Registry:
         source: A `.onnx` file or a folder of them.
         provider: As `ServedModel` takes it.
         threads: As `ServedModel` takes it.
+        spin: As `ServedModel` takes it.
         observer: Told of loads and failures.
         loader: Loads one model; from the file where None.
 
@@ -113,12 +114,14 @@ class Registry:
         *,
         provider: str = "auto",
         threads: int = 1,
+        spin: bool = True,
         observer: LoadObserver | None = None,
         loader: Loader | None = None,
     ) -> None:
         self.source = source
         self._provider = provider
         self._threads = threads
+        self._spin = spin
         self._observer = observer
         self._loader = loader or self._read
         self._entries: dict[Path, Entry] = {}
@@ -349,6 +352,7 @@ class Registry:
             read_detector(listed.path),
             provider=self._provider,
             threads=self._threads,
+            spin=self._spin,
             name=listed.name,
             version=listed.version,
         )

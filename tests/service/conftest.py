@@ -261,7 +261,7 @@ def uint8_model(uint8_detector: Path) -> ServedModel:
 
 @pytest.fixture(scope="session")
 def settings(detector: Path) -> Settings:
-    return Settings(model=detector, threads=1, provider="cpu")
+    return Settings(model=detector, threads=1, inferences=1, provider="cpu")
 
 
 @pytest.fixture(scope="session")

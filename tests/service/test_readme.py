@@ -36,6 +36,9 @@ def shown(name: str, value: object) -> str:
     if name == "threads":
         assert value == available_cpus()
         return "the processors we may use"
+    if name == "inferences":
+        assert value == min(available_cpus(), 4)
+        return "processors, up to 4"
     if name == "batch_size":
         assert value is None
         return "1 on a CPU, 8 on CUDA"

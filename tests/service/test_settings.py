@@ -93,6 +93,8 @@ def test_workers_share_the_processors(monkeypatch):
     threads = load_settings(model="m.onnx", workers=2).threads
     assert threads == max(1, available_cpus() // 2)
     assert load_settings(model="m.onnx", workers=2, threads=5).threads == 5
+    assert load_settings(model="m.onnx", workers=2).inferences == min(threads, 4)
+    assert load_settings(model="m.onnx", workers=2, inferences=3).inferences == 3
     monkeypatch.setenv("GHM_THREADS", "7")
     assert load_settings(model="m.onnx", workers=2).threads == 7
 

@@ -182,3 +182,14 @@ def test_cuda_gives_the_same_detections(model, detector, batch):
 
 def test_auto_runs_everywhere(detector, batch):
     assert len(ServedModel(read_detector(detector)).detect(batch)) == 2
+
+
+@pytest.mark.parametrize(("spin", "entry"), [(True, None), (False, "0")])
+def test_threads_spin_only_where_one_inference_has_the_processors(detector, spin, entry):
+    model = ServedModel(read_detector(detector), provider="cpu", spin=spin)
+    options = model._session.get_session_options()
+    if entry is None:
+        with pytest.raises(RuntimeError):
+            options.get_session_config_entry("session.intra_op.allow_spinning")
+    else:
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == entry
