@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from ghm_triton._inputs import require_bins, require_choice
 from ghm_triton.reference.binning import RegionCounts
 from ghm_triton.reference.density import fine_regions, update_window
 from ghm_triton.schedule import StrengthSchedule, require_strength
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EMAS = ("debiased", "mmdet")
 NORMALIZERS = ("valid_bins", "bins")
@@ -238,6 +241,31 @@ class GradientDensity(nn.Module):
                 f" density={self.method!r}) and {saved.numel()} in the checkpoint: it was saved"
                 " with other bins or another density"
             )
+
+    def plot(self) -> Figure:
+        """Draw what was counted: entries, weights and shares of the gradient by region.
+
+        Waits for a GPU; needs matplotlib (`ghm-triton[train]`).
+
+        Returns:
+            A matplotlib figure, which a notebook shows and `savefig` writes.
+
+        Raises:
+            ValueError: The density is exact, or has counted nothing yet.
+        """
+        from ghm_triton.diagnosis import plot_density
+
+        return plot_density(self)
+
+    def problems(self) -> list[str]:
+        """What ails the density (bins too thin, weights that explode), with the remedy.
+
+        Not looked for by the losses themselves, because it waits for a GPU; `ghm train` asks, and
+        warns once.
+        """
+        from ghm_triton.diagnosis import problems_of
+
+        return problems_of(self)
 
     def extra_repr(self) -> str:
         """The configuration, for `repr`."""

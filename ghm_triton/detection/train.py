@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import ghm_triton
+from ghm_triton.density import GradientDensity
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset, open_dataset
@@ -37,6 +38,7 @@ from ghm_triton.detection.postprocess import DeployedDetector
 from ghm_triton.detection.priors import start_at_prior
 from ghm_triton.detection.recipe import AMP, TrainOptions, build_losses, build_optimizer
 from ghm_triton.detection.rpn import CleanProposalNetwork
+from ghm_triton.diagnosis import warn_of
 from ghm_triton.statistics import ClassStatistics
 
 CHECKPOINT = "checkpoint.pt"
@@ -132,6 +134,7 @@ class _Run:
         self.detector.observe_labels(self._see_labels)
         self.step = 0
         self.pending: list[dict[str, Any]] = []
+        self.warned: set[str] = set()
         if resume:
             self._resume()
         elif here.leads:
@@ -156,6 +159,8 @@ class _Run:
                 bar.update()
                 if self.step % LOOK_EVERY == 0 or self.step == stop:
                     bar.set_postfix(self._flush())
+                if self.step % LOOK_EVERY == 0 and self.step >= self.options.warmup:
+                    self._look_at_densities()
                 if self.step % self.options.checkpoint_every == 0 or self.step == stop:
                     self._checkpoint()
 
@@ -222,6 +227,13 @@ class _Run:
                 )
         last = lines[-1]
         return {"cls": f"{last['classification']:.3f}", "reg": f"{last['bbox_regression']:.3f}"}
+
+    def _look_at_densities(self) -> None:
+        """Warn, once, of densities that do not suit the batches."""
+        if self.here.leads:
+            for module in self.detector.modules():
+                if isinstance(module, GradientDensity):
+                    warn_of(module, self.warned)
 
     def _checkpoint(self) -> None:
         if self.pending:

@@ -14,6 +14,7 @@ from ghm_triton.detection.loader import StepSampler, TrainingView
 from ghm_triton.detection.model import build_detector
 from ghm_triton.detection.recipe import TrainOptions
 from ghm_triton.detection.train import CHECKPOINT, METRICS, TrainingError, train
+from ghm_triton.diagnosis import DensityWarning
 
 
 def losses_of(out: Path) -> list[dict[str, float]]:
@@ -154,6 +155,15 @@ def test_holding_out_what_is_trained_on_is_warned_of(options, config, tmp_path):
     leaking = dataclasses.replace(options, val_split="train", steps=1)
     with pytest.warns(UserWarning, match="64 of the 64 images of split 'train' are trained on too"):
         quietly(leaking, config, tmp_path)
+
+
+def test_a_density_that_does_not_suit_the_batches_is_warned_of_once(options, config, tmp_path):
+    fine = dataclasses.replace(options, steps=40, batch_size=2, strength=1.0, bins=500)
+    with pytest.warns(DensityWarning) as seen:
+        quietly(fine, config, tmp_path)
+    kinds = [str(warning.message).partition(":")[0] for warning in seen]
+    assert "bins are too thin for the batch" in kinds
+    assert len(set(kinds)) == len(kinds)
 
 
 def test_a_mistaken_held_out_split_is_found_before_training(options, config, tmp_path):
