@@ -36,6 +36,12 @@ def test_train_goes_from_flags_to_a_checkpoint(tmp_path, capsys):
             ("faster-rcnn", "softmax", 300),
             ("ce", "sl1"),
         ),
+        (
+            "--detector faster-rcnn --cls-loss ghm-softmax --reg-loss asl1",
+            ("faster-rcnn", "softmax", 300),
+            ("ghm-softmax", "asl1"),
+        ),
+        ("--reg-loss iou", ("retinanet", "sigmoid", 300), ("ghm", "iou")),
     ],
 )
 def test_the_detector_is_a_flag_and_its_losses_follow(flags, built, trained_by, tmp_path):
@@ -55,6 +61,26 @@ def test_clean_anchors_and_adversaries_are_flags(tmp_path):
     assert (saved.training["adversarial"], saved.training["adversarial_start"]) == ("asdn", 0.0)
     metrics = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert 0 <= metrics["adversary"] < 0.01  # joint from the first step
+
+
+def test_mining_guided_loss_and_the_prior_are_flags(tmp_path):
+    flags = "--mining s-ohem --mining-keep 9 --cls-loss ce --guided-loss --init optimal"
+    words = ["train", "--out", str(tmp_path), *RUN, "--steps", "1", *flags.split()]
+    assert cli.main(words) == 0
+    saved = Checkpoint.load(tmp_path / "checkpoint.pt")
+    kept = {name: saved.training[name] for name in ("mining", "mining_keep", "guided_loss", "init")}
+    assert kept == {"mining": "s-ohem", "mining_keep": 9, "guided_loss": True, "init": "optimal"}
+    counted = json.loads((tmp_path / "priors.json").read_text())
+    assert saved.config.prior == counted["prior"] != 0.01
+    more = ["train", "--out", str(tmp_path), "--resume", "--device", "cpu"]
+    assert cli.main(more) == 0
+    assert Checkpoint.load(tmp_path / "checkpoint.pt").config == saved.config
+
+
+def test_init_and_prior_are_two_names_of_a_number(tmp_path):
+    words = ["train", "--out", str(tmp_path), *RUN, "--steps", "1", "--init", "prior=0.03"]
+    assert cli.main(words) == 0
+    assert Checkpoint.load(tmp_path / "checkpoint.pt").config.prior == 0.03
 
 
 def test_resume_takes_its_options_from_the_checkpoint(tmp_path, capsys):
@@ -88,6 +114,29 @@ def test_thresholds_print_and_plot(trained, tmp_path, capsys):
     [
         (["train", "--data", "faces"], "unknown data set 'faces'"),
         (["train", "--image-size", "100x96"], "image_size must be multiples of 32"),
+        (["train", "--cls-loss", "ghm-softmax"], "needs a softmax classifier, as faster-rcnn can"),
+        (["train", "--init", "best"], "init must be optimal, or prior=P with P in (0, 1); got"),
+        (
+            ["train", "--init", "optimal", "--prior", "0.1"],
+            "--prior 0.1 and --init optimal exclude",
+        ),
+        (["train", "--mining-keep", "9"], "--mining-keep means nothing without --mining"),
+        (["train", "--mining", "ohem", "--mining-keep", "0"], "mining_keep must be at least 1"),
+        (["train", "--detector", "faster-rcnn", "--mining", "ohem"], "mining must be none for"),
+        (["train", "--detector", "faster-rcnn", "--guided-loss"], "guided_loss is for dense"),
+        (["train", "--detector", "faster-rcnn", "--init", "optimal"], "set by sampling, not count"),
+        (
+            [
+                "train",
+                "--detector",
+                "faster-rcnn",
+                "--cls-loss",
+                "ghm-softmax",
+                "--init",
+                "optimal",
+            ],
+            "--init does not fit --cls-loss ghm-softmax",
+        ),
         (["train", "--strength", "3"], "strength must lie in [0, 1], got 3.0"),
         (["train", "--train-split", "everything"], "unknown split 'everything'"),
         (["train", "--resume"], "no such checkpoint"),
