@@ -158,3 +158,23 @@ def test_arguments_of_guided_loss_are_checked():
         guided(*leaves(1.0, 1.0), cls_weight=0)
     with pytest.raises(ValueError, match="reg_weight must be positive, got nan"):
         guided(*leaves(1.0, 1.0), reg_weight=math.nan)
+
+
+def test_ranks_share_one_ratio(monkeypatch):
+    """A rank without positives scales its negatives as the others do theirs."""
+    others = torch.tensor([0.3, 2.0], dtype=torch.float64)
+    group = object()
+
+    def add_others(values, *, group):
+        shared.append(group)
+        values += others
+
+    shared = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", add_others)
+    cls, reg = leaves(0.1, 0.0)
+    loss = GuidedLoss(process_group=group)(cls, reg)
+    loss.backward()
+    assert shared == [group]
+    # The ratio of the means is that of the sums; float64.
+    assert float(cls.grad) == pytest.approx(2.0 / 0.4, rel=1e-14)
+    assert float(reg.grad) == 1.0
