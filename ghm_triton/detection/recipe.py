@@ -71,7 +71,8 @@ class TrainOptions:
         reg_weight: Multiplies the regression loss; None: 10 for `ghm` in RetinaNet (as the
             released configuration), else 1.
         bins: Unit regions of GHM-C.
-        average: What GHM-C and CE divide by: `positives` or `valid`.
+        average: What GHM-C and CE divide by: `positives` or `valid`. Mined losses are divided by
+            what is kept.
         strength: Strength of GHM-C at the first step, in [0, 1].
         strength_end: Strength of GHM-C at the last step; None keeps it constant.
         reg_strength: Strength of GHM-R at the first step.
