@@ -20,6 +20,7 @@ _QUOTED = 100  # characters of a value in an error
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = _QUOTED + 1
 _BRIEF.maxlist = _BRIEF.maxdict = _BRIEF.maxtuple = 20
+_BRIEF.maxlevel = 2  # 20 in each of 20 in each ... of the usual 6 levels takes minutes
 
 _MEANINGS = {
     400: "The request is malformed: its body is not what its headers say, or an image is damaged.",

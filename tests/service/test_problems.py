@@ -74,3 +74,10 @@ def test_deep_values_can_be_quoted():
     for _ in range(100_000):
         deep = [deep]
     assert len(short(deep)) <= 100
+
+
+def test_a_value_nested_and_wide_is_quoted_without_walking_all_of_it():
+    value = 0
+    for _ in range(12):  # 20 ** 6 items within the levels that reprlib shows by itself
+        value = [value] * 20
+    assert short(value).startswith("[[")
