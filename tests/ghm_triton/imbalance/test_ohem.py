@@ -14,7 +14,7 @@ def by_sorting(losses, keep, valid):
     return kept
 
 
-@pytest.mark.parametrize("keep", [1, 5, 40, 100])
+@pytest.mark.parametrize("keep", [1, 5, 15, 40, 100])
 def test_the_largest_losses_of_every_image_are_kept(keep):
     generator = torch.Generator().manual_seed(keep)
     losses = torch.rand(4, 40, generator=generator) - 0.5
