@@ -139,6 +139,7 @@ def test_the_transformer_climbs_where_the_detector_descends():
     astn = ASTN(CHANNELS)
     with torch.no_grad():
         astn.localisation[-1].bias.fill_(0.3)
+        torch.nn.init.normal_(astn.localisation[-1].weight, std=0.1)
     pooled = features().requires_grad_()
     goal = features(5).flip(-1)
 

@@ -42,6 +42,12 @@ def test_the_top_anchors_are_positive_whatever_their_overlap():
     assert assign_top_anchors(SQUARE, anchors, 100).tolist() == [0] * 5
 
 
+def test_a_hundred_are_positive_where_nothing_is_said():
+    anchors = strips(*(5 + i / 100 for i in range(130)))
+    matches = assign_top_anchors(SQUARE, anchors)
+    assert matches.tolist() == [-1] * 30 + [0] * 100
+
+
 def test_an_anchor_claimed_twice_goes_to_its_best_overlap():
     boxes = torch.cat([SQUARE, strips(6)])  # the second is the upper part of the first
     # IoU with the first 0.9, 0.5; with the second 6/9, 5/6.
