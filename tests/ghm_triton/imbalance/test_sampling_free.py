@@ -178,3 +178,8 @@ def test_ranks_share_one_ratio(monkeypatch):
     # The ratio of the means is that of the sums; float64.
     assert float(cls.grad) == pytest.approx(2.0 / 0.4, rel=1e-14)
     assert float(reg.grad) == 1.0
+
+
+def test_a_prior_that_one_minus_it_rounds_to_one_still_costs_something():
+    ours = initial_loss(1e-20, positives=1, counted=1000, classes=80).background
+    assert ours == pytest.approx(79999 * 1e-20, rel=1e-12)  # log(1 - x) = -x to far beyond float64
