@@ -11,6 +11,7 @@ from benchmarks.rows import read
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import open_dataset
+from ghm_triton.detection.loader import TrainingView
 from ghm_triton.detection.model import build_detector
 from ghm_triton.statistics import ClassStatistics
 
@@ -24,7 +25,7 @@ def test_recall_is_the_share_of_boxes_that_are_found():
     assert found["ar@100"] == pytest.approx((1 + 5 + 10) / 40)
 
 
-def test_more_proposals_find_more_and_ignored_boxes_do_not_count():
+def test_more_proposals_find_more_and_ignored_boxes_do_not_count(monkeypatch):
     torch.manual_seed(0)
     config = DetectorConfig(
         tuple("0123456789"), (96, 96), channels=16, architecture="faster-rcnn", proposals=7
@@ -37,6 +38,15 @@ def test_more_proposals_find_more_and_ignored_boxes_do_not_count():
     assert [len(overlaps[count]) for count in COUNTS] == [boxes] * 3
     assert bool((overlaps[300] >= overlaps[100]).all())
     assert float(overlaps[300].mean()) > float(overlaps[100].mean()) > 0
+
+    class FirstIgnored(TrainingView):
+        def __getitem__(self, draw):
+            image, target = super().__getitem__(draw)
+            target["ignore"][0] = True
+            return image, target
+
+    monkeypatch.setattr(proposals, "TrainingView", FirstIgnored)
+    assert len(best_overlaps(saved, dataset)[100]) == boxes - 3
 
 
 def test_a_run_is_measured_once_and_goes_into_the_table(tmp_path, monkeypatch, capsys):
