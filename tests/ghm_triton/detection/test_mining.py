@@ -120,13 +120,18 @@ def test_focal_loss_chooses_by_focal_loss():
 
 
 def test_s_ohem_moves_with_the_steps_of_training():
-    options = TrainOptions(cls_loss="ce", reg_loss="sl1", mining="s-ohem", steps=10)
+    options = TrainOptions(cls_loss="ce", reg_loss="sl1", mining="s-ohem", steps=10, mining_keep=7)
     head = head_of(build_losses(options)).train()
-    for _ in range(10):
-        head.dense_losses(*batch())
+    alphas = []
+    for _ in range(2):
+        for _ in range(5):
+            head.dense_losses(*batch())
+        alphas.append(float(head.mining.choose.alpha()))
     # The course of alpha is that of the run.
-    assert float(head.mining.choose.alpha()) == pytest.approx(0.25)
+    assert alphas == pytest.approx([0.5, 0.25])
     assert "mining.choose.updates" in head.state_dict()
+    learnt, _ = head.mining(*batch())
+    assert (learnt >= 0).sum(1).tolist() == [7, 7]
 
 
 def test_ignored_places_are_never_chosen_and_an_image_may_have_none():
@@ -163,3 +168,19 @@ def test_guided_loss_scales_the_classification_before_its_weight():
     assert float(guided["bbox_regression"]) == float(plain["bbox_regression"])
     wanted = 3.0 * float(plain["bbox_regression"])
     assert float(guided["classification"]) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_guided_loss_leaves_the_boxes_their_gradient_and_background_its_weight():
+    options = TrainOptions(cls_loss="focal", reg_loss="sl1", cls_weight=3.0, guided_loss=True)
+    logits, labels, predicted, expected = batch()
+    head = head_of(build_losses(options))
+    losses = head.dense_losses(logits, labels, predicted.requires_grad_(), expected)
+    sum(losses.values()).backward()
+    alone = predicted.detach().requires_grad_()
+    SmoothL1()(alone, expected).backward()
+    assert torch.equal(predicted.grad, alone.grad)
+    nothing = torch.where(labels >= 0, CLASSES, -1)
+    losses = head.dense_losses(logits, nothing, predicted[:0], expected[:0])
+    wanted = 3.0 * float(FocalLoss()(logits, nothing))
+    # Float32 rounding of a product.
+    assert float(losses["classification"].detach()) == pytest.approx(wanted, rel=1e-6)
