@@ -39,6 +39,8 @@ LOSS_OPTIONS = (
     "reg_strength",
     "reg_strength_end",
 )
+# What a run may learn by besides, and the value that stands for doing without it.
+METHOD_OPTIONS = {"mining": "none", "init": "prior", "guided_loss": False, "adversarial": "none"}
 
 
 def export_detector(
@@ -204,7 +206,7 @@ def _training(training: dict[str, Any], checkpoint_sha256: str) -> TrainingCard:
     try:
         return TrainingCard(
             data=without_folders(training["data"]),
-            losses={option: training[option] for option in LOSS_OPTIONS},
+            losses={option: training[option] for option in LOSS_OPTIONS} | _methods(training),
             seed=training["seed"],
             steps=training["step"],
             versions=training["versions"],
@@ -213,6 +215,15 @@ def _training(training: dict[str, Any], checkpoint_sha256: str) -> TrainingCard:
     except KeyError as error:
         missing = error.args[0]
         raise CheckpointError(f"the checkpoint does not say its training's {missing}") from error
+
+
+def _methods(training: dict[str, Any]) -> dict[str, Any]:
+    """The options of the methods that were used; older checkpoints know of none."""
+    return {
+        option: training[option]
+        for option, without in METHOD_OPTIONS.items()
+        if training.get(option, without) != without
+    }
 
 
 def without_folders(data: str) -> str:

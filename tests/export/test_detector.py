@@ -16,7 +16,13 @@ import torch
 
 import export.detector
 from export.contract import IOU_INPUT, THRESHOLDS_INPUT
-from export.detector import LOSS_OPTIONS, export_detector, make_card, without_folders
+from export.detector import (
+    LOSS_OPTIONS,
+    METHOD_OPTIONS,
+    export_detector,
+    make_card,
+    without_folders,
+)
 from export.file import read_detector, write_detector
 from export.preprocess import accept_uint8
 from ghm_triton.detection.checkpoint import Checkpoint, CheckpointError
@@ -47,6 +53,30 @@ def test_the_card_says_what_the_checkpoint_holds(
     assert training.losses == {name: getattr(options, name) for name in LOSS_OPTIONS}
     digest = hashlib.sha256(checkpoint_path.read_bytes()).hexdigest()
     assert training.checkpoint_sha256 == digest
+
+
+@pytest.mark.parametrize(
+    ("used", "said"),
+    [
+        ({"mining": "s-ohem", "guided_loss": True}, {"mining": "s-ohem", "guided_loss": True}),
+        ({"init": "optimal", "adversarial": "asdn"}, {"init": "optimal", "adversarial": "asdn"}),
+        ({"mining": "none", "init": "prior", "guided_loss": False, "adversarial": "none"}, {}),
+    ],
+)
+def test_the_card_names_the_methods_that_were_used(
+    checkpoint: Checkpoint, used: dict[str, object], said: dict[str, object]
+) -> None:
+    checkpoint = replace(checkpoint, training={**checkpoint.training, **used})
+    losses = make_card(checkpoint, SHA).training.losses
+    assert {name: losses[name] for name in losses if name not in LOSS_OPTIONS} == said
+
+
+def test_a_checkpoint_from_before_there_were_methods_is_told_of_none(
+    checkpoint: Checkpoint,
+) -> None:
+    before = {k: v for k, v in checkpoint.training.items() if k not in METHOD_OPTIONS}
+    checkpoint = replace(checkpoint, training=before)
+    assert set(make_card(checkpoint, SHA).training.losses) == set(LOSS_OPTIONS)
 
 
 def test_the_thresholds_are_the_policys_in_card_and_graph(
