@@ -1,8 +1,7 @@
 """A short way to the routes that must be fast.
 
 FastAPI finds a route by trying them all, resolves what it depends on, and opens stacks for what
-may want closing: for a route that takes a request and returns a response that is a third of all
-that serving costs. Such routes are known beforehand, so their requests go straight to them. They
+may want closing: work for nothing where a route takes a request and returns a response. Such routes are known beforehand, so their requests go straight to them. They
 stay FastAPI's for everything else: for other methods and for the OpenAPI document.
 """
 
