@@ -1,8 +1,9 @@
 """A short way to the routes that must be fast.
 
 FastAPI finds a route by trying them all, resolves what it depends on, and opens stacks for what
-may want closing: work for nothing where a route takes a request and returns a response. Such routes are known beforehand, so their requests go straight to them. They
-stay FastAPI's for everything else: for other methods and for the OpenAPI document.
+may want closing: work for nothing where a route takes a request and returns a response. Such routes
+are known beforehand, so their requests go straight to them. They stay FastAPI's for everything
+else: for other methods and for the OpenAPI document.
 """
 
 from __future__ import annotations
