@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import provenance
+from benchmarks.trainings import training_parser
 from ghm_triton.detection.checkpoint import Checkpoint
-from ghm_triton.detection.commands import image_size
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.evaluate import detect, mean_average_precision, torch_predictor
@@ -51,18 +51,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--train-split", default="train")
-    parser.add_argument("--image-size", type=image_size, default=(128, 128), metavar="HxW")
-    parser.add_argument("--channels", type=int, default=48)
-    parser.add_argument("--flips", type=float, default=0.0, help="probability of either mirroring")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser = training_parser(__doc__.splitlines()[0], RESULTS)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print what is there")
     arguments = parser.parse_args()
     done = _read(arguments.out)
     if not arguments.table:

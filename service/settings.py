@@ -43,7 +43,7 @@ class Settings(BaseSettings):
         workers: Processes that answer at the same address.
         provider: What runs the model. `auto` takes CUDA where it works and the CPU elsewhere;
             `cuda` does not start where CUDA does not work.
-        threads: Threads of one inference, and images decoded at a time.
+        threads: Threads that a model's inferences share, and images decoded at a time.
         inferences: Inferences that run at a time. They share `threads` threads: while one of them
             does what cannot be divided, the others use the processors.
         queue_size: Images that may wait, beyond those that are worked on; more are refused with

@@ -69,7 +69,9 @@ def wait_for_port(port: int, process: subprocess.Popen[str], seconds: float = 12
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
         except OSError:
-            time.sleep(0.05)
+            time.sleep(
+                0.05
+            )  # a foreign process says nowhere when it listens: asking is all there is
         else:
             return
     raise RuntimeError(f"{process.args} does not listen at {port} after {seconds} s")

@@ -64,7 +64,7 @@ def test_tiles_of_no_size_are_refused_by_the_header():
         measure(path.read_bytes(), LIMIT)
 
 
-def test_the_corpus_is_what_its_builder_writes():
+def test_every_file_of_the_corpus_has_its_builder():
     script = CORPUS[0].parents[1] / "bombs.py"
     names: dict = {"__name__": "bombs", "__file__": str(script)}
     exec(compile(script.read_text(), str(script), "exec"), names)  # noqa: S102
