@@ -67,7 +67,7 @@ def _add_work(group: argparse._ArgumentGroup) -> None:
         "--threads",
         type=int,
         metavar="N",
-        help="threads that inferences share (default: the processors we may use, shared by the workers)",
+        help="threads that inferences share (default: the processors, divided among workers)",
     )
     group.add_argument(
         "--inferences",

@@ -69,9 +69,7 @@ def wait_for_port(port: int, process: subprocess.Popen[str], seconds: float = 12
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
         except OSError:
-            time.sleep(
-                0.05
-            )  # a foreign process says nowhere when it listens: asking is all there is
+            time.sleep(0.05)  # a foreign process does not say when it listens
         else:
             return
     raise RuntimeError(f"{process.args} does not listen at {port} after {seconds} s")
