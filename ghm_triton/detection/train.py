@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,10 +54,18 @@ class TrainingError(ArithmeticError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run leaves: the checkpoint's path, and its AP on the held-out split."""
+    """What a finished run leaves.
+
+    Attributes:
+        checkpoint: The checkpoint's path.
+        held_out: AP on the held-out split.
+        step_seconds: Mean duration of a step in seconds, batches and checkpoints included, of
+            every `LOOK_EVERY` steps that this call made: what lies between waits for the device.
+    """
 
     checkpoint: Path
     held_out: MeanAveragePrecision | None
+    step_seconds: tuple[float, ...] = ()
 
 
 def train(
@@ -91,11 +100,11 @@ def train(
         run = _Run(options, config, out, here, resume)
         run.fit(options.steps if stop_after is None else min(options.steps, stop_after), progress)
         if run.step < options.steps:
-            return TrainResult(out / CHECKPOINT, None)
+            return TrainResult(out / CHECKPOINT, None, tuple(run.step_seconds))
         held_out = run.score_held_out()
         if here.leads:
             run.save()
-        return TrainResult(out / CHECKPOINT, held_out)
+        return TrainResult(out / CHECKPOINT, held_out, tuple(run.step_seconds))
 
 
 class _Run:
@@ -135,6 +144,7 @@ class _Run:
         self.step = 0
         self.pending: list[dict[str, Any]] = []
         self.warned: set[str] = set()
+        self.step_seconds: list[float] = []
         if resume:
             self._resume()
         elif here.leads:
@@ -153,12 +163,16 @@ class _Run:
             unit="step",
             disable=not (progress and self.here.leads),
         )
+        first, started = self.step, time.perf_counter()
         with bar:
             for images, targets in self._batches(stop):
                 self._step(module, images, targets)
                 bar.update()
                 if self.step % LOOK_EVERY == 0 or self.step == stop:
                     bar.set_postfix(self._flush())
+                    now = time.perf_counter()
+                    self.step_seconds.append((now - started) / (self.step - first))
+                    first, started = self.step, now
                 if self.step % LOOK_EVERY == 0 and self.step >= self.options.warmup:
                     self._look_at_densities()
                 if self.step % self.options.checkpoint_every == 0 or self.step == stop:
