@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ghm_triton.detection.data import DetectionDataset
 from ghm_triton.detection.detector import Detector
+from ghm_triton.detection.fcos import FCOSDetector
 from ghm_triton.detection.loader import TrainingView, collate
 from ghm_triton.detection.retinanet import RetinaNetDetector
 from ghm_triton.functional import gradient_density
@@ -21,36 +22,58 @@ CROSS_ENTROPY, HARMONIZED, FULL = "#7f7f7f", "#1f77b4", "#d62728"
 
 
 def gradient_norms(detector: Detector, dataset: DetectionDataset, images: int = 64) -> Tensor:
-    """`g = |sigmoid(x) - p*|` of every anchor and class that counts, on images of a data set.
+    """`g = |sigmoid(x) - p*|` of every place and class that counts, on images of a data set.
 
     Args:
-        detector: A RetinaNet; run in evaluation mode.
+        detector: A RetinaNet or an FCOS; run in evaluation mode, where it is.
         dataset: Labelled images.
         images: How many of them, from the first.
 
     Returns:
-        float32 `[N]`, in [0, 1].
+        float32 `[N]` on the CPU, in [0, 1]: of positives first, then of negatives.
 
     Raises:
         ValueError: The detector is another.
     """
-    if not isinstance(detector, RetinaNetDetector):
+    return torch.cat(gradient_norms_by_target(detector, dataset, images))
+
+
+def gradient_norms_by_target(
+    detector: Detector, dataset: DetectionDataset, images: int = 64
+) -> tuple[Tensor, Tensor]:
+    """`gradient_norms`, apart: of entries whose target `p*` is 1, and of those whose is 0.
+
+    An entry is an anchor (or point) and a class; its target is 1 at the class that the anchor is
+    assigned to, however clean it is.
+    """
+    if not isinstance(detector, RetinaNetDetector | FCOSDetector):
         raise ValueError(
-            f"gradient norms are drawn of retinanet, not {detector.config.architecture}"
+            "gradient norms are of dense sigmoids, as retinanet and fcos have;"
+            f" not of {detector.config.architecture}"
         )
     view = TrainingView(dataset, detector.config, (0.0, 0.0))
-    norms = []
+    device = detector.anchors.device
+    positives, negatives = [], []
     detector.eval()
     for start in range(0, min(images, len(dataset)), 8):
         draws = [(i, 0) for i in range(start, min(start + 8, images, len(dataset)))]
         frame, targets = collate([view[draw] for draw in draws])
+        targets = [{key: value.to(device) for key, value in target.items()} for target in targets]
         with torch.inference_mode():
-            logits, _ = detector.raw(frame)
+            logits = _logits(detector, frame.to(device)).float()
             labels = detector.labels(targets)
-        one_hot = torch.nn.functional.one_hot(labels.clamp(min=0), logits.shape[2] + 1)
-        norm = (torch.sigmoid(logits) - one_hot[..., :-1]).abs()
-        norms.append(norm[labels >= 0].flatten())
-    return torch.cat(norms)
+        counts = labels >= 0
+        one_hot = torch.nn.functional.one_hot(labels[counts], logits.shape[2] + 1)[:, :-1]
+        norm = (torch.sigmoid(logits[counts]) - one_hot).abs()
+        positives.append(norm[one_hot == 1].cpu())
+        negatives.append(norm[one_hot == 0].cpu())
+    return torch.cat(positives), torch.cat(negatives)
+
+
+def _logits(detector: RetinaNetDetector | FCOSDetector, images: Tensor) -> Tensor:
+    if isinstance(detector, FCOSDetector):
+        return detector.raw(images)["cls_logits"]
+    return detector.raw(images)[0]
 
 
 def plot_gradient_norms(norms: Tensor, strength: float, path: Path, bins: int = 30) -> None:

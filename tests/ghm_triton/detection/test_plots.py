@@ -1,10 +1,17 @@
+import dataclasses
+
+import pytest
 import torch
 from PIL import Image
 
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import open_dataset
+from ghm_triton.detection.loader import TrainingView
+from ghm_triton.detection.model import build_detector
 from ghm_triton.detection.plots import (
+    _logits,
     gradient_norms,
+    gradient_norms_by_target,
     plot_gradient_norms,
     plot_thresholds,
 )
@@ -23,6 +30,35 @@ def test_gradient_norms_are_those_of_the_entries_that_count(trained):
     assert float(norms.max()) <= 1
     # Nearly all entries are background, which an untrained detector with prior 0.01 gets right.
     assert float(norms.median()) < 0.2
+
+
+@pytest.mark.parametrize("architecture", ["retinanet", "fcos"])
+def test_gradient_norms_of_positives_and_negatives(architecture, config):
+    """By the definition, entry by entry, for every dense detector."""
+    torch.manual_seed(0)
+    detector = build_detector(dataclasses.replace(config, architecture=architecture))
+    dataset = open_dataset("digits:images=10,size=96", "train")  # more than one batch of 8
+    positives, negatives = gradient_norms_by_target(detector, dataset, images=9)
+    expected = ([], [])
+    for i in range(9):
+        image, target = TrainingView(dataset, detector.config, (0.0, 0.0))[i, 0]
+        with torch.no_grad():
+            scores = torch.sigmoid(_logits(detector, image[None]))[0]
+        labels = detector.labels([target])[0]
+        for label, row in zip(labels.tolist(), scores.tolist(), strict=True):
+            for j, score in enumerate(row if label >= 0 else []):
+                expected[j != label].append(abs(score - (j == label)))
+    for norms, wanted in zip((positives, negatives), expected, strict=True):
+        assert len(wanted) > 0
+        # Images in a batch or alone: sums of a convolution in another order, in float32.
+        assert torch.allclose(norms.sort()[0], torch.tensor(wanted).sort()[0], rtol=0, atol=1e-5)
+
+
+def test_gradient_norms_are_refused_of_a_detector_without_dense_sigmoids(config):
+    detector = build_detector(dataclasses.replace(config, architecture="faster-rcnn"))
+    dataset = open_dataset("digits:images=1,size=96", "train")
+    with pytest.raises(ValueError, match="not of faster-rcnn"):
+        gradient_norms(detector, dataset)
 
 
 def test_plots_are_pictures(trained, tmp_path):
