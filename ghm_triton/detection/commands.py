@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ghm_triton.detection.evaluate import MeanAveragePrecision
 
 SOFTMAX_LOSSES = ("ce", "ghm-softmax")  # as in `fits`, which loads torchvision's neighbours
+UNDER_OUT = object()  # --tensorboard without a folder
 DIGITS_FRAME = (128, 128)
 FOLDER_FRAME = (320, 320)
 
@@ -35,6 +36,15 @@ examples:
     add("--out", type=Path, required=True, help="folder for checkpoint.pt and metrics.jsonl")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt, with its options")
     add("--device", default="auto", help="auto, cpu or cuda (default: a GPU where there is one)")
+    add(
+        "--tensorboard",
+        type=Path,
+        nargs="?",
+        const=UNDER_OUT,
+        metavar="DIR",
+        help="also write losses, densities, positives and AP for TensorBoard (default: to"
+        " OUT/tensorboard); say it again with --resume",
+    )
     _add_data_options(parser.add_argument_group("data"))
     _add_detector_options(parser.add_argument_group("detector"))
     _add_loss_options(parser.add_argument_group("losses"))
@@ -164,7 +174,15 @@ def run_train(arguments: argparse.Namespace) -> int:
         dataset = open_split(options, options.train_split)
         report_problems(dataset)
         config = _config(given, dataset.class_names)
-    result = train(options, config, arguments.out, resume=arguments.resume, device=arguments.device)
+    board = arguments.tensorboard
+    result = train(
+        options,
+        config,
+        arguments.out,
+        resume=arguments.resume,
+        device=arguments.device,
+        tensorboard=arguments.out / "tensorboard" if board is UNDER_OUT else board,
+    )
     if result.held_out is not None:
         print(_summary(result.held_out, options.data, options.val_split))
         print(f"checkpoint: {result.checkpoint}")

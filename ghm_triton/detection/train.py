@@ -39,6 +39,7 @@ from ghm_triton.detection.postprocess import DeployedDetector
 from ghm_triton.detection.priors import start_at_prior
 from ghm_triton.detection.recipe import AMP, TrainOptions, build_losses, build_optimizer
 from ghm_triton.detection.rpn import CleanProposalNetwork
+from ghm_triton.detection.telemetry import Telemetry, require_tensorboard
 from ghm_triton.diagnosis import warn_of
 from ghm_triton.statistics import ClassStatistics
 
@@ -77,6 +78,7 @@ def train(
     device: str = "auto",
     progress: bool = True,
     stop_after: int | None = None,
+    tensorboard: Path | None = None,
 ) -> TrainResult:
     """Train a detector, and count what its thresholds will be derived from.
 
@@ -88,21 +90,24 @@ def train(
         device: `auto`, `cpu` or `cuda`.
         progress: Whether to draw a bar.
         stop_after: Stop, as if interrupted, once this many steps are done.
+        tensorboard: Folder for TensorBoard's event files; None: none.
 
     Returns:
         Where the checkpoint is, and AP on the held-out split (on the first process).
 
     Raises:
-        ValueError: The data set or an option does not fit.
+        ValueError: The data set or an option does not fit, or TensorBoard is not installed.
         TrainingError: The loss or the gradient is no longer finite.
     """
+    if tensorboard is not None:
+        require_tensorboard()
+    stop = options.steps if stop_after is None else min(options.steps, stop_after)
     with world(device) as here:
-        run = _Run(options, config, out, here, resume)
-        run.fit(options.steps if stop_after is None else min(options.steps, stop_after), progress)
-        if run.step < options.steps:
-            return TrainResult(out / CHECKPOINT, None, tuple(run.step_seconds))
-        held_out = run.score_held_out()
-        if here.leads:
+        run = _Run(options, config, out, here, resume, tensorboard)
+        with run.telemetry:
+            run.fit(stop, progress)
+            held_out = run.score_held_out() if run.step >= options.steps else None
+        if here.leads and run.step >= options.steps:
             run.save()
         return TrainResult(out / CHECKPOINT, held_out, tuple(run.step_seconds))
 
@@ -111,7 +116,13 @@ class _Run:
     """One run in this process."""
 
     def __init__(
-        self, options: TrainOptions, config: DetectorConfig, out: Path, here: World, resume: bool
+        self,
+        options: TrainOptions,
+        config: DetectorConfig,
+        out: Path,
+        here: World,
+        resume: bool,
+        tensorboard: Path | None,
     ) -> None:
         self.options, self.out, self.here = options, out, here
         self.dataset = open_split(options, options.train_split, config.class_names)
@@ -150,6 +161,9 @@ class _Run:
         elif here.leads:
             out.mkdir(parents=True, exist_ok=True)
             (out / METRICS).unlink(missing_ok=True)
+        self.watched = tensorboard is not None
+        folder = tensorboard if here.leads else None
+        self.telemetry = Telemetry(folder, self.detector, self.statistics, self.step)
 
     def fit(self, stop: int, progress: bool) -> None:
         module: nn.Module = self.detector.train()
@@ -173,6 +187,7 @@ class _Run:
                     now = time.perf_counter()
                     self.step_seconds.append((now - started) / (self.step - first))
                     first, started = self.step, now
+                    self._watch()
                 if self.step % LOOK_EVERY == 0 and self.step >= self.options.warmup:
                     self._look_at_densities()
                 if self.step % self.options.checkpoint_every == 0 or self.step == stop:
@@ -232,6 +247,7 @@ class _Run:
         if self.here.leads:
             with (self.out / METRICS).open("a") as stream:
                 stream.writelines(json.dumps({**x, "step": int(x["step"])}) + "\n" for x in lines)
+        self.telemetry.steps(lines)
         for line in lines:
             finite = all(torch.isfinite(torch.tensor(list(line.values()))))
             if not finite and self.options.amp != "fp16":  # the scaler skips such steps itself
@@ -241,6 +257,18 @@ class _Run:
                 )
         last = lines[-1]
         return {"cls": f"{last['classification']:.3f}", "reg": f"{last['bbox_regression']:.3f}"}
+
+    def _watch(self) -> None:
+        """Show on TensorBoard, where it is wanted, what the last steps came to."""
+        if self.watched:
+            seen = torch.stack(self.here.gather(self.labels_seen.cpu())).sum(0)
+            self.telemetry.look(
+                self.step - 1,
+                self.statistics,
+                seen[1:],
+                self.step_seconds[-1],
+                problems=self.step >= self.options.warmup,
+            )
 
     def _look_at_densities(self) -> None:
         """Warn, once, of densities that do not suit the batches."""
@@ -298,7 +326,9 @@ class _Run:
         predict = torch_predictor(DeployedDetector(self.detector))
         results = list(detect(predict, self.config, self.held_out))
         observe(self.statistics, results)
-        return mean_average_precision(self.config.class_names, results)
+        scored = mean_average_precision(self.config.class_names, results)
+        self.telemetry.held_out(self.step, scored)
+        return scored
 
 
 def start_proposals(detector: Detector, dataset: DetectionDataset) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import open_dataset
@@ -188,6 +189,7 @@ def test_two_processes_train_as_one_and_share_the_density(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     launch += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     command = [*launch, "-m", "ghm_triton.cli", "train", "--out", str(out), *arguments.split()]
+    command += ["--tensorboard"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
     alone = tmp_path / "one"
     command = [sys.executable, "-m", "ghm_triton.cli", "train", "--out", str(alone)]
@@ -195,6 +197,11 @@ def test_two_processes_train_as_one_and_share_the_density(tmp_path):
     together, single = Checkpoint.load(out / CHECKPOINT), Checkpoint.load(alone / CHECKPOINT)
     assert together.statistics.positives.tolist() == single.statistics.positives.tolist()
     assert together.statistics.anchors == single.statistics.anchors
+    # One process writes, of the labels of both.
+    (board,) = (out / "tensorboard").iterdir()
+    (foreground,) = EventAccumulator(str(board)).Reload().Scalars("positives/foreground")
+    share = int(single.statistics.positives.sum()) / single.statistics.anchors
+    assert foreground.value == pytest.approx(share, rel=1e-6)  # float32
     # The first counts come from equal weights. Batch norm sees half the batch a process, so the
     # gradient norms differ a little; the number of valid entries does not.
     key = "head.classification_loss.loss.density.smoothed"
