@@ -1,0 +1,1 @@
+"""The study: methods, detectors, seeds and data sets of a grid, each trained and measured."""

@@ -1,0 +1,176 @@
+r"""Every method, side by side: train and measure what a grid asks for.
+
+One JSON line a run, with provenance. Runs already in the file are not repeated, those that failed
+are tried again, and a training that several sections want is done once.
+
+    python -m benchmarks.study benchmarks/study/grids/cpu.yaml
+    python -m benchmarks.study benchmarks/study/grids/gpu.yaml --seconds 440 --only methods bins
+    python -m benchmarks.study benchmarks/study/grids/cpu.yaml --list
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from benchmarks.provenance import provenance
+from benchmarks.rows import Row, read
+from benchmarks.study.grid import Grid, GridError, distinct
+from benchmarks.study.ledger import BusyError, Ledger, lookup
+from benchmarks.study.plan import Run
+from benchmarks.study.pool import Failure, work_off
+from benchmarks.study.run import measure
+
+RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
+
+
+def main(words: Sequence[str] | None = None, work: Callable[[Run], Row] = measure) -> int:
+    """The command. Returns 0, or 1 if a run failed, 2 if nothing could be started at all."""
+    arguments = parser().parse_args(words)
+    try:
+        runs = Grid(arguments.grid).runs(arguments.only)
+        if arguments.list:
+            print_list(runs, read(arguments.out))
+            return 0
+        with Ledger(arguments.out, provenance(), again=arguments.again) as ledger:
+            signal.signal(signal.SIGTERM, _as_interrupt)
+            return Study(runs, ledger, arguments.jobs, arguments.seconds).go(work)
+    except (GridError, BusyError, OSError, json.JSONDecodeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the next call goes on from here", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    lines = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser("python -m benchmarks.study", description=lines[0])
+    parser.add_argument("grid", type=Path, help="a YAML file; see benchmarks/study/grid.py")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="result file (%(default)s)")
+    parser.add_argument(
+        "--jobs", type=_positive, help="runs side by side (default: a core each; one on a GPU)"
+    )
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="these sections of the grid")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="start no run that would, by those before it, end later than this",
+    )
+    parser.add_argument("--list", action="store_true", help="print what is done and what is not")
+    parser.add_argument("--again", action="store_true", help="repeat what is done")
+    return parser
+
+
+class Study:
+    """The trainings of some runs, and how far they have come.
+
+    Args:
+        runs: What is asked for.
+        ledger: Where results go.
+        jobs: Runs side by side; None for what suits the machine.
+        seconds: From now, after which nothing is to run.
+    """
+
+    def __init__(
+        self, runs: Sequence[Run], ledger: Ledger, jobs: int | None, seconds: float = float("inf")
+    ) -> None:
+        self.ledger, self.end = ledger, time.monotonic() + seconds
+        self.waiting: list[list[Run]] = []
+        for places in distinct(runs).values():
+            row = ledger.found(places[0])
+            if row is None:
+                self.waiting.append(places)
+            else:
+                ledger.settle(places, row)
+        self.total, self.finished, self.failed = len(self.waiting), 0, 0
+        wanted = jobs or (1 if torch.cuda.is_available() else cores())
+        self.jobs = max(1, min(wanted, self.total))
+
+    def go(self, work: Callable[[Run], Row]) -> int:
+        """Work off what is waiting. Returns 1 if something failed, else 0."""
+        origin = provenance()
+        pending = {id(places[0]): places for places in self.waiting}
+        print(f"{self.total} to train, {self.jobs} at a time", flush=True)
+        threads = max(1, cores() // self.jobs)
+        with closing(work_off(work, self._following, self.jobs, threads)) as results:
+            for run, result in results:
+                places = pending[id(run)]
+                self.finished += 1
+                if isinstance(result, Failure):
+                    self.failed += 1
+                    self.ledger.fail(places, result.reason, origin)
+                    self._say(run, f"FAILED: {result.reason}")
+                else:
+                    self.ledger.settle(places, {**result, "parallel": self.jobs})
+                    self._say(run, f"AP {_number(result.get('ap'))} in {result.get('seconds')} s")
+        if self.waiting:
+            print(f"{len(self.waiting)} left, which do not fit into the time; call again")
+        return int(self.failed > 0)
+
+    def _following(self) -> Run | None:
+        """The first of those that wait which the time suffices for."""
+        left = self.end - time.monotonic()
+        for places in self.waiting:
+            if left > 0 and self.ledger.estimate(places[0]) <= left:
+                self.waiting.remove(places)
+                return places[0]
+        return None
+
+    def _say(self, run: Run, what: str) -> None:
+        left = self.total - self.finished
+        rest = sum(self.ledger.estimate(places[0]) for places in self.waiting) / self.jobs
+        soon = f", about {rest / 60:.0f} min" if rest else ""
+        print(f"[{self.finished}/{self.total}] {run}: {what}; {left} left{soon}", flush=True)
+
+
+def print_list(runs: Sequence[Run], rows: Sequence[Row]) -> None:
+    """One line a training: whether it is done, and where it is wanted."""
+    trainings = distinct(runs)
+    sound = [row for row in rows if "error" not in row]
+    done = 0
+    for places in trainings.values():
+        row, last = lookup(sound, places[0]), lookup(rows, places[0])
+        state = "failed" if last and not row else "waiting"
+        if row:
+            done, state = done + 1, f"AP {_number(row.get('ap'))}"
+        also = "".join(f"; also {run.section} · {run.method}" for run in places[1:])
+        print(f"{state:<9} {places[0]}{also}")
+    print(f"{done} of {len(trainings)} done")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def _as_interrupt(signum: int, frame: object) -> NoReturn:
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

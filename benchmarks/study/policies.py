@@ -1,0 +1,84 @@
+"""Are class-adaptive thresholds worth it? F1 of each policy, against one threshold for all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.rows import Row
+from ghm_triton.detection.data import Sample
+from ghm_triton.detection.evaluate import Detections, observe
+from ghm_triton.statistics import SCORE_BINS, ClassStatistics
+from ghm_triton.thresholds import ClassThresholds, ThresholdWarning
+
+POLICIES = ("f1", "prior", "precision=0.9", "fixed=0.5")
+SINGLE = "single"  # the yardstick: one threshold, the best there is on the held-out split
+
+
+def choose(held_out: ClassStatistics) -> dict[str, Tensor]:
+    """The thresholds of every policy and of `SINGLE`, float32 `[C]`, from held-out statistics."""
+    with warnings.catch_warnings():
+        # A class without evidence is to be expected of a method that has not learnt it.
+        warnings.simplefilter("ignore", ThresholdWarning)
+        chosen = {p: ClassThresholds.from_statistics(held_out, p).as_tensor() for p in POLICIES}
+    return {**chosen, SINGLE: torch.full((len(held_out.class_names),), best_single(held_out))}
+
+
+def best_single(held_out: ClassStatistics) -> float:
+    """The lowest threshold for all classes that maximises their mean F1 on held-out images.
+
+    Like the `f1` policy it chooses from the edges of the score histograms, the first excepted.
+    """
+    hits, misses = (
+        counts.flip(1).cumsum(1).flip(1).double()
+        for counts in (held_out.positive_scores, held_out.negative_scores)
+    )
+    truths = held_out.ground_truths.double()[:, None]
+    f1 = (2 * hits / (hits + misses + truths))[held_out.ground_truths > 0]
+    return (int(f1.mean(0)[1:].argmax()) + 1) / SCORE_BINS
+
+
+def score(
+    thresholds: Tensor, results: Sequence[tuple[Sample, Detections]], class_names: tuple[str, ...]
+) -> Row:
+    """Macro-F1 of detections at class thresholds: `2 TP / (2 TP + FP + FN)` at IoU 0.5.
+
+    Args:
+        thresholds: `[C]`; what scores less does not stand.
+        results: Images with all their detections, down to the lowest threshold.
+        class_names: The classes.
+
+    Returns:
+        `macro_f1`, the mean over classes with ground truth; `f1_per_class`, None without; and
+        `thresholds`.
+    """
+    counts = observe(ClassStatistics(class_names), standing(results, thresholds))
+    hits, misses = counts.positive_scores.sum(1), counts.negative_scores.sum(1)
+    truths = counts.ground_truths
+    f1 = (2 * hits.double() / (hits + misses + truths)).tolist()
+    known = {
+        name: value if truth else None
+        for name, value, truth in zip(class_names, f1, truths.tolist(), strict=True)
+    }
+    there = [value for value in known.values() if value is not None]
+    return {
+        "macro_f1": sum(there) / len(there) if there else None,
+        "f1_per_class": known,
+        "thresholds": dict(zip(class_names, thresholds.tolist(), strict=True)),
+    }
+
+
+def standing(
+    results: Sequence[tuple[Sample, Detections]], thresholds: Tensor
+) -> list[tuple[Sample, Detections]]:
+    """The detections whose score reaches their class's threshold."""
+    kept = []
+    for sample, found in results:
+        stands = found.scores >= thresholds[found.labels]
+        kept.append(
+            (sample, Detections(found.boxes[stands], found.scores[stands], found.labels[stands]))
+        )
+    return kept

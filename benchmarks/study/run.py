@@ -1,0 +1,150 @@
+"""One run: train, and measure all that the study's tables and figures are made of."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.provenance import provenance
+from benchmarks.rows import Row
+from benchmarks.study.plan import Run
+from benchmarks.study.policies import choose, score, standing
+from ghm_triton.detection.checkpoint import Checkpoint
+from ghm_triton.detection.data import open_dataset
+from ghm_triton.detection.detector import Detector
+from ghm_triton.detection.evaluate import (
+    MeanAveragePrecision,
+    detect,
+    mean_average_precision,
+    torch_predictor,
+)
+from ghm_triton.detection.plots import gradient_norms_by_target
+from ghm_triton.detection.postprocess import DeployedDetector
+from ghm_triton.detection.train import METRICS, TrainResult, open_split, train
+from ghm_triton.statistics import SCORE_FLOOR, ClassStatistics
+
+TEST = "test"
+DENSE = ("retinanet", "fcos")
+CURVES = ("classification", "bbox_regression", "grad_norm")
+POINTS = 60  # of a curve, at most
+BINS = 30  # of a histogram of gradient norms
+IMAGES = 256  # that gradient norms are taken of
+
+
+def measure(run: Run) -> Row:
+    """Train a run and measure it: the row of a result file, but for what the pool knows.
+
+    Raises:
+        ValueError: The data set cannot be opened, or an option does not fit it.
+        TrainingError: The loss or the gradient is no longer finite.
+    """
+    origin, started = provenance(), time.perf_counter()
+    options = run.options
+    names = open_dataset(options.data, options.train_split).class_names
+    config = replace(run.config, class_names=names)
+    with tempfile.TemporaryDirectory() as folder:
+        result = train(options, config, Path(folder), progress=False)
+        seconds = time.perf_counter() - started
+        curves = _curves(Path(folder) / METRICS)
+        saved = Checkpoint.load(result.checkpoint)
+    detector = saved.detector().to("cuda" if torch.cuda.is_available() else "cpu")
+    results = {
+        **_tested(run, detector, saved.statistics),
+        **_timed(result, seconds),
+        "curves": curves,
+        "gradient_norms": _gradient_norms(run, detector),
+        "total_seconds": round(time.perf_counter() - started, 1),
+    }
+    # The head as it is: it is what the row is found by.
+    return {**run.head(), **{name: plain(value) for name, value in results.items()}, **origin}
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: NaN and infinities as None, numbers to 6 digits."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def _timed(result: TrainResult, seconds: float) -> Row:
+    held_out = result.held_out.ap if result.held_out else math.nan
+    return {
+        "val_ap": held_out,
+        "seconds": round(seconds, 1),
+        "step_ms": 1000 * statistics.median(result.step_seconds),
+    }
+
+
+def _tested(run: Run, detector: Detector, held_out: ClassStatistics) -> Row:
+    """Average precision on the test split, and macro-F1 of every policy."""
+    names = detector.config.class_names
+    thresholds = choose(held_out)
+    # One pass serves all: what scores less neither suppresses nor displaces what scores more, but
+    # where an image has `max_detections` of them.
+    floor = torch.stack([torch.full((len(names),), SCORE_FLOOR), *thresholds.values()]).amin(0)
+    test = open_split(run.options, TEST, names)
+    predict = torch_predictor(DeployedDetector(detector), floor)
+    results = list(detect(predict, detector.config, test))
+    recorded = standing(results, torch.full_like(floor, SCORE_FLOOR))  # as `ghm eval` has it
+    return {
+        **_precision(mean_average_precision(names, recorded)),
+        "policies": {name: score(line, results, names) for name, line in thresholds.items()},
+    }
+
+
+def _precision(found: MeanAveragePrecision) -> Row:
+    return {
+        "ap": found.ap,
+        "ap50": found.ap50,
+        "ap75": found.ap75,
+        "ap_per_class": {name: list(pair) for name, pair in found.per_class.items()},
+    }
+
+
+def _curves(metrics: Path) -> Row:
+    """Means over equal stretches of steps; `step` is how many were done at a stretch's end."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    ends = stretches(len(lines))
+    curves: Row = {"step": ends}
+    for name in CURVES:
+        values = [line[name] for line in lines]
+        curves[name] = [
+            statistics.fmean(values[start:end])
+            for start, end in zip([0, *ends[:-1]], ends, strict=True)
+        ]
+    return curves
+
+
+def stretches(steps: int, points: int = POINTS) -> list[int]:
+    """Where equal stretches of steps end; as many as there are steps, or points."""
+    count = min(steps, points)
+    return [round((i + 1) * steps / count) for i in range(count)]
+
+
+def _gradient_norms(run: Run, detector: Detector) -> Row | None:
+    if detector.config.architecture not in DENSE:
+        return None
+    seen = open_split(run.options, run.options.train_split, detector.config.class_names)
+    norms = gradient_norms_by_target(detector, seen, IMAGES)
+    return dict(zip(("positives", "negatives"), map(histogram, norms), strict=True))
+
+
+def histogram(norms: Tensor, bins: int = BINS) -> Sequence[int]:
+    """How many norms lie in each of equal bins of [0, 1], the last one closed."""
+    region = (norms.double() * bins).long().clamp(max=bins - 1)
+    counts: list[int] = torch.bincount(region, minlength=bins).tolist()
+    return counts
