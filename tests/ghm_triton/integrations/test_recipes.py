@@ -13,7 +13,13 @@ from torch import nn
 from ghm_triton import GHMCLoss, GHMRLoss
 
 README = Path(__file__).parents[3] / "README.md"
-TOOLBOXES = ("ghm_triton.detection.heads", "custom_imports", "detectron2", "lightning")
+TOOLBOXES = (
+    "ghm_triton.detection.heads",
+    "custom_imports",
+    "detectron2",
+    "lightning",
+    "ghm_triton.monitor",
+)
 
 
 def recipes():
@@ -34,7 +40,7 @@ def run(toolbox, **names):
 
 
 def test_every_recipe_is_run_below():
-    assert [sum(toolbox in block for block in recipes()) for toolbox in TOOLBOXES] == [1, 1, 1, 1]
+    assert [sum(toolbox in block for block in recipes()) for toolbox in TOOLBOXES] == [1] * 5
     assert len(recipes()) == len(TOOLBOXES)
 
 
@@ -205,3 +211,25 @@ def test_lightning(tmp_path):
     assert state["classify.density.updates"] == 3
     # Debiased at momentum 0.75: three batches of 12 entries.
     assert math.isclose(state["classify.density.smoothed"].sum(), 12 * (1 - 0.75**3), rel_tol=1e-6)
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model, classify = nn.Linear(4, 3), GHMCLoss(average="positives")
+    names = run(
+        "ghm_triton.monitor",
+        batches=[(torch.randn(8, 4), torch.randint(0, 4, (8,))) for _ in range(21)],
+        model=model,
+        classify=classify,
+        regress=GHMRLoss(loss_weight=10.0),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    names["monitor"].writer.close()
+    shown = EventAccumulator("board").Reload()
+    assert classify.density.updates == 21
+    hard = shown.Scalars("ghm.classify/share_of_gradient/hard")
+    assert [event.step for event in hard] == [0, 20]
+    assert [event.value for event in shown.Scalars("ghm.regress/strength")] == [0.25, 0.25]
