@@ -11,9 +11,12 @@
 #                                    already, of this code on this machine, are not measured again;
 #                                    EARLIER names a folder to take such rows from.
 #   bash benchmarks/gpu.sh tune      which grid suits each pass of GHM-C; a minute
-#   bash benchmarks/gpu.sh train     the blood cells under BCCD_ROOT, to convergence; needs
-#                                    torchvision, faster-coco-eval, pillow and tqdm as well. Runs
-#                                    already in benchmarks/results/bccd.jsonl are not repeated.
+#   bash benchmarks/gpu.sh train     the study of all methods, on digits and on the blood cells under
+#                                    BCCD_ROOT; options of benchmarks.study may follow, such as
+#                                    --jobs 4 or --only bins. Needs torchvision, faster-coco-eval,
+#                                    scikit-learn, matplotlib, pillow, tqdm and pyyaml as well. Runs
+#                                    already in $OUT/study.jsonl or benchmarks/results/study.jsonl
+#                                    are not repeated: call it until nothing is left.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,11 +35,9 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__)
 PYTHON
 
 if [ "${1:-kernels}" = train ]; then
-  cp benchmarks/results/bccd.jsonl "$OUT/" 2>/dev/null || true
-  timeout 460 "$PYTHON" -m benchmarks.strength --data "voc:$BCCD_ROOT" --train-split trainval \
-    --image-size 256x320 --channels 96 --flips 0.5 --batch-size 8 --steps 3000 --seeds 0 1 2 \
-    --settings "strength 0.25, falling to 0" "focal + smooth L1" "strength 0.25" \
-    --out "$OUT/bccd.jsonl" 2>&1 | tee "$OUT/bccd.txt"
+  cp -n benchmarks/results/study.jsonl "$OUT/" 2>/dev/null || true
+  timeout -k 5 465 "$PYTHON" -m benchmarks.study benchmarks/study/grids/gpu.yaml --seconds 440 \
+    --out "$OUT/study.jsonl" "${@:2}" 2>&1 | tee -a "$OUT/study.txt"
   exit
 fi
 

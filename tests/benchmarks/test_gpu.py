@@ -32,7 +32,7 @@ STAGES = ["pytest", "repeat", "losses", "step", "plot_losses", "claims"]
 def run(tmp_path):
     """Runs the script with the stand-in; gives what it said and what it ran."""
 
-    def run_with(rules="", **environment):
+    def run_with(rules="", *words, **environment):
         python = tmp_path / "python"
         python.write_text(STAND_IN)
         python.chmod(0o755)
@@ -40,7 +40,7 @@ def run(tmp_path):
         notes.write_text("")
         given = {"OUT": str(tmp_path / "out"), "PYTHON": str(python), "NOTES": str(notes)}
         done = subprocess.run(
-            ["bash", SCRIPT],
+            ["bash", SCRIPT, *words],
             capture_output=True,
             text=True,
             env={**os.environ, **given, "RULES": rules, **environment},
@@ -120,3 +120,19 @@ def test_earlier_rows_are_taken_along_but_never_over_newer(run, tmp_path):
     assert (out / "step.jsonl").read_text() == "old\n"
     assert {str(out / "losses.jsonl"), str(out / "step.jsonl")} <= set(ran[-1])
     assert str(out / "repeat.jsonl") not in ran[-1]
+
+
+def test_the_study_ends_in_time_and_goes_on_from_what_there_is(run, tmp_path):
+    out = tmp_path / "out" / "study.jsonl"
+    out.parent.mkdir()
+    out.write_text("earlier\n")
+    done, (words,) = run("", "train", "--only", "bins")
+    assert done.returncode == 0, done.stderr
+    assert words[:2] == ["-m", "benchmarks.study"]
+    assert (ROOT / words[2]).is_file()
+    assert words[words.index("--out") + 1] == str(out)
+    assert int(words[words.index("--seconds") + 1]) < 465 < 8 * 60
+    assert words[-2:] == ["--only", "bins"]
+    assert out.read_text() == "earlier\n"
+    done, _ = run("benchmarks.study:1:1", "train")
+    assert done.returncode == 1
