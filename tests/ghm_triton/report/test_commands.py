@@ -1,0 +1,33 @@
+from ghm_triton import cli
+
+
+def test_the_command_prints_the_methods_and_writes_the_report(write, make, tmp_path, capsys):
+    failed = {**make("asdn"), "error": "no"}
+    path = write(make("ghm", ap=0.6), make("focal", ap=0.4), make("ce"), failed, '{"', end="")
+    assert cli.main(["report", str(path), "--out", str(tmp_path / "out"), "--baseline", "ce"]) == 0
+    out, err = capsys.readouterr()
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert "AP against ce" in table[0]
+    assert [line.split()[1] for line in table[2:]] == ["ce", "ghm", "focal"]
+    assert f"report: {tmp_path / 'out' / 'report.md'}, with 2 figures" in out
+    assert (tmp_path / "out" / "report.md").exists()
+    assert f"the unfinished last line of {path} was dropped" in err
+    assert "1 runs failed" in err
+
+
+def test_several_files_and_sections(write, make, tmp_path, capsys):
+    first = write(make("focal", 0, 0.4), make("focal", section="bins"), name="a.jsonl")
+    second = write(make("focal", 1, 0.6), name="b.jsonl")
+    words = ["report", str(first), str(second), "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--section", "methods"]) == 0
+    out = capsys.readouterr().out
+    assert "0.500 ± 0.141" in out
+    assert "bins" not in out
+
+
+def test_what_cannot_be_reported_is_one_line(write, make, tmp_path, capsys):
+    words = ["--out", str(tmp_path / "out")]
+    assert cli.main(["report", str(tmp_path / "none.jsonl"), *words]) == 2
+    assert "none.jsonl" in capsys.readouterr().err
+    assert cli.main(["report", str(write(make(), "{")), *words]) == 2
+    assert "study.jsonl, line 2 is damaged" in capsys.readouterr().err

@@ -1,0 +1,87 @@
+import re
+
+import pytest
+from PIL import Image
+
+from ghm_triton.report.document import write_report
+from ghm_triton.report.runs import read_study
+
+
+@pytest.fixture
+def study(write, make):
+    """Two methods, one of which has everything that a row may have, and a run that failed."""
+    rich = make(
+        "ghm",
+        bins=30,
+        strength=0.25,
+        ap_per_class={"a": [0.5, 0.8]},
+        gradient_norms={"positives": [3, 1], "negatives": [90, 2]},
+        curves={"step": [1, 2], "classification": [2.0, 1.0], "bbox_regression": [1.0, 0.5]},
+        policies={"f1": {"macro_f1": 0.7}, "single": {"macro_f1": 0.6}},
+    )
+    failed = {**make("asdn"), "error": "ValueError: it looks once"}
+    return read_study([write(make("focal", ap=0.4), rich, failed, "", '{"data', end="")])
+
+
+def test_a_report_has_its_pictures_and_tells_what_is_missing(study, tmp_path):
+    out = tmp_path / "deep" / "report"
+    written = write_report(study, out)
+    text = written[0].read_text()
+    assert written[0] == out / "report.md"
+    shown = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert [out / name for name in shown] == written[1:]
+    assert shown == [
+        "ap_methods.png",
+        "losses_methods.png",
+        "policies_methods.png",
+        "gradient_norms_methods.png",
+        "reformulated_methods.png",
+        "contribution_methods.png",
+        "initial_loss.png",
+    ]
+    assert {path.name for path in out.iterdir()} == {"report.md", *shown}
+    for path in written[1:]:
+        with Image.open(path) as picture:
+            assert picture.width > 400
+    missing = text.partition("### Not drawn")[2].partition("## ")[0].split("\n- ")[1:]
+    assert [line.strip() for line in missing] == [
+        "AP against unit regions (bins) of GHM-C: there is no AP by bins in section 'bins'.",
+        "AP against strength of GHM-C: there is no AP by strength in section 'strength'.",
+    ]
+    assert "Without such rows: focal (digits, retinanet, 600 steps)." in text
+    assert "+0.100" in text
+    assert "The unfinished last line of" in text
+    assert "ValueError: it looks once" in text
+    headings = re.findall(r"^## (.*)$", text, re.M)
+    assert headings == [
+        "Methods",
+        "AP by class",
+        "Threshold policies",
+        "Initial loss by prior",
+        "Figures",
+        "Provenance",
+        "Failed runs",
+    ]
+
+
+def test_a_sweep_is_drawn_once_and_not_as_a_comparison_of_methods(write, make, tmp_path):
+    rows = [make("focal"), make("s0.5", section="strength", strength=0.5)]
+    written = write_report(read_study([write(*rows)]), tmp_path / "out")
+    names = [path.name for path in written[1:]]
+    assert names == ["ap_methods.png", "ap_against_strength.png", "initial_loss.png"]
+
+
+def test_without_runs_or_baseline_there_is_no_report(write, make, tmp_path):
+    failed = {**make("asdn"), "error": "no"}
+    with pytest.raises(ValueError, match="no finished run"):
+        write_report(read_study([write(failed)]), tmp_path / "out")
+    study = read_study([write(make("focal"), make("ghm"))])
+    with pytest.raises(ValueError, match="baseline 'fokal'; methods: focal, ghm"):
+        write_report(study, tmp_path / "out", "fokal")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_section_may_have_any_name(write, make, tmp_path):
+    study = read_study([write(make(section="../a b"))])
+    written = write_report(study, tmp_path / "out")
+    assert [path.name for path in written[1:]] == ["ap__a_b.png", "initial_loss.png"]

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+
+from ghm_triton import focal_loss, ghm_c_loss
+from ghm_triton.report.gradients import (
+    Histogram,
+    contributions,
+    focal_negative,
+    focal_positive,
+    harmonizing_weights,
+    histogram_of,
+)
+
+
+@pytest.mark.parametrize(("target", "formula"), [(1.0, focal_positive), (0.0, focal_negative)])
+def test_focal_gradients_are_those_of_the_loss(target, formula):
+    norm = torch.tensor([1e-3, 0.1, 0.4, 0.7, 0.999], dtype=torch.float64)
+    logits = torch.logit(1 - norm if target else norm).requires_grad_()
+    focal_loss(logits, torch.full_like(norm, target), reduction="sum").backward()
+    # float64 on both sides: rounding of exp and log, a few units in the last place.
+    np.testing.assert_allclose(formula(norm.numpy()), logits.grad.abs().numpy(), rtol=1e-9)
+
+
+def test_focal_gradients_at_the_ends():
+    ends = np.array([0.0, 1.0])
+    np.testing.assert_array_equal(focal_positive(ends), [0.0, 0.25])
+    np.testing.assert_array_equal(focal_negative(ends), [0.0, 0.75])
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
+def test_harmonized_gradients_are_those_of_the_loss(strength):
+    # Entries in the middle of 4 regions, one of them empty: 5, 0, 2 and 1.
+    norm = torch.tensor([0.125] * 5 + [0.625] * 2 + [0.875], dtype=torch.float64)
+    logits = torch.logit(norm).requires_grad_()
+    loss = ghm_c_loss(
+        logits, torch.zeros_like(norm), bins=4, strength=strength, reduction="sum", backend="torch"
+    )
+    loss.backward()
+    histogram = Histogram(np.array([0.0, 0, 1, 0]), np.array([5.0, 0, 1, 1]))
+    weights = harmonizing_weights(histogram, strength)
+    assert np.isnan(weights[1]) == (strength > 0)
+    ours = (weights * histogram.centres)[[0, 0, 0, 0, 0, 2, 2, 3]]
+    # The loss weighs in float32: 2^-24 a rounding, a few of them.
+    np.testing.assert_allclose(ours, logits.grad.numpy(), rtol=1e-6)
+
+
+def test_contributions_are_shares_of_counts_times_gradients():
+    histogram = Histogram(np.array([2.0, 0, 1, 0]), np.array([6.0, 0, 1, 1]))
+    shares = contributions(histogram, [0.25, 1.0])
+    assert list(shares) == ["CE", "focal", "GHM 0.25", "GHM 1"]
+    # 8 x 0.125, 2 x 0.625 and 1 x 0.875 make 3.125.
+    np.testing.assert_allclose(shares["CE"], [0.32, np.nan, 0.4, 0.28])
+    # At strength 1 every occupied region weighs its centre: 0.125 + 0.625 + 0.875 = 1.625.
+    np.testing.assert_allclose(shares["GHM 1"], np.array([0.125, np.nan, 0.625, 0.875]) / 1.625)
+    # beta^(1/4) ~ count^(-1/4), so shares go with count^(3/4) x centre.
+    quarter = np.array([8**0.75 * 0.125, np.nan, 2**0.75 * 0.625, 0.875])
+    np.testing.assert_allclose(shares["GHM 0.25"], quarter / np.nansum(quarter))
+    # Focal tells positives from negatives: 0.25 (1 - p)^2 (1 - p - 2 p log p) of p = 1 - g, and
+    # thrice that of a negative.
+    g = np.array([0.125, 0.375, 0.625, 0.875])
+    one = 0.25 * g**2 * (g - 2 * (1 - g) * np.log(1 - g))
+    focal = np.array([20.0, np.nan, 4.0, 3.0]) * one
+    np.testing.assert_allclose(shares["focal"], focal / np.nansum(focal))
+
+
+def norms(positives, negatives):
+    return {"gradient_norms": {"positives": positives, "negatives": negatives}}
+
+
+def test_histograms_are_means_over_seeds_that_have_one():
+    runs = [norms([1, 2], [10, 0]), {"gradient_norms": None}, {}, norms([3, 2], [20, 1])]
+    histogram = histogram_of(runs)
+    np.testing.assert_array_equal(histogram.positives, [2, 2])
+    np.testing.assert_array_equal(histogram.negatives, [15, 0.5])
+    np.testing.assert_array_equal(histogram.total, [17, 2.5])
+    np.testing.assert_array_equal(histogram.centres, [0.25, 0.75])
+    np.testing.assert_array_equal(histogram.edges, [0, 0.5, 1])
+    assert histogram_of([{"gradient_norms": None}]) is None
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([norms([1, 2], [1])], "2 regions of positives and 1 of negatives"),
+        ([norms([1, 2], [1, 2]), norms([1], [1])], "do not fit together"),
+        ([{"gradient_norms": {"positives": [1]}}], "do not fit together"),
+        ([norms([1, -1], [1, 2])], "'positives' must be lists of counts"),
+        ([norms([1, 1], [None, 2])], "'negatives' must be lists of counts"),
+    ],
+)
+def test_histograms_that_do_not_fit_are_refused(runs, message):
+    with pytest.raises(ValueError, match=message):
+        histogram_of(runs)
