@@ -39,8 +39,15 @@ LOSS_OPTIONS = (
     "reg_strength",
     "reg_strength_end",
 )
-# What a run may learn by besides, and the value that stands for doing without it.
-METHOD_OPTIONS = {"mining": "none", "init": "prior", "guided_loss": False, "adversarial": "none"}
+# What a run may learn by besides, and the value that stands for doing without it. The assigner is
+# the detector's, all others are the run's.
+METHOD_OPTIONS = {
+    "mining": "none",
+    "init": "prior",
+    "guided_loss": False,
+    "adversarial": "none",
+    "assigner": "iou",
+}
 
 
 def export_detector(
@@ -185,7 +192,7 @@ def make_card(
         max_detections=config.max_detections,
         preprocessing=_preprocessing(config),
         statistics=_statistics(statistics),
-        training=_training(checkpoint.training, checkpoint_sha256),
+        training=_training({**checkpoint.training, "assigner": config.assigner}, checkpoint_sha256),
     )
 
 

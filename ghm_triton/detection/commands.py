@@ -85,10 +85,15 @@ def _add_detector_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--init",
         metavar="prior=P|optimal",
-        help="the same as --prior P; or the share of positives, counted over the data beforehand",
+        help="the same as --prior P; or the share of positives, counted over the data beforehand;"
+        " of faster-rcnn, the anchors' that its proposals learn from",
     )
     add("--proposals", type=int, help="regions faster-rcnn looks into, an image (default: 300)")
-    add("--region-samples", type=int, help="and those it learns from, an image (default: 128)")
+    add(
+        "--region-samples",
+        type=int,
+        help="and those it learns from, an image (default: 128); neither mined nor guided",
+    )
 
 
 def _add_loss_options(group: argparse._ArgumentGroup) -> None:
@@ -108,14 +113,16 @@ def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--mining",
         choices=["none", "ohem", "s-ohem"],
-        help="learn from hard examples only, of one-stage detectors (default: none); it suits ce",
+        help="learn from hard examples only: places, and faster-rcnn's regions, of which one that"
+        " sees the same as a harder one is left out (default: none); it suits ce",
     )
-    add("--mining-keep", type=int, help="anchors or points kept, an image (default: 64)")
+    add("--mining-keep", type=int, help="places or regions kept, an image (default: 64)")
     add(
         "--guided-loss",
         action="store_true",
         default=None,
-        help="scale the classification loss to the regression loss, of one-stage detectors",
+        help="scale the classification loss to the regression loss, of faster-rcnn in both"
+        " stages, which then sample nothing",
     )
     add("--strength", type=float, help="of GHM-C, 0 (CE) to 1 (paper); default: 0.25")
     add("--strength-end", type=float, help="of GHM-C at the last step (default: constant)")
@@ -220,15 +227,30 @@ def _fitted(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"--prior {given['prior']} and --init {given['init']} exclude each other")
     if "mining_keep" in given and given.get("mining", "none") == "none":
         raise ValueError("--mining-keep means nothing without --mining")
+    _require_regions_sampled(given)
     cls_loss = given.get("cls_loss")
     if architecture == "faster-rcnn" and cls_loss in SOFTMAX_LOSSES:
         defaults["classifier"] = "softmax"
         for name in ("prior", "init"):
-            if name in given:
+            # `optimal` is of the proposals, whose objectness is a sigmoid.
+            if given.get(name, "optimal") != "optimal":
                 raise ValueError(
-                    f"--{name} does not fit --cls-loss {cls_loss}: a softmax has no such bias"
+                    f"--{name} {given[name]} does not fit --cls-loss {cls_loss}: a softmax has no"
+                    " such bias"
                 )
     return {**defaults, **given}
+
+
+def _require_regions_sampled(given: dict[str, Any]) -> None:
+    """Refuse a number of regions to sample where none are sampled."""
+    mined = given.get("mining", "none") != "none"
+    if "region_samples" in given and (mined or given.get("guided_loss")):
+        reason = (
+            f"--mining {given['mining']}, which keeps --mining-keep of them all"
+            if mined
+            else "--guided-loss, which learns from them all"
+        )
+        raise ValueError(f"--region-samples means nothing with {reason}")
 
 
 def _config(given: dict[str, Any], class_names: tuple[str, ...]) -> Any:

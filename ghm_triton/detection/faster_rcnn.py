@@ -1,10 +1,11 @@
-"""Faster R-CNN: torchvision's, with losses that see every sampled region of the batch at once."""
+"""Faster R-CNN: torchvision's, with losses that see all the batch's regions at once."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +17,25 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from ghm_triton.detection.backbones import build_backbone
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.detector import Detector, Predictions
-from ghm_triton.detection.heads import HeadLosses
+from ghm_triton.detection.heads import HeadLosses, Learner
 from ghm_triton.detection.postprocess import OUT, decode_boxes
 from ghm_triton.detection.rpn import CleanProposalNetwork, ProposalNetwork
+from ghm_triton.imbalance.sampling_free import GuidedLoss
 
 COARSEST_STRIDE = 32  # that regions are pooled from
 CELLS, SAMPLES_A_CELL = 7, 2
 WIDTH = 4  # of the two hidden layers, in channels: 1024 for 256, as torchvision's
 REGION_IOU, POSITIVE_SHARE = 0.5, 0.25
+# What torchvision calls the proposals' losses, and what they are called among others.
+RPN_LOSSES = {
+    "loss_objectness": "rpn_objectness",
+    "loss_rpn_box_reg": "rpn_box",
+    "unguided_objectness": "unguided_rpn_objectness",
+}
 SMALLEST_SIDE = 0.01  # pixels: torchvision shows no box that is thinner
 
 
-class FasterRCNNDetector(Detector):
+class FasterRCNNDetector(Learner, Detector):
     """Faster R-CNN on images of one fixed, letterboxed size.
 
     Built of torchvision's proposal network, RoIAlign and box head, under the names that its
@@ -36,11 +44,21 @@ class FasterRCNNDetector(Detector):
     A softmax classifier has background as its first class; sigmoids have none. Every class has
     its own box.
 
+    What it learns from is up to the losses. As a rule that is torchvision's: `region_samples`
+    regions of an image, a quarter of them positive where there are as many, and a sample of
+    anchors. With `mining` (arXiv 1604.03540, 1705.02233) every region is looked at without
+    gradient, and the hardest are learnt from, whatever they are. With `guide` (arXiv 1909.04868)
+    nothing is sampled: every anchor and every region is learnt from, unless mining chooses among
+    regions, and each stage's classification loss is scaled to its regression loss; the released
+    code doubles the regions' then, as a guide of `cls_weight=2` does. An adversary meets those
+    positives that were chosen.
+
     Args:
         config: What to build.
         losses: The region head's losses, and its adversary if there is to be one; None for a
-            detector that will not be trained. The proposal network's are torchvision's, unless
-            the configuration's `assigner` is `cleanliness`, which takes `losses.objectness`.
+            detector that will not be trained. The proposal network's are torchvision's (guided,
+            of every anchor), unless the configuration's `assigner` is `cleanliness`, which takes
+            `losses.objectness`.
     """
 
     roi_heads: RoIHeads
@@ -53,11 +71,13 @@ class FasterRCNNDetector(Detector):
         channels = int(self.backbone.out_channels)  # type: ignore[arg-type]
         self.pooled_strides = [s for s in strides if s <= COARSEST_STRIDE]
         self.background = int(config.classifier == "softmax")  # outputs before the first class
+        regions_guide = losses.guide if losses else None
+        guide = GuidedLoss(process_group=regions_guide.process_group) if regions_guide else None
         if config.assigner == "cleanliness":
             objectness = losses.objectness if losses else None
-            self.rpn = CleanProposalNetwork(channels, strides, config, objectness)
+            self.rpn = CleanProposalNetwork(channels, strides, config, objectness, guide)
         else:
-            self.rpn = ProposalNetwork(channels, strides, config)
+            self.rpn = ProposalNetwork(channels, strides, config, guide)
         predictor = FastRCNNPredictor(WIDTH * channels, self.background + config.num_classes)
         if not self.background:
             nn.init.constant_(predictor.cls_score.bias, math.log(config.prior / (1 - config.prior)))
@@ -76,11 +96,11 @@ class FasterRCNNDetector(Detector):
             config.iou_threshold,
             config.max_detections,
         )
-        self.classification_loss = losses.classification if losses else None
-        self.regression_loss = losses.regression if losses else None
+        self.hold(losses)
+        if self.mining is not None or self.guide is not None:
+            self.roi_heads.fg_bg_sampler = every_region
         # The last to draw its weights: with or without, those of the detector start the same.
         self.adversary = losses.adversary(channels) if losses and losses.adversary else None
-        self.observer: Callable[[Tensor], None] | None = None
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """Pyramid levels `[B, channels, h, w]` under the names `0`, `1`, ..., finest first."""
@@ -98,7 +118,9 @@ class FasterRCNNDetector(Detector):
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The training losses: the regions', and `rpn_objectness` and `rpn_box` of the proposals.
 
-        And `adversary`, where there is one, who makes the positive regions harder.
+        And `adversary`, where there is one, who makes the positive regions harder. Guided losses
+        come with `unguided_classification` and `unguided_rpn_objectness`, as their guides found
+        them, which carry no gradient.
 
         Raises:
             RuntimeError: The detector was built without losses, or is in evaluation mode, where
@@ -110,16 +132,9 @@ class FasterRCNNDetector(Detector):
             raise RuntimeError("this detector has losses in training mode only; call train()")
         features, sizes = self.features(images), [self.config.image_size] * len(images)
         proposals, rpn_losses = self.rpn(ImageList(images, sizes), features, targets)
-        regions, _, sampled, goals = self.roi_heads.select_training_samples(
-            proposals, [_background_first(target) for target in targets]
-        )
-        classes = self.config.num_classes
-        labels = torch.cat(sampled)
-        labels = torch.where(labels > 0, labels - 1, classes)
-        if self.observer is not None:
-            self.observer(labels)
+        regions, labels, goals = self._chosen(features, proposals, targets)
         pooled = self.roi_heads.box_roi_pool(features, regions, sizes)
-        own = torch.nonzero(labels < classes).squeeze(1)
+        own = torch.nonzero(labels < self.config.num_classes).squeeze(1)
         adversarial = {}
         if self.adversary is not None:
             harder, adversarial["adversary"] = self.adversary(
@@ -129,16 +144,68 @@ class FasterRCNNDetector(Detector):
         logits, deltas = self.classify(pooled)
         predicted = deltas[own, labels[own]].float()
         return {
-            "classification": self.classification_loss(logits, labels),
-            "bbox_regression": self.regression_loss(predicted, torch.cat(goals)[own]),
-            "rpn_objectness": rpn_losses["loss_objectness"],
-            "rpn_box": rpn_losses["loss_rpn_box_reg"],
+            **self.learn(logits, labels, predicted, goals[own]),
+            **{RPN_LOSSES[name]: loss for name, loss in rpn_losses.items()},
             **adversarial,
         }
 
+    def _chosen(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The regions of each image that are learnt from, and all their labels and goals."""
+        regions, _, numbers, goals = self.roi_heads.select_training_samples(
+            proposals, [_background_first(target) for target in targets]
+        )
+        classes = self.config.num_classes
+        labels = [torch.where(row > 0, row - 1, classes) for row in numbers]
+        if self.observer is not None:
+            self.observer(torch.cat(labels))
+        if self.mining is not None:
+            kept = self._hardest(features, regions, labels, goals)
+            regions, labels, goals = (
+                [row[own] for row, own in zip(rows, kept, strict=True)]
+                for rows in (regions, labels, goals)
+            )
+        return regions, torch.cat(labels), torch.cat(goals)
+
+    @torch.no_grad()
+    def _hardest(
+        self,
+        features: dict[str, Tensor],
+        regions: list[Tensor],
+        labels: list[Tensor],
+        goals: list[Tensor],
+    ) -> list[Tensor]:
+        """Which regions of each image mining keeps, bool `[R]`; image by image, to save memory."""
+        mining: Any = self.mining  # a HardRegions
+        lost = []
+        for image, (boxes, row, goal) in enumerate(zip(regions, labels, goals, strict=True)):
+            own = {name: level[image : image + 1] for name, level in features.items()}
+            pooled = self.roi_heads.box_roi_pool(own, [boxes], [self.config.image_size])
+            logits, deltas = self._look(pooled)
+            positive = row < self.config.num_classes
+            predicted = deltas[positive, row[positive]].float()
+            lost.append(mining.lost(logits, row, positive, predicted, goal[positive]))
+        kept: list[Tensor] = mining(lost, regions)
+        return kept
+
+    @torch.no_grad()
+    def _look(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """`classify` without gradient.
+
+        Older PyTorch's autocast would keep the weights that it rounds here, which have no
+        gradient, and learn nothing from the pass that is to learn.
+        """
+        kind = pooled.device.type
+        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+            return self.classify(pooled)
+
     def _true_probability(self, pooled: Tensor, labels: Tensor) -> Tensor:
         """What positive regions `[R, channels, 7, 7]` are taken for, rightly: `[R]` in [0, 1]."""
-        logits, _ = self.classify(pooled)
+        logits, _ = self._look(pooled)
         scores = torch.softmax(logits, 1) if self.background else torch.sigmoid(logits)
         return scores.gather(1, (labels + self.background).unsqueeze(1)).squeeze(1).float()
 
@@ -200,8 +267,13 @@ class FasterRCNNDetector(Detector):
         return level
 
     def observe_labels(self, observer: Callable[[Tensor], None]) -> None:
-        """Have `observer` called with the label of every sampled region, `[R]`."""
+        """Have `observer` called with the label of every region, `[R]`, before mining chooses."""
         self.observer = observer
+
+
+def every_region(labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """In place of torchvision's sampler: all positives and all negatives, as masks `[R]`."""
+    return [row > 0 for row in labels], [row == 0 for row in labels]
 
 
 def softmax_logits(logits: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ DETECTOR_REG_LOSSES = {
     "fcos": OF_BOXES,
     "faster-rcnn": ("ghm", "sl1", "asl1"),
 }
-TWICE = "faster-rcnn, which draws the regions that it learns from before it knows their losses"
 
 
 def require_fitting(
@@ -34,24 +33,15 @@ def require_fitting(
     """
     _require_regression(options.reg_loss, architecture)
     _require_classification(options.cls_loss, classifier)
-    if options.mining != "none" and architecture == "faster-rcnn":
-        raise ValueError(f"mining must be none for {TWICE}; got {options.mining!r}")
-    if options.mining != "none" and assigner == "cleanliness":
+    if options.mining != "none" and assigner == "cleanliness" and architecture != "faster-rcnn":
         raise ValueError(
             "mining must be none with assigner cleanliness, which learns from every anchor and"
             f" doubts the hard ones; got {options.mining!r}"
         )
-    if options.guided_loss and architecture == "faster-rcnn":
-        raise ValueError(f"guided_loss is for dense detectors and does not fit {TWICE}")
-    if options.init != "prior" and classifier == "softmax":
+    if options.init not in ("prior", "optimal") and classifier == "softmax":
         raise ValueError(
-            "init must be prior with a softmax classifier, which has no such bias;"
-            f" got {options.init!r}"
-        )
-    if options.init == "optimal" and architecture == "faster-rcnn":
-        raise ValueError(
-            "init must not be optimal for faster-rcnn: what share of its regions is positive is"
-            " set by sampling, not counted; got 'optimal'"
+            "init must be prior or optimal with a softmax classifier, which has no such bias"
+            f" (optimal is of the proposals); got {options.init!r}"
         )
 
 

@@ -20,16 +20,16 @@ BETWEEN_THRESHOLDS = -2  # torchvision's Matcher: neither foreground nor backgro
 
 @dataclass(frozen=True)
 class HeadLosses:
-    """The losses of a dense head.
+    """The losses of a dense head, or of a two-stage detector's regions.
 
     Attributes:
         classification: Called with logits `[B, A, C]` and labels int64 `[B, A]` (`C` is
-            background, negative is ignored); returns a scalar.
-        regression: Called with predicted and target deltas `[P, 4]` of the positive anchors;
-            returns a scalar.
+            background, negative is ignored), of regions `[R, S]` and `[R]`; returns a scalar.
+        regression: Called with predicted and target deltas `[P, 4]` of the positives; returns a
+            scalar.
         of_boxes: Whether the regression takes boxes, x1 y1 x2 y2 in input pixels, for deltas.
-        mining: A `HardPlaces` that chooses what to learn from. Both losses must return sums then,
-            which are divided by the places that are kept. None learns from all.
+        mining: A `HardPlaces`, or a `HardRegions`, that chooses what to learn from. Both losses
+            must return sums then, which are divided by what is kept. None learns from all.
         guide: A `GuidedLoss` that scales the classification, or None.
         objectness: Of a proposal network that samples nothing: called with logits `[B * A, 1]`,
             soft labels and label weights of that shape; returns a scalar.
@@ -46,16 +46,13 @@ class HeadLosses:
     adversary: Callable[[int], Adversary] | None = None
 
 
-class LearningHead(nn.Module):
-    """What dense heads have in common: they hold losses, and make them of what they predicted.
+class Learner(nn.Module):
+    """What holds losses, and makes them of what it predicted.
 
     Attributes:
-        observer: Called with the labels `[B, A]` of every training batch, for statistics.
+        observer: Called with the labels of every training batch, for statistics.
     """
 
-    # torchvision's, which is not typed.
-    classification_head: Any
-    regression_head: Any
     observer: Callable[[Tensor], None] | None
 
     def hold(self, losses: HeadLosses | None) -> None:
@@ -66,6 +63,55 @@ class LearningHead(nn.Module):
         self.mining = losses.mining if losses else None
         self.guide = losses.guide if losses else None
         self.observer = None
+
+    def learn(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        predicted: Tensor,
+        expected: Tensor,
+        soft: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses of what is to be learnt from, mined or not.
+
+        Args:
+            logits: What the classification loss takes.
+            labels: int64; negative is ignored.
+            predicted: `[P, 4]` of the positives, in the order of the labels.
+            expected: `[P, 4]`.
+            soft: What the classification loss is asked instead of the labels.
+
+        Returns:
+            `classification` and `bbox_regression`; of guided losses also `unguided_classification`,
+            the classification loss as the guide found it, which carries no gradient: a guided one
+            only repeats the regression.
+
+        Raises:
+            RuntimeError: It was built without losses.
+        """
+        if self.classification_loss is None or self.regression_loss is None:
+            raise RuntimeError("this head was built without losses; pass losses=HeadLosses(...)")
+        classification = self.classification_loss(logits, *(soft or (labels,)))
+        regression = self.regression_loss(predicted, expected)
+        if self.mining is not None:
+            learnt = (labels >= 0).sum().clamp(min=1)
+            classification, regression = classification / learnt, regression / learnt
+        if self.guide is None:
+            return {"classification": classification, "bbox_regression": regression}
+        guided = self.guide.terms(classification, regression)
+        return {
+            "classification": guided.classification,
+            "bbox_regression": guided.regression,
+            "unguided_classification": classification.detach(),
+        }
+
+
+class LearningHead(Learner):
+    """What dense heads have in common: they learn from every place of the batch."""
+
+    # torchvision's, which is not typed.
+    classification_head: Any
+    regression_head: Any
 
     def dense_losses(
         self,
@@ -88,21 +134,12 @@ class LearningHead(nn.Module):
         Raises:
             RuntimeError: The head was built without losses.
         """
-        if self.classification_loss is None or self.regression_loss is None:
-            raise RuntimeError("this head was built without losses; pass losses=HeadLosses(...)")
         if self.observer is not None:
             self.observer(labels)
         if self.mining is not None:
             labels, kept = self.mining(logits, labels, predicted, expected)
             predicted, expected = predicted[kept], expected[kept]
-        classification = self.classification_loss(logits, *(soft or (labels,)))
-        regression = self.regression_loss(predicted, expected)
-        if self.mining is not None:
-            learnt = (labels >= 0).sum().clamp(min=1)
-            classification, regression = classification / learnt, regression / learnt
-        if self.guide is not None:
-            classification, regression = self.guide.terms(classification, regression)
-        return {"classification": classification, "bbox_regression": regression}
+        return self.learn(logits, labels, predicted, expected, soft)
 
 
 def start_loud(layers: nn.Module) -> None:

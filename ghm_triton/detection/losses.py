@@ -23,9 +23,7 @@ class BoxLoss(nn.Module, ABC):
 
     def __init__(self, reduction: str = "mean") -> None:
         super().__init__()
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be mean or sum, got {reduction!r}")
-        self.reduction = reduction
+        self.reduction = require_reduction(reduction)
 
     @abstractmethod
     def rows(self, pred: Tensor, target: Tensor) -> Tensor:
@@ -75,13 +73,25 @@ class GeneralizedIoU(BoxLoss):
 
 
 class SoftmaxCrossEntropy(nn.Module):
-    """Cross entropy of a softmax with background as its first class, as Faster R-CNN trains."""
+    """Cross entropy of a softmax with background as its first class, as Faster R-CNN trains.
+
+    Args:
+        reduction: `mean` divides by the regions that are not ignored; `sum`.
+    """
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = require_reduction(reduction)
+
+    def rows(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits `[R, 1 + C]` and labels int64 `[R]` to the loss of every region, `[R]`."""
+        target = background_first(labels, logits.shape[1])
+        return nn.functional.cross_entropy(logits, target, ignore_index=-1, reduction="none")
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits `[R, 1 + C]` and labels int64 `[R]` (`C` background, -1 ignored) to a scalar."""
-        target = background_first(labels, logits.shape[1])
-        total = nn.functional.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
-        return total / (labels >= 0).sum().clamp(min=1)
+        total = self.rows(logits, labels).sum()
+        return total if self.reduction == "sum" else total / (labels >= 0).sum().clamp(min=1)
 
 
 class BackgroundFirst(nn.Module):
@@ -99,6 +109,17 @@ class BackgroundFirst(nn.Module):
         """Logits `[R, 1 + C]` and labels int64 `[R]` (`C` background, -1 ignored) to a scalar."""
         result: Tensor = self.loss(logits, background_first(labels, logits.shape[1]))
         return result
+
+
+def require_reduction(reduction: str) -> str:
+    """`reduction` if it is `mean` or `sum`.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be mean or sum, got {reduction!r}")
+    return reduction
 
 
 def background_first(labels: Tensor, outputs: int) -> Tensor:

@@ -1,21 +1,39 @@
-"""Hard example mining over a dense head: which places it learns from, given what they lose."""
+"""Hard example mining: which places or regions a detector learns from, given what they lose."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ghm_triton.detection.losses import BoxLoss, SoftmaxCrossEntropy
+from ghm_triton.imbalance.ohem import OHEM, SAME_REGION
+from ghm_triton.imbalance.s_ohem import StratifiedOHEM
+from ghm_triton.imbalance.samples import cross_entropy_of_samples
+from ghm_triton.losses import FocalLoss
+
+if TYPE_CHECKING:
+    from ghm_triton.detection.recipe import TrainOptions
 
 Rows = Callable[[Tensor, Tensor], Tensor]
 
 
-class HardPlaces(nn.Module):
-    """The places of each image with the largest losses, of both kinds together.
+class Lost(NamedTuple):
+    """What every sample loses, two tensors of the shape of the labels."""
+
+    classification: Tensor
+    regression: Tensor
+
+
+class _Hard(nn.Module):
+    """What mining of places and of regions has in common.
 
     Args:
         choose: `OHEM` or `StratifiedOHEM`: called with both losses and with what may be kept.
-        classification: Logits `[B, A, C]` and labels `[B, A]` to the loss of every place, `[B, A]`.
+        classification: Logits `[..., C]` and labels `[...]` to the loss of every sample, `[...]`.
         regression: Predictions and targets `[P, 4]` of the positives to theirs, `[P]`.
     """
 
@@ -23,6 +41,28 @@ class HardPlaces(nn.Module):
         super().__init__()
         self.choose = choose
         self.classification, self.regression = classification, regression
+
+    @torch.no_grad()
+    def lost(
+        self, logits: Tensor, labels: Tensor, positive: Tensor, predicted: Tensor, expected: Tensor
+    ) -> Lost:
+        """The losses of every sample.
+
+        Args:
+            logits: `[..., C]`.
+            labels: int64 `[...]`.
+            positive: Of that shape, bool: which samples are of a class.
+            predicted: What the regression loss takes of the `P` positives, in their order.
+            expected: Likewise.
+        """
+        lost = self.classification(logits, labels)
+        misplaced = torch.zeros_like(lost)
+        misplaced[positive] = self.regression(predicted, expected).to(lost.dtype)
+        return Lost(lost, misplaced)
+
+
+class HardPlaces(_Hard):
+    """The places of each image with the largest losses, of both kinds together."""
 
     @torch.no_grad()
     def forward(
@@ -42,8 +82,83 @@ class HardPlaces(nn.Module):
             positives are kept, bool `[P]`.
         """
         positive = (labels >= 0) & (labels < logits.shape[-1])
-        lost = self.classification(logits, labels)
-        misplaced = torch.zeros_like(lost)
-        misplaced[positive] = self.regression(predicted, expected).to(lost.dtype)
-        kept = self.choose(lost, misplaced, labels >= 0)
+        lost = self.lost(logits, labels, positive, predicted, expected)
+        kept = self.choose(*lost, labels >= 0)
         return labels.masked_fill(~kept, -1), kept[positive]
+
+
+class HardRegions(_Hard):
+    """The regions of each image with the largest losses, of both kinds together.
+
+    A region that overlaps one of a larger loss sees the same and is left out (arXiv 1604.03540,
+    section 4). How many of the rest are positive is for their losses to decide.
+    """
+
+    @torch.no_grad()
+    def forward(self, lost: list[Lost], regions: list[Tensor]) -> list[Tensor]:
+        """Choose.
+
+        Args:
+            lost: For each image what its regions lose, as `lost` tells.
+            regions: For each image its regions `[R, 4]`, x1 y1 x2 y2.
+
+        Returns:
+            For each image which of its regions are kept, bool `[R]`.
+        """
+        counts = torch.tensor([len(boxes) for boxes in regions], device=regions[0].device)
+        classification, regression = (
+            pad_sequence(list(rows), batch_first=True) for rows in zip(*lost, strict=True)
+        )
+        places = torch.arange(classification.shape[1], device=counts.device)
+        valid = places < counts.unsqueeze(1)
+        boxes = pad_sequence(regions, batch_first=True)
+        kept = self.choose(classification, regression, valid, boxes)
+        return [row[: len(own)] for row, own in zip(kept, regions, strict=True)]
+
+
+def build_mining(
+    options: TrainOptions, boxes: BoxLoss, scale: float, architecture: str, classifier: str
+) -> nn.Module | None:
+    """What chooses the samples to learn from, as the options say; None for all.
+
+    GHM is mined by its losses without their weights, which follow from what is kept.
+
+    Args:
+        options: Of the run.
+        boxes: The regression loss, as far as it is one of single boxes.
+        scale: Its weight.
+        architecture: The detector's, as its configuration names it.
+        classifier: The detector's, likewise.
+    """
+    if options.mining == "none":
+        return None
+    regions = architecture == "faster-rcnn"
+    overlap = SAME_REGION if regions else None
+    choose: nn.Module = (
+        OHEM(options.mining_keep, overlap)
+        if options.mining == "ohem"
+        else StratifiedOHEM(options.steps, options.mining_keep, iou_threshold=overlap)
+    )
+    plain = _classification(options.cls_loss, classifier)
+
+    def classification(logits: Tensor, labels: Tensor) -> Tensor:
+        return options.cls_weight * plain(logits, labels)
+
+    def regression(predicted: Tensor, expected: Tensor) -> Tensor:
+        return scale * boxes.rows(predicted, expected)
+
+    return (HardRegions if regions else HardPlaces)(choose, classification, regression)
+
+
+def _classification(cls_loss: str, classifier: str) -> Rows:
+    if classifier == "softmax":
+        return SoftmaxCrossEntropy().rows
+    if cls_loss != "focal":
+        return cross_entropy_of_samples
+    focal = FocalLoss(reduction="none")
+
+    def of_samples(logits: Tensor, labels: Tensor) -> Tensor:
+        lost: Tensor = focal(logits, labels).sum(dim=-1)
+        return lost
+
+    return of_samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset
+from ghm_triton.detection.detector import Detector
+from ghm_triton.detection.faster_rcnn import FasterRCNNDetector
 from ghm_triton.detection.loader import TrainingView
 from ghm_triton.detection.model import build_detector
 from ghm_triton.detection.recipe import TrainOptions
+from ghm_triton.detection.rpn import CleanProposalNetwork
 from ghm_triton.imbalance.sampling_free import Assigner, count_priors, optimal_prior
 from ghm_triton.statistics import ClassStatistics
 
@@ -37,7 +40,8 @@ def start_at_prior(
 ) -> DetectorConfig:
     """The configuration with the prior that `options.init` asks for.
 
-    What was counted is written to `priors.json`.
+    What was counted is written to `priors.json`. Of a two-stage detector `optimal` is a matter of
+    `start_proposals`: what share of its regions is positive depends on what it proposes.
 
     Args:
         options: Of the run.
@@ -49,17 +53,60 @@ def start_at_prior(
     Raises:
         ValueError: There is nothing positive to count, or the detector cannot be asked.
     """
-    if options.init != "optimal":
+    if options.init != "optimal" or config.architecture == "faster-rcnn":
         chosen = options.chosen_prior()
         return config if chosen is None else replace(config, prior=chosen)
     key = _key(options.data, config, dataset)
     statistics = _read(out / COUNTS, key) if resume else None
     if statistics is None:
-        statistics = _counted.get(key) or count_data_priors(config, dataset)
+        statistics = _count_once(key, lambda: count_data_priors(config, dataset))
     _counted[key] = statistics
-    prior = optimal_prior(int(statistics.positives.sum()), statistics.anchors, config.num_classes)
+    return replace(config, prior=_note_optimum(out, key, statistics))
+
+
+def start_proposals(
+    options: TrainOptions, detector: Detector, dataset: DetectionDataset, out: Path
+) -> None:
+    """Start the objectness of a two-stage detector's proposals at its optimal prior.
+
+    That is the share of positives among the anchors that its proposal network learns from:
+    sampled ones, all, or clean ones, whose network starts there whatever `options.init` says. What
+    was counted is written to `priors.json`.
+
+    Args:
+        options: Of the run.
+        detector: Is left alone unless it has proposals.
+        dataset: What it is to learn from.
+        out: Folder of the run.
+
+    Raises:
+        ValueError: `options.init` is `optimal`, and there is nothing positive to count.
+    """
+    if not isinstance(detector, FasterRCNNDetector):
+        return
+    rpn, asked = detector.rpn, options.init == "optimal"
+    if not asked and not isinstance(rpn, CleanProposalNetwork):
+        return
+    key = _key(options.data, detector.config, dataset, sampled=rpn.samples)
+    targets = _targets(detector.config, dataset)
+    statistics = _count_once(key, lambda: count_priors(rpn, targets, ("object",)))
+    if asked or 0 < int(statistics.positives.sum()) < statistics.anchors:
+        rpn.start_at(_note_optimum(out, key, statistics))
+
+
+def _count_once(key: str, count: Callable[[], ClassStatistics]) -> ClassStatistics:
+    """What was counted in this process already, or now is."""
+    if key not in _counted:
+        _counted[key] = count()
+    return _counted[key]
+
+
+def _note_optimum(out: Path, key: str, statistics: ClassStatistics) -> float:
+    """The optimal prior, which is written down with what it comes from."""
+    positives, classes = int(statistics.positives.sum()), len(statistics.class_names)
+    prior = optimal_prior(positives, statistics.anchors, classes)
     _write(out / COUNTS, {"key": key, "prior": prior, "statistics": statistics.to_dict()})
-    return replace(config, prior=prior)
+    return prior
 
 
 def count_data_priors(config: DetectorConfig, dataset: DetectionDataset) -> ClassStatistics:
@@ -106,9 +153,9 @@ def _targets(
         yield [view[place * len(dataset) // count, 0][1]]
 
 
-def _key(data: str, config: DetectorConfig, dataset: DetectionDataset) -> str:
+def _key(data: str, config: DetectorConfig, dataset: DetectionDataset, **how: bool) -> str:
     """What the counts depend on, as a digest."""
     detector = {**config.to_dict(), "prior": None, "channels": None, "head_convs": None}
     images = [data, dataset.split, sorted(dataset.sources())]
-    content = json.dumps([detector, images], sort_keys=True)
+    content = json.dumps([detector, images, *([how] if how else [])], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

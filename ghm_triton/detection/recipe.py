@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from ghm_triton.detection.fits import OF_BOXES, require_fitting
@@ -22,13 +22,11 @@ from ghm_triton.detection.losses import (
     SoftmaxCrossEntropy,
     Weighted,
 )
-from ghm_triton.detection.mining import HardPlaces
+from ghm_triton.detection.mining import build_mining
 from ghm_triton.detection.two_stage import adversary_maker, objectness_loss
 from ghm_triton.functional import DEFAULT_STRENGTH
 from ghm_triton.imbalance.adversarial import KINDS as ADVERSARIES
-from ghm_triton.imbalance.ohem import KEEP, OHEM
-from ghm_triton.imbalance.s_ohem import StratifiedOHEM
-from ghm_triton.imbalance.samples import cross_entropy_of_samples
+from ghm_triton.imbalance.ohem import KEEP
 from ghm_triton.imbalance.sampling_free import GuidedLoss
 from ghm_triton.losses import FocalLoss, GHMCLoss, GHMRLoss, GHMSoftmaxLoss
 from ghm_triton.schedule import StrengthSchedule, require_strength
@@ -77,11 +75,14 @@ class TrainOptions:
         strength_end: Strength of GHM-C at the last step; None keeps it constant.
         reg_strength: Strength of GHM-R at the first step.
         reg_strength_end: Strength of GHM-R at the last step; None keeps it constant.
-        mining: What is learnt from: `none` (everything), `ohem` or `s-ohem` (hard examples).
-        mining_keep: Anchors or points that mining keeps, an image.
+        mining: What is learnt from: `none` (everything, and of a two-stage detector sampled
+            regions), `ohem` or `s-ohem` (hard examples; of a two-stage detector, hard regions).
+        mining_keep: Anchors, points or regions that mining keeps, an image.
         init: What the classifier's bias starts from: `prior`, the configuration's; `prior=0.01`,
-            that one; or `optimal`, counted before training (arXiv 1909.04868).
-        guided_loss: Scale the classification loss to the regression loss (arXiv 1909.04868).
+            that one; or `optimal`, counted before training (arXiv 1909.04868). Of a two-stage
+            detector `optimal` is about its proposals' objectness.
+        guided_loss: Scale the classification loss to the regression loss (arXiv 1909.04868). A
+            two-stage detector then samples neither anchors nor regions.
         adversarial: What makes a two-stage detector's regions harder: `none`, `asdn`, `astn` or
             `asdn+astn` (A-Fast-RCNN).
         adversarial_start: Share of the steps after which it begins to, in [0, 1].
@@ -211,7 +212,8 @@ def build_losses(
     weight = options.reg_weight
     if weight is None:
         weight = GHM_R_WEIGHT[architecture] if options.reg_loss == "ghm" else 1.0
-    mining = _mining(options, weight)
+    boxes = BOX_LOSSES["asl1" if options.reg_loss == "ghm" else options.reg_loss]()
+    scale = weight / 4 if options.reg_loss == "ghm" else weight  # of boxes, as of coordinates
     strength = _strength(options.strength, options.strength_end, options.steps)
     # Guided loss is to see the classification without its weight.
     cls_weight = 1.0 if options.guided_loss else options.cls_weight
@@ -219,7 +221,7 @@ def build_losses(
         Weighted(_classification(options, group, classifier), cls_weight),
         Weighted(*_regression(options, group, weight)),
         of_boxes=options.reg_loss in OF_BOXES,
-        mining=mining,
+        mining=build_mining(options, boxes, scale, architecture, classifier),
         guide=GuidedLoss(options.cls_weight, process_group=group) if options.guided_loss else None,
         objectness=objectness_loss(options, strength, group, architecture, assigner),
         adversary=adversary_maker(options, architecture),
@@ -234,11 +236,11 @@ def _classification(
         "strength": _strength(options.strength, options.strength_end, options.steps),
         "process_group": group,
     }
-    if options.cls_loss == "ghm-softmax":
-        return BackgroundFirst(GHMSoftmaxLoss(**harmonized))
-    if classifier == "softmax":
-        return SoftmaxCrossEntropy()
     reduction = _reduction(options)
+    if options.cls_loss == "ghm-softmax":
+        return BackgroundFirst(GHMSoftmaxLoss(**harmonized, reduction=reduction))
+    if classifier == "softmax":
+        return SoftmaxCrossEntropy(reduction)
     if options.cls_loss == "focal":
         return FocalLoss(reduction=reduction)
     if options.cls_loss == "ce":
@@ -263,32 +265,6 @@ def _regression(
 def _reduction(options: TrainOptions) -> Literal["mean", "sum"]:
     """Mined samples are divided by their number, whatever they are."""
     return "mean" if options.mining == "none" else "sum"
-
-
-def _mining(options: TrainOptions, reg_weight: float) -> nn.Module | None:
-    if options.mining == "none":
-        return None
-    choose: nn.Module = (
-        OHEM(options.mining_keep)
-        if options.mining == "ohem"
-        else StratifiedOHEM(options.steps, options.mining_keep)
-    )
-    focal = FocalLoss(reduction="none")
-    boxes = BOX_LOSSES["asl1" if options.reg_loss == "ghm" else options.reg_loss]()
-    scale = reg_weight / 4 if options.reg_loss == "ghm" else reg_weight
-
-    def classification(logits: Tensor, labels: Tensor) -> Tensor:
-        # Of GHM-C without its weights, which follow from what is kept.
-        if options.cls_loss == "focal":
-            lost: Tensor = focal(logits, labels).sum(dim=-1)
-        else:
-            lost = cross_entropy_of_samples(logits, labels)
-        return options.cls_weight * lost
-
-    def regression(predicted: Tensor, expected: Tensor) -> Tensor:
-        return scale * boxes.rows(predicted, expected)
-
-    return HardPlaces(choose, classification, regression)
 
 
 def _strength(start: float, end: float | None, steps: int) -> float | StrengthSchedule:

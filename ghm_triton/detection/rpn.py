@@ -1,16 +1,16 @@
 """Where to look: torchvision's proposal network, its proposals for a whole batch, and a clean one.
 
-`ProposalNetwork` trains on a sample of anchors that overlap enough or hardly at all, as
-torchvision does. `CleanProposalNetwork` trains on all of them, by how clean each is.
+`ProposalNetwork` trains on a sample of the anchors that overlap enough or hardly at all, as
+torchvision does, or guided on all of those. `CleanProposalNetwork` trains on every anchor, by how
+clean each is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import (
     RegionProposalNetwork,
     RPNHead,
@@ -28,7 +28,7 @@ from ghm_triton.imbalance.cleanliness import (
     regression_loss,
     soft_targets,
 )
-from ghm_triton.imbalance.sampling_free import count_priors, optimal_prior, prior_bias
+from ghm_triton.imbalance.sampling_free import GuidedLoss, prior_bias
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.7, 0.3
 SAMPLES, POSITIVE_SHARE = 256, 0.5  # anchors of an image that the losses see
@@ -60,16 +60,31 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     Its training is torchvision's, except that ignored boxes are neither object nor background;
     for another assignment or loss, override `assign_targets_to_anchors` or `compute_loss`.
 
+    A guided one samples nothing (arXiv 1909.04868): the objectness is a cross entropy over every
+    anchor that counts, scaled to the box loss, and that is a mean over the positives. Over a
+    sample, torchvision divides the box loss by what was sampled, positive or not; a scale taken
+    from that would tell how many positives there were, not how well they are placed.
+
     Args:
         channels: Of the pyramid.
         strides: Of its levels, finest first.
         config: The detector's.
+        guide: Scales the objectness loss to the box loss; None samples.
+
+    Attributes:
+        samples: Whether only a sample of the anchors is learnt from.
     """
 
     anchors: Tensor
     same_level: Tensor
 
-    def __init__(self, channels: int, strides: tuple[int, ...], config: DetectorConfig) -> None:
+    def __init__(
+        self,
+        channels: int,
+        strides: tuple[int, ...],
+        config: DetectorConfig,
+        guide: GuidedLoss | None = None,
+    ) -> None:
         sizes = tuple((config.anchor_scale * s,) for s in strides)
         super().__init__(
             AnchorGenerator(sizes, (ASPECT_RATIOS,) * len(sizes)),
@@ -83,6 +98,8 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
             NMS_IOU,
         )
         self.config = config
+        self.guide = guide
+        self.samples = guide is None
         self.level_anchors = [
             len(ASPECT_RATIOS) * h * w for h, w in level_sizes(config.image_size, strides)
         ]
@@ -128,6 +145,73 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         )
         return found, levels >= 0
 
+    def start_at(self, prior: float) -> None:
+        """Start at objectness `prior`: bias `-log(1 / prior - 1)`."""
+        nn.init.constant_(self.head.cls_logits.bias, prior_bias(prior))
+
+    def labels(self, targets: list[dict[str, Tensor]]) -> Tensor:
+        """What every anchor learns, int64 `[B, A]`: 0 an object, 1 background, -1 nothing.
+
+        Where anchors are sampled, those that are not drawn learn nothing.
+        """
+        rows, _ = self.assign_targets_to_anchors([self.anchors] * len(targets), targets)
+        labels = torch.stack(rows).long()
+        if self.samples:
+            drawn = [torch.stack(kind) for kind in self.fg_bg_sampler(rows)]
+            labels = labels.masked_fill(~(drawn[0].bool() | drawn[1].bool()), -1)
+        return torch.where(labels < 0, labels, 1 - labels)
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Proposals and, in training, their losses, as torchvision names them.
+
+        Guided losses come with `unguided_objectness`, the objectness as the guide found it, which
+        carries no gradient.
+        """
+        proposals, losses = super().forward(images, features, targets)
+        if self.guide is not None and losses:
+            objectness = losses["loss_objectness"]
+            guided = self.guide.terms(objectness, losses["loss_rpn_box_reg"])
+            losses = {
+                "loss_objectness": guided.classification,
+                "loss_rpn_box_reg": guided.regression,
+                "unguided_objectness": objectness.detach(),
+            }
+        return proposals, losses
+
+    def compute_loss(
+        self,
+        objectness: Tensor,
+        pred_bbox_deltas: Tensor,
+        labels: list[Tensor],
+        regression_targets: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Over a sample of the anchors, torchvision's losses; or over every anchor, to be guided.
+
+        Args:
+            objectness: Logits `[B * A, 1]`.
+            pred_bbox_deltas: `[B * A, 4]`.
+            labels: For each image 1, 0 or -1, `[A]`.
+            regression_targets: For each image `[A, 4]`; those of positives are read.
+        """
+        if self.samples:
+            sampled: tuple[Tensor, Tensor] = super().compute_loss(
+                objectness, pred_bbox_deltas, labels, regression_targets
+            )
+            return sampled
+        label = torch.cat(labels)
+        counted, positive = label >= 0, label == 1
+        entries = nn.functional.binary_cross_entropy_with_logits(
+            objectness.squeeze(1)[counted], label[counted], reduction="sum"
+        )
+        goals = torch.cat(regression_targets)[positive]
+        box_loss = _mean_box_loss(pred_bbox_deltas[positive], goals)
+        return entries / counted.sum().clamp(min=1), box_loss
+
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -156,6 +240,7 @@ class CleanProposalNetwork(ProposalNetwork):
         config: The detector's.
         classification_loss: Called with logits `[B * A, 1]`, soft labels and label weights of
             that shape; None for a network that will not be trained.
+        guide: Scales the objectness loss to the box loss, or None.
     """
 
     def __init__(
@@ -164,31 +249,12 @@ class CleanProposalNetwork(ProposalNetwork):
         strides: tuple[int, ...],
         config: DetectorConfig,
         classification_loss: nn.Module | None = None,
+        guide: GuidedLoss | None = None,
     ) -> None:
-        super().__init__(channels, strides, config)
+        super().__init__(channels, strides, config, guide)
+        self.samples = False
         self.classification_loss = classification_loss
-        self._start_at(config.prior)
-
-    def set_optimal_prior(self, targets: Iterable[dict[str, Tensor]]) -> None:
-        """Start at the share of positives, which costs the least: bias `-log(N_s*C/N_p - 1)`.
-
-        `N_s` are the anchors of `targets` that count, `N_p` those of them that are positive, and
-        `C` is 1 (arXiv 1909.04868). Without positives the configuration's prior stays.
-        """
-        counted = count_priors(self, ([target] for target in targets), ("object",))
-        positives = int(counted.positives.sum())
-        if 0 < positives < counted.anchors:
-            self._start_at(optimal_prior(positives, int(counted.anchors), 1))
-
-    def _start_at(self, prior: float) -> None:
-        nn.init.constant_(self.head.cls_logits.bias, prior_bias(prior))
-
-    def labels(self, targets: list[dict[str, Tensor]]) -> Tensor:
-        """What every anchor learns, int64 `[B, A]`: 0 an object, 1 background, -1 neither."""
-        own = [self.anchors] * len(targets)
-        labels, _ = self.assign_targets_to_anchors(own, targets)
-        rows = torch.stack(labels).long()
-        return torch.where(rows < 0, rows, 1 - rows)
+        self.start_at(config.prior)
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
@@ -236,8 +302,13 @@ class CleanProposalNetwork(ProposalNetwork):
             scores = torch.sigmoid(objectness[positive].squeeze(1))
             target = soft_targets(positive, cleanliness(paired_iou(boxes, truth), scores))
         counted = (label >= 0).float().unsqueeze(1)
-        box_loss = regression_loss(predicted, goals, torch.ones_like(goals[:, 0]))
         return (
             self.classification_loss(objectness, target.unsqueeze(1), counted),
-            box_loss / max(1, len(goals)),
+            _mean_box_loss(predicted, goals),
         )
+
+
+def _mean_box_loss(predicted: Tensor, goals: Tensor) -> Tensor:
+    """Smooth L1 of positives `[P, 4]`, divided by their number."""
+    total = regression_loss(predicted, goals, torch.ones_like(goals[:, 0]))
+    return total / max(1, len(goals))

@@ -22,7 +22,6 @@ from ghm_triton.density import GradientDensity
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset, open_dataset
-from ghm_triton.detection.detector import Detector
 from ghm_triton.detection.distributed import World, world
 from ghm_triton.detection.evaluate import (
     MeanAveragePrecision,
@@ -31,21 +30,18 @@ from ghm_triton.detection.evaluate import (
     observe,
     torch_predictor,
 )
-from ghm_triton.detection.faster_rcnn import FasterRCNNDetector
 from ghm_triton.detection.fits import require_fitting
 from ghm_triton.detection.loader import Batch, StepSampler, TrainingView, training_loader
 from ghm_triton.detection.model import build_detector, channels_last
 from ghm_triton.detection.postprocess import DeployedDetector
-from ghm_triton.detection.priors import start_at_prior
+from ghm_triton.detection.priors import start_at_prior, start_proposals
 from ghm_triton.detection.recipe import AMP, TrainOptions, build_losses, build_optimizer
-from ghm_triton.detection.rpn import CleanProposalNetwork
 from ghm_triton.detection.telemetry import Telemetry, require_tensorboard
 from ghm_triton.diagnosis import warn_of
 from ghm_triton.statistics import ClassStatistics
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
-PRIOR_IMAGES = 256  # enough to know a proposal network's share of positives
 LOOK_EVERY = 20  # steps between waits for the device
 
 
@@ -143,7 +139,7 @@ class _Run:
         )
         self.detector = build_detector(config, losses)
         if not resume:
-            start_proposals(self.detector, self.dataset)
+            start_proposals(options, self.detector, self.dataset, out)
         channels_last(self.detector).to(here.device)
         self.optimizer = build_optimizer(options, self.detector)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=options.amp == "fp16")
@@ -329,18 +325,6 @@ class _Run:
         scored = mean_average_precision(self.config.class_names, results)
         self.telemetry.held_out(self.step, scored)
         return scored
-
-
-def start_proposals(detector: Detector, dataset: DetectionDataset) -> None:
-    """Let a proposal network that samples nothing start at the share of positives of some images.
-
-    Only targets are looked at, those of at most `PRIOR_IMAGES` evenly spaced images.
-    """
-    if isinstance(detector, FasterRCNNDetector) and isinstance(detector.rpn, CleanProposalNetwork):
-        view = TrainingView(dataset, detector.config, (0.0, 0.0))
-        count = min(PRIOR_IMAGES, len(dataset))
-        places = [i * len(dataset) // count for i in range(count)]
-        detector.rpn.set_optimal_prior(view[place, 0][1] for place in places)
 
 
 def open_split(

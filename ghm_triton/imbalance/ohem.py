@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ghm_triton.imbalance.samples import require_keep, require_samples
 
 KEEP = 64  # 128 for two images
+SAME_REGION = 0.7  # IoU from which two regions see the same
 
 
 def hard_examples(
@@ -16,7 +17,7 @@ def hard_examples(
     valid: Tensor | None = None,
     *,
     boxes: Tensor | None = None,
-    iou_threshold: float = 0.7,
+    iou_threshold: float = SAME_REGION,
 ) -> Tensor:
     """The `keep` samples of each image with the largest losses (arXiv 1604.03540, section 4).
 
@@ -47,14 +48,29 @@ def hard_examples(
     allowed = torch.ones_like(losses, dtype=torch.bool) if valid is None else valid
     require_samples("valid", allowed, losses)
     if boxes is not None:
-        allowed = allowed & _distinct(losses, boxes, allowed, iou_threshold)
+        allowed = distinct(losses, boxes, allowed, iou_threshold)
     score = losses.masked_fill(~allowed, -torch.inf)
     best = score.topk(min(keep, score.shape[-1]), dim=-1).indices
     return torch.zeros_like(allowed).scatter(-1, best, True) & allowed
 
 
-def _distinct(losses: Tensor, boxes: Tensor, allowed: Tensor, iou_threshold: float) -> Tensor:
-    """What NMS with the loss as score leaves, bool `[..., A]`."""
+def distinct(
+    losses: Tensor, boxes: Tensor, valid: Tensor, iou_threshold: float = SAME_REGION
+) -> Tensor:
+    """The samples that overlap none of a larger loss: NMS with the loss as score.
+
+    Args:
+        losses: `[..., A]`, one loss a sample; each row is an image with samples of its own.
+        boxes: `[..., A, 4]`, x1 y1 x2 y2.
+        valid: bool `[..., A]`: samples that take part.
+        iou_threshold: Overlap from which a sample is left out, in [0, 1].
+
+    Returns:
+        bool `[..., A]`, false where not `valid`.
+
+    Raises:
+        ValueError: A shape does not fit, or the threshold is out of range.
+    """
     from torchvision.ops import nms  # of the extra `train`
 
     if boxes.shape != (*losses.shape, 4):
@@ -62,10 +78,10 @@ def _distinct(losses: Tensor, boxes: Tensor, allowed: Tensor, iou_threshold: flo
     if not 0.0 <= iou_threshold <= 1.0:
         raise ValueError(f"iou_threshold must lie in [0, 1], got {iou_threshold}")
     samples = losses.shape[-1]
-    left = torch.zeros_like(allowed).view(-1, samples)
-    rows = zip(left, losses.view(-1, samples), boxes.view(-1, samples, 4), strict=True)
+    left = torch.zeros_like(valid).view(-1, samples)
+    rows = zip(left, losses.reshape(-1, samples), boxes.reshape(-1, samples, 4), strict=True)
     for row, (kept, loss, box) in enumerate(rows):
-        own = torch.nonzero(allowed.view(-1, samples)[row]).squeeze(1)
+        own = torch.nonzero(valid.reshape(-1, samples)[row]).squeeze(1)
         kept[own[nms(box[own].float(), loss[own].float(), iou_threshold)]] = True
     return left.view(losses.shape)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ghm_triton.imbalance.ohem import KEEP
+from ghm_triton.imbalance.ohem import KEEP, distinct
 from ghm_triton.imbalance.samples import require_keep, require_samples
 from ghm_triton.schedule import StrengthSchedule
 
@@ -83,6 +83,8 @@ class StratifiedOHEM(nn.Module):
         alpha: At the first step, in [0, 1].
         alpha_end: From step `steps` on.
         quotas: Share of `keep` that is each stratum's own; at least 0, with sum 1.
+        iou_threshold: Leave out samples that overlap a harder one by this much, before they fall
+            into strata (OHEM's 0.7, for regions); None keeps them, and `boxes` are not needed.
 
     Attributes:
         updates: int64 scalar, training-mode calls so far; in the `state_dict`.
@@ -100,8 +102,10 @@ class StratifiedOHEM(nn.Module):
         alpha: float = ALPHA,
         alpha_end: float = ALPHA_END,
         quotas: Sequence[float] = QUOTAS,
+        iou_threshold: float | None = None,
     ) -> None:
         super().__init__()
+        self.iou_threshold = iou_threshold
         self.keep = require_keep(keep)
         self.schedule = StrengthSchedule(alpha, alpha_end, steps)
         self.quotas = allot(keep, quotas)
@@ -112,7 +116,11 @@ class StratifiedOHEM(nn.Module):
         return self.schedule.at(self.updates)
 
     def forward(
-        self, classification: Tensor, localization: Tensor, valid: Tensor | None = None
+        self,
+        classification: Tensor,
+        localization: Tensor,
+        valid: Tensor | None = None,
+        boxes: Tensor | None = None,
     ) -> Tensor:
         """Choose, and in training mode move `alpha` on.
 
@@ -120,22 +128,29 @@ class StratifiedOHEM(nn.Module):
             classification: `L_cls`, `[..., A]`.
             localization: `L_loc`, `[..., A]`, 0 for background.
             valid: bool `[..., A]`, or None.
+            boxes: `[..., A, 4]` where `iou_threshold` is given.
 
         Returns:
             bool `[..., A]`; see `stratified_hard_examples`.
 
         Raises:
-            ValueError: A shape does not fit.
+            ValueError: A shape does not fit; or an `iou_threshold` without boxes.
         """
         require_samples("localization", localization, classification)
         alpha = self.alpha()
         of_class = alpha * classification.detach()
         of_place = (1 - alpha) * localization.detach()
+        losses = of_class + of_place
+        if self.iou_threshold is not None:
+            if boxes is None:
+                raise ValueError(f"iou_threshold={self.iou_threshold} needs boxes, got None")
+            everything = torch.ones_like(losses, dtype=torch.bool)
+            valid = distinct(
+                losses, boxes, everything if valid is None else valid, self.iou_threshold
+            )
         if self.training:
             self.updates += 1
-        return stratified_hard_examples(
-            of_class + of_place, strata(of_class, of_place), self.quotas, valid
-        )
+        return stratified_hard_examples(losses, strata(of_class, of_place), self.quotas, valid)
 
 
 def allot(keep: int, shares: Sequence[float]) -> tuple[int, ...]:

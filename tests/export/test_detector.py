@@ -71,6 +71,14 @@ def test_the_card_names_the_methods_that_were_used(
     assert {name: losses[name] for name in losses if name not in LOSS_OPTIONS} == said
 
 
+@pytest.mark.parametrize(("assigner", "said"), [("iou", {}), ("cleanliness", "cleanliness")])
+def test_the_card_names_the_detectors_assigner(
+    checkpoint: Checkpoint, assigner: str, said: object
+) -> None:
+    checkpoint = replace(checkpoint, config=replace(checkpoint.config, assigner=assigner))
+    assert make_card(checkpoint, SHA).training.losses.get("assigner", {}) == said
+
+
 def test_a_checkpoint_from_before_there_were_methods_is_told_of_none(
     checkpoint: Checkpoint,
 ) -> None:

@@ -7,6 +7,7 @@ from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.commands import image_size
 
 SMALL = "--data digits:images=16,held_out_images=4,size=96 --image-size 96x96 --channels 16"
+REGIONS = ["--detector", "faster-rcnn"]
 RUN = [*SMALL.split(), "--head-convs", "1", "--batch-size", "4", "--device", "cpu"]
 
 
@@ -122,20 +123,17 @@ def test_thresholds_print_and_plot(trained, tmp_path, capsys):
         ),
         (["train", "--mining-keep", "9"], "--mining-keep means nothing without --mining"),
         (["train", "--mining", "ohem", "--mining-keep", "0"], "mining_keep must be at least 1"),
-        (["train", "--detector", "faster-rcnn", "--mining", "ohem"], "mining must be none for"),
-        (["train", "--detector", "faster-rcnn", "--guided-loss"], "guided_loss is for dense"),
-        (["train", "--detector", "faster-rcnn", "--init", "optimal"], "set by sampling, not count"),
         (
-            [
-                "train",
-                "--detector",
-                "faster-rcnn",
-                "--cls-loss",
-                "ghm-softmax",
-                "--init",
-                "optimal",
-            ],
-            "--init does not fit --cls-loss ghm-softmax",
+            ["train", *REGIONS, "--mining", "s-ohem", "--region-samples", "9"],
+            "--region-samples means nothing with --mining s-ohem, which keeps",
+        ),
+        (
+            ["train", *REGIONS, "--guided-loss", "--region-samples", "9"],
+            "--region-samples means nothing with --guided-loss, which learns from them all",
+        ),
+        (
+            ["train", *REGIONS, "--cls-loss", "ghm-softmax", "--init", "prior=0.1"],
+            "--init prior=0.1 does not fit --cls-loss ghm-softmax: a softmax has no such bias",
         ),
         (["train", "--strength", "3"], "strength must lie in [0, 1], got 3.0"),
         (["train", "--train-split", "everything"], "unknown split 'everything'"),
@@ -146,7 +144,7 @@ def test_thresholds_print_and_plot(trained, tmp_path, capsys):
         (["train", "--detector", "fcos", "--region-samples", "9"], "it learns from every point"),
         (
             ["train", "--detector", "faster-rcnn", "--cls-loss", "ce", "--prior", "0.1"],
-            "--prior does not fit --cls-loss ce",
+            "--prior 0.1 does not fit --cls-loss ce",
         ),
         (["train", "--detector", "faster-rcnn", "--proposals", "0"], "proposals must be at least"),
         (["train", "--adversarial", "asdn"], "adversarial must be none for retinanet, which looks"),

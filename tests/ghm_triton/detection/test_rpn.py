@@ -11,6 +11,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.rpn import CleanProposalNetwork, ProposalNetwork
 from ghm_triton.imbalance.cleanliness import assign_top_anchors
+from ghm_triton.imbalance.sampling_free import GuidedLoss
 from ghm_triton.losses import GHMCLoss
 
 STRIDES = (8, 16, 32)
@@ -22,9 +23,9 @@ def config(config: DetectorConfig) -> DetectorConfig:
     return dataclasses.replace(config, architecture="faster-rcnn", image_size=SIZE)
 
 
-def network(config: DetectorConfig) -> ProposalNetwork:
+def network(config: DetectorConfig, guide: GuidedLoss | None = None) -> ProposalNetwork:
     torch.manual_seed(0)
-    rpn = ProposalNetwork(16, STRIDES, config)
+    rpn = ProposalNetwork(16, STRIDES, config, guide)
     for layer in (rpn.head.cls_logits, rpn.head.bbox_pred):
         torch.nn.init.normal_(layer.weight, std=0.1)
     return rpn
@@ -142,10 +143,14 @@ class Asked(torch.nn.Module):
         return logits.sum()
 
 
-def clean(config: DetectorConfig, loss: torch.nn.Module | None = None) -> CleanProposalNetwork:
+def clean(
+    config: DetectorConfig,
+    loss: torch.nn.Module | None = None,
+    guide: GuidedLoss | None = None,
+) -> CleanProposalNetwork:
     torch.manual_seed(0)
     clean = dataclasses.replace(config, assigner="cleanliness")
-    rpn = CleanProposalNetwork(16, STRIDES, clean, loss).train()
+    rpn = CleanProposalNetwork(16, STRIDES, clean, loss, guide).train()
     for layer in (rpn.head.cls_logits, rpn.head.bbox_pred):
         torch.nn.init.normal_(layer.weight, std=0.1)
     return rpn
@@ -161,7 +166,7 @@ TARGETS = [
 ]
 
 
-def learn(rpn: CleanProposalNetwork) -> dict[str, Tensor]:
+def learn(rpn: ProposalNetwork) -> dict[str, Tensor]:
     torch.manual_seed(1)
     levels = {str(i): x for i, x in enumerate(pyramid(3))}
     _, losses = rpn(ImageList(torch.zeros(3, 3, *SIZE), [SIZE] * 3), levels, TARGETS)
@@ -236,17 +241,78 @@ def test_cleanliness_is_no_way_for_the_gradient(config):
     assert float(rpn.head.cls_logits.bias.grad.sum()) == pytest.approx(float(slope), rel=1e-4)
 
 
-def test_a_clean_network_starts_at_the_optimal_prior(config):
-    rpn = clean(config)
-    assert rpn.head.cls_logits.bias.tolist() == pytest.approx([math.log(0.01 / 0.99)] * 3)
-    rpn.set_optimal_prior(TARGETS)
-    labels = rpn.labels(TARGETS)
-    positives, counted = int((labels == 0).sum()), int((labels >= 0).sum())
-    assert 0 < positives < counted < labels.numel() == 3 * 378
-    expected = -math.log(counted * 1 / positives - 1)
-    assert rpn.head.cls_logits.bias.tolist() == pytest.approx([expected] * 3)
-    rpn.set_optimal_prior([TARGETS[1]])  # nothing positive: stays
-    assert rpn.head.cls_logits.bias.tolist() == pytest.approx([expected] * 3)
+def test_a_network_starts_where_it_is_told(config):
+    for rpn in (clean(config), network(config), network(config, GuidedLoss())):
+        rpn.start_at(0.2)
+        assert rpn.head.cls_logits.bias.tolist() == pytest.approx([math.log(0.2 / 0.8)] * 3)
+    assert clean(config).head.cls_logits.bias.tolist() == pytest.approx([math.log(0.01 / 0.99)] * 3)
+
+
+def test_labels_are_of_the_anchors_that_are_learnt_from(config):
+    """Of a sampling network those it draws; of a guided one all that are not in between."""
+    rpn = network(config)
+    assigned, _ = rpn.assign_targets_to_anchors([rpn.anchors] * 3, TARGETS)
+    guided = network(config, GuidedLoss()).labels(TARGETS)
+    theirs = torch.stack(assigned)
+    assert torch.equal(guided == 0, theirs == 1)
+    assert torch.equal(guided == 1, theirs == 0)
+    assert set(guided.unique().tolist()) == {-1, 0, 1}
+    rpn.fg_bg_sampler.batch_size_per_image = 4
+    drawn = rpn.labels(TARGETS)
+    positives = (theirs == 1).sum(1).clamp(max=2)
+    assert 0 < int(positives[0]) < int((theirs[0] == 1).sum())
+    assert (drawn == 0).sum(1).tolist() == positives.tolist()
+    assert (drawn >= 0).sum(1).tolist() == [4] * len(TARGETS)
+    assert torch.equal(drawn[drawn >= 0], guided[drawn >= 0])
+
+
+def test_a_guided_network_learns_from_every_anchor_by_the_definition(config):
+    """In float64 and by hand: a mean over anchors, one over positives, and their ratio."""
+    rpn = network(config, GuidedLoss()).train()
+    noted = {}
+    handed_on = rpn.compute_loss
+
+    def note(*given):
+        noted["given"] = given
+        return handed_on(*given)
+
+    rpn.compute_loss = note
+    losses = learn(rpn)
+    logits, deltas, labels, goals = noted["given"]
+    labels, goals = torch.cat(labels), torch.cat(goals).double()
+    x, own = logits.flatten().detach().double(), labels == 1
+    entries = torch.where(own, -torch.sigmoid(x).log(), -torch.sigmoid(-x).log())
+    classes = float(entries[labels >= 0].mean())
+    d = (deltas - goals)[own].abs().detach()
+    boxes = float(torch.where(d < 1 / 9, 4.5 * d**2, d - 1 / 18).sum() / own.sum())
+    assert int(own.sum()) >= 2
+    # Ours are float32 sums of a thousand terms.
+    assert float(losses["unguided_objectness"]) == pytest.approx(classes, rel=1e-6)
+    assert float(losses["loss_rpn_box_reg"].detach()) == pytest.approx(boxes, rel=1e-6)
+    assert float(losses["loss_objectness"].detach()) == pytest.approx(boxes, rel=1e-6)
+    assert not losses["unguided_objectness"].requires_grad
+    losses["loss_objectness"].backward()
+    slope = (torch.sigmoid(x) - own.double())[labels >= 0].mean() * boxes / classes
+    assert float(rpn.head.cls_logits.bias.grad.sum()) == pytest.approx(float(slope), rel=1e-5)
+
+
+def test_a_guided_network_without_boxes_learns_that_all_is_background(config):
+    rpn = network(config, GuidedLoss()).train()
+    levels = {str(i): x for i, x in enumerate(pyramid(1))}
+    _, losses = rpn(ImageList(torch.zeros(1, 3, *SIZE), [SIZE]), levels, [TARGETS[1]])
+    assert float(losses["loss_rpn_box_reg"].detach()) == 0.0
+    assert float(losses["loss_objectness"].detach()) == float(losses["unguided_objectness"]) > 0
+    losses["loss_objectness"].backward()
+    assert bool((rpn.head.cls_logits.bias.grad > 0).all())
+
+
+def test_a_clean_network_can_be_guided(config):
+    losses = learn(clean(config, GHMCLoss(momentum=0.0), GuidedLoss()))
+    plain = learn(clean(config, GHMCLoss(momentum=0.0)))
+    assert float(losses["unguided_objectness"]) == float(plain["loss_objectness"].detach())
+    wanted = float(plain["loss_rpn_box_reg"].detach())
+    assert float(losses["loss_rpn_box_reg"].detach()) == wanted
+    assert float(losses["loss_objectness"].detach()) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_a_clean_network_without_boxes_or_loss(config):
@@ -276,7 +342,7 @@ def test_a_clean_network_proposes_as_any_other(config):
 def test_a_clean_network_learns_where_to_look(config):
     """Two boxes of one picture, among ten proposals."""
     rpn = clean(config, GHMCLoss(average="positives"))
-    rpn.set_optimal_prior(TARGETS[:1])
+    rpn.start_at(0.05)
     rpn.config = dataclasses.replace(rpn.config, proposals=10)
     torch.manual_seed(3)
     features = pyramid(1)
