@@ -16,8 +16,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,8 +42,8 @@ def main(words: Sequence[str] | None = None, work: Callable[[Run], Row] = measur
         if arguments.list:
             print_list(runs, read(arguments.out))
             return 0
-        with Ledger(arguments.out, provenance(), again=arguments.again) as ledger:
-            signal.signal(signal.SIGTERM, _as_interrupt)
+        ledger = Ledger(arguments.out, provenance(), again=arguments.again)
+        with ledger, _interrupted_by(signal.SIGTERM):
             return Study(runs, ledger, arguments.jobs, arguments.seconds).go(work)
     except (GridError, BusyError, OSError, json.JSONDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -167,9 +167,18 @@ def _positive(text: str) -> int:
     return number
 
 
-def _as_interrupt(signum: int, frame: object) -> NoReturn:
-    del signum, frame
-    raise KeyboardInterrupt
+@contextmanager
+def _interrupted_by(kind: signal.Signals) -> Iterator[None]:
+    """Take a signal for Ctrl-C."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(kind, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(kind, before)
 
 
 if __name__ == "__main__":

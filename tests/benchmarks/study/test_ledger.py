@@ -1,0 +1,96 @@
+"""What is done is known by what it was, wherever in a grid it was asked for."""
+
+import pytest
+
+from benchmarks.rows import read
+from benchmarks.study.ledger import MARGIN, BusyError, Ledger, lookup
+
+HERE = {"cpu": "c", "gpu": None, "commit": "0"}
+
+
+def row_of(run, **more):
+    return {**run.head(), "ap": 0.5, "total_seconds": 30.0, "cpu": "c", "gpu": None, **more}
+
+
+def test_a_row_for_each_place_that_wants_it_and_none_twice(place):
+    good, copy, elsewhere = place.add("a", "good, copy").add("b", "good").runs()
+    with Ledger(place.out, HERE) as ledger:
+        assert ledger.found(good) is None
+        ledger.settle([good, copy], row_of(good))
+        ledger.settle([good, copy, elsewhere], row_of(good))
+    with Ledger(place.out, HERE) as ledger:
+        found = ledger.found(elsewhere)
+        ledger.settle([good, copy, elsewhere], found)
+    places = [(row["section"], row["method"]) for row in read(place.out)]
+    assert places == [("a", "good"), ("a", "copy"), ("b", "good")]
+    assert {row["ap"] for row in read(place.out)} == {0.5}
+
+
+def test_another_run_is_not_found(place):
+    good, *others = place.add("a", "good, fine", "[0, 1]").add("b", "good", steps=9).runs()
+    with Ledger(place.out, HERE) as ledger:
+        ledger.settle([good], row_of(good))
+        assert ledger.found(good)
+        assert [ledger.found(run) for run in others] == [None] * 4
+        place.path.rename(place.folder / "other.yaml")
+        place.path = place.folder / "other.yaml"
+        assert ledger.found(place.runs()[0]) is None  # another grid's: another machine's, maybe
+
+
+def test_what_failed_is_not_done(place):
+    good, bad = place.add("a", "good, bad").runs()
+    with Ledger(place.out, HERE) as ledger:
+        ledger.fail([good, bad], "ValueError: no", {"commit": "0"})
+    with Ledger(place.out, HERE) as ledger:
+        assert ledger.found(good) is ledger.found(bad) is None
+        ledger.settle([good], row_of(good))
+        assert ledger.found(good)["ap"] == 0.5
+    failed = read(place.out)[0]
+    assert failed == {**good.head(), "error": "ValueError: no", "commit": "0"}
+    assert lookup(read(place.out), good)["ap"] == 0.5  # the last line counts
+
+
+def test_again_nothing_counts_but_to_estimate(place):
+    (good,) = place.add("a", "good").runs()
+    with Ledger(place.out, HERE) as ledger:
+        ledger.settle([good], row_of(good))
+    with Ledger(place.out, HERE, again=True) as ledger:
+        assert ledger.found(good) is None
+        assert ledger.estimate(good) > 0
+        ledger.settle([good], row_of(good, ap=0.75))
+        assert ledger.found(good)["ap"] == 0.75
+    assert [row["ap"] for row in read(place.out)] == [0.5, 0.75]
+
+
+def test_an_estimate_is_by_the_step_and_of_this_machine(place):
+    short, long = place.add("a", "good", steps=10).add("b", "good", steps=40).runs()
+    with Ledger(place.out, HERE) as ledger:
+        assert ledger.estimate(short) == 0
+        ledger.settle([short], row_of(short, total_seconds=1000.0, cpu="another"))
+        assert ledger.estimate(short) == 0
+        ledger.settle([long], row_of(long, total_seconds=80.0))
+        assert ledger.estimate(long) == pytest.approx(MARGIN * 80)
+        assert ledger.estimate(short) == pytest.approx(MARGIN * 20)
+
+
+def test_an_estimate_prefers_what_is_alike(place):
+    alike, unlike = place.add("a", "good, fine").runs()
+    with Ledger(place.out, HERE) as ledger:
+        ledger.settle([unlike], row_of(unlike, detector="fcos", total_seconds=70.0))
+        assert ledger.estimate(alike) == pytest.approx(MARGIN * 70)
+        ledger.settle([unlike], {**row_of(unlike), "method": "other", "total_seconds": 20.0})
+        assert ledger.estimate(alike) == pytest.approx(MARGIN * 20)
+
+
+def test_a_file_has_one_writer(place):
+    with Ledger(place.out, HERE), pytest.raises(BusyError, match=r"writing to .*out\.jsonl"):
+        Ledger(place.out, HERE)
+    Ledger(place.out, HERE).__exit__(None, None, None)
+
+
+def test_an_unfinished_line_is_dropped(place):
+    (good,) = place.add("a", "good").runs()
+    place.out.write_text('{"section": "a", "me')
+    with Ledger(place.out, HERE) as ledger:
+        ledger.settle([good], row_of(good))
+    assert [row["method"] for row in read(place.out)] == ["good"]

@@ -1,0 +1,154 @@
+"""One real run, small: its row has everything, and everything in it is what it says."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import benchmarks.study.run as study_run
+from benchmarks.provenance import source_digest
+from benchmarks.study.grid import Grid
+from benchmarks.study.plan import key_of
+from benchmarks.study.run import histogram, measure, plain, stretches
+from ghm_triton.detection.data import open_dataset
+from ghm_triton.detection.train import LOOK_EVERY
+
+DATA = "digits:images=40,held_out_images=10,size=96"
+STEPS = LOOK_EVERY + 4
+GRID = """
+data: {{tiny: {{source: "{data}", image_size: [96, 96], channels: 16, batch_size: 4, warmup: 2}}}}
+methods: {{ghm: {{fcos: {{reg_loss: giou}}}}, lost: {{lr: 1.0e+6, clip: 1.0e+9}}}}
+sections:
+  a: {{data: [tiny], detectors: [{detector}], methods: [{method}], seeds: [1], steps: {steps}}}
+"""
+
+
+def make(folder, detector="retinanet", method="ghm", steps=STEPS):
+    path = folder / "tiny.yaml"
+    path.write_text(GRID.format(data=DATA, detector=detector, method=method, steps=steps))
+    (run,) = Grid(path).runs()
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("grid"))
+
+
+@pytest.fixture(scope="module")
+def watched(run):
+    """The row, and what training and evaluation gave to make it of."""
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("train", "mean_average_precision", "gradient_norms_by_target", "_curves"):
+            original = getattr(study_run, name)
+
+            def noted(*args, original=original, name=name, **kwargs):
+                if name == "_curves":
+                    seen["metrics"] = [json.loads(x) for x in args[0].read_text().splitlines()]
+                seen[name] = original(*args, **kwargs)
+                return seen[name]
+
+            patch.setattr(study_run, name, noted)
+        return measure(run), seen
+
+
+def test_the_row_is_json_with_every_field_of_the_schema(run, watched):
+    row, _ = watched
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert {name: row[name] for name in run.head()} == run.head()
+    assert key_of(row) == key_of(run.key())
+    measured = {"ap", "ap50", "ap75", "ap_per_class", "val_ap", "seconds", "step_ms", "curves"}
+    assert measured | {"gradient_norms", "policies", "total_seconds"} <= row.keys()
+    assert row["source"] == source_digest()
+    assert row["cpu_threads"] == torch.get_num_threads()
+
+
+def test_precision_is_that_of_the_test_split(watched):
+    row, seen = watched
+    found = seen["mean_average_precision"]
+    assert found.images == 10
+    assert row["ap"] == pytest.approx(found.ap, rel=1e-5)  # of 6 digits
+    assert row["ap50"] == pytest.approx(found.ap50, rel=1e-5)
+    assert row["ap75"] == pytest.approx(found.ap75, rel=1e-5)
+    test = open_dataset(DATA, "test")
+    there = {test.class_names[int(k)] for i in range(10) for k in test[i].labels}
+    assert {name for name, (ap, _) in row["ap_per_class"].items() if ap is not None} == there
+    assert row["val_ap"] == pytest.approx(seen["train"].held_out.ap, rel=1e-5)
+    assert row["val_ap"] != row["ap"]
+
+
+def test_times(watched):
+    row, seen = watched
+    times = seen["train"].step_seconds
+    assert len(times) == 2  # one for each wait for the device: at LOOK_EVERY steps and at the end
+    assert row["step_ms"] == pytest.approx(1000 * sum(times) / 2, rel=1e-5)
+    steps = times[0] * LOOK_EVERY + times[1] * (STEPS - LOOK_EVERY)
+    assert 0 < steps < row["seconds"] + 0.1 < row["total_seconds"] + 0.2  # rounded to 0.1 s
+
+
+def test_curves_are_the_metrics_of_training(watched):
+    row, seen = watched
+    curves = row["curves"]
+    assert curves["step"] == list(range(1, STEPS + 1))  # fewer steps than points: one each
+    for name in ("classification", "bbox_regression", "grad_norm"):
+        expected = [line[name] for line in seen["metrics"]]
+        assert curves[name] == pytest.approx(expected, rel=1e-5)
+
+
+def test_long_curves_are_means_over_equal_stretches(tmp_path):
+    lines = [{name: float(i) for name in study_run.CURVES} for i in range(130)]
+    (tmp_path / "m").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = study_run._curves(tmp_path / "m")
+    assert len(curves["step"]) == 60
+    starts = [0, *curves["step"][:-1]]
+    for start, end, mean in zip(starts, curves["step"], curves["grad_norm"], strict=True):
+        assert end - start in (2, 3)
+        assert mean == pytest.approx((start + end - 1) / 2)
+    assert stretches(600) == list(range(10, 601, 10))
+
+
+def test_gradient_norms_are_counted_of_training_images(watched):
+    row, seen = watched
+    for name, norms in zip(
+        ("positives", "negatives"), seen["gradient_norms_by_target"], strict=True
+    ):
+        counts = row["gradient_norms"][name]
+        assert len(counts) == 30
+        assert sum(counts) == len(norms) > 0
+        assert counts == torch.histc(norms.double(), 30, 0.0, 1.0).int().tolist()
+    # All 40 images have their say: anchors times classes, but for the ignored ones.
+    anchors = 40 * 10 * 9 * (12**2 + 6**2 + 3**2)
+    assert 0.9 * anchors < sum(map(sum, row["gradient_norms"].values())) <= anchors
+
+
+def test_the_last_bin_is_closed():
+    assert histogram(torch.tensor([0.0, 0.03, 0.034, 1.0]), 30) == [2, 1, *[0] * 26 + [0], 1][:30]
+
+
+def test_policies_measure_on_test_what_was_chosen_on_val(watched):
+    row, _ = watched
+    assert list(row["policies"]) == ["f1", "prior", "precision=0.9", "fixed=0.5", "single"]
+    assert set(row["policies"]["fixed=0.5"]["thresholds"].values()) == {0.5}
+    prior = row["policies"]["prior"]["thresholds"]
+    assert min(prior.values()) < 0.005  # below what statistics record, and scored all the same
+    assert row["policies"]["prior"]["macro_f1"] > 0
+
+
+@pytest.mark.parametrize("detector", ["fcos", "faster-rcnn"])
+def test_the_other_detectors(detector, tmp_path):
+    row = measure(make(tmp_path, detector, steps=2))
+    assert row["detector"] == detector
+    assert (row["gradient_norms"] is None) == (detector == "faster-rcnn")
+    assert len(row["curves"]["classification"]) == 2
+
+
+def test_a_run_that_explodes_says_so(tmp_path):
+    with pytest.raises(ArithmeticError, match="not finite"):
+        measure(make(tmp_path, method="lost", steps=6))
+
+
+def test_what_json_does_not_know_is_none():
+    row = plain({"a": math.nan, "b": [math.inf, 1 / 3], "c": (1, "x", None, True)})
+    assert row == {"a": None, "b": [None, 0.333333], "c": [1, "x", None, True]}
