@@ -28,6 +28,7 @@ examples:
         default=[],
         help="only this section of the grid; may be given again (default: all)",
     )
+    add("--tensorboard", type=Path, metavar="DIR", help="also write loss curves as event files")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,6 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
     written = write_report(study, arguments.out, arguments.baseline)
     print(tables.methods(study.groups(arguments.baseline), arguments.baseline))
     print(f"\nreport: {written[0]}, with {len(written) - 1} figures")
+    if arguments.tensorboard:
+        from ghm_triton.report.events import write_events
+
+        count = write_events(study, arguments.tensorboard)
+        print(f"event files: {arguments.tensorboard}, curves of {count} runs")
     for path in study.unfinished:
         print(f"ghm: the unfinished last line of {path} was dropped", file=sys.stderr)
     if study.failures:

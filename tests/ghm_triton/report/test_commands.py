@@ -19,10 +19,12 @@ def test_several_files_and_sections(write, make, tmp_path, capsys):
     first = write(make("focal", 0, 0.4), make("focal", section="bins"), name="a.jsonl")
     second = write(make("focal", 1, 0.6), name="b.jsonl")
     words = ["report", str(first), str(second), "--out", str(tmp_path / "out")]
+    words += ["--tensorboard", str(tmp_path / "events")]
     assert cli.main([*words, "--section", "methods"]) == 0
     out = capsys.readouterr().out
     assert "0.500 ± 0.141" in out
     assert "bins" not in out
+    assert f"event files: {tmp_path / 'events'}, curves of 0 runs" in out
 
 
 def test_what_cannot_be_reported_is_one_line(write, make, tmp_path, capsys):

@@ -48,7 +48,8 @@ def test_a_report_has_its_pictures_and_tells_what_is_missing(study, tmp_path):
         "AP against unit regions (bins) of GHM-C: there is no AP by bins in section 'bins'.",
         "AP against strength of GHM-C: there is no AP by strength in section 'strength'.",
     ]
-    assert "Without such rows: focal (digits, retinanet, 600 steps)." in text
+    # Losses, policies and gradient norms.
+    assert text.count("Without such rows: focal (digits, retinanet, 600 steps).") == 3
     assert "+0.100" in text
     assert "The unfinished last line of" in text
     assert "ValueError: it looks once" in text

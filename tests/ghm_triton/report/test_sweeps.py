@@ -15,9 +15,9 @@ def split(found, section):
 
 def test_a_sweep_has_the_rows_of_its_section_and_the_default(groups, make):
     rows = [bins(make, 40, 0.7), bins(make, 10, 0.5), bins(make, 10, 0.6, seed=1)]
-    rows += [make("ghm", 0, 0.65, bins=30), make("ghm", 0, 0.1, bins=30, steps=10)]
-    rows += [make("guided", 0, 0.2, bins=30, options={"guided_loss": True})]
-    rows += [make("clean", 0, 0.3, bins=30, config={"assigner": "cleanliness"})]
+    rows += [make("ghm", 0, 0.65, bins=30), make("ghm", 0, 0.1, bins=31, steps=10)]
+    rows += [make("guided", 0, 0.2, bins=32, options={"guided_loss": True})]
+    rows += [make("clean", 0, 0.3, bins=33, config={"assigner": "cleanliness"})]
     rows += [make("ce", 0, 0.4)]
     found = groups(*rows)
     (line,) = sweeps_of(split(found, "bins"), found, ["bins"])
