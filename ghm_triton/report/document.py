@@ -98,7 +98,7 @@ def pictures(groups: Sequence[Group], baseline: str) -> Iterator[Picture]:
             "A dot is a seed, the line goes through the means; the dashed line is the mean of"
             f" {baseline}. A row of another section is drawn too where it was trained with the same"
             f" options but for {' and '.join(options)}.",
-            partial(sweeps.sweep, groups, section, options, label, baseline),
+            partial(sweeps.sweep, groups, styles, section, options, label, baseline),
         )
     yield Picture(
         "initial_loss",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +20,10 @@ from ghm_triton.report.runs import (
 )
 from ghm_triton.report.style import (
     BLUE,
-    GREY,
     MARKERS,
     OTHERS,
     NothingToDrawError,
+    Style,
     entitle,
     legend_below,
     panels,
@@ -44,12 +44,18 @@ class Sweep(NamedTuple):
 
 
 def sweep(
-    groups: Sequence[Group], section: str, options: Sequence[str], label: str, baseline: str
+    groups: Sequence[Group],
+    styles: Mapping[str, Style],
+    section: str,
+    options: Sequence[str],
+    label: str,
+    baseline: str,
 ) -> Figure:
     """AP against an option that a section of the grid varies; one panel a setting.
 
     Args:
         groups: Of the whole study.
+        styles: Of its methods.
         section: The section that varies the option.
         options: The option, a field of rows, and others that go with it.
         label: Of the horizontal axis.
@@ -71,7 +77,8 @@ def sweep(
         other = baseline_of(own, groups, baseline)
         mean = other and other.summary(field("ap"))
         if mean:
-            axes.axhline(mean.mean, color=GREY, linestyle="--", linewidth=1.2, label=baseline)
+            color = styles[baseline].color
+            axes.axhline(mean.mean, color=color, linestyle="--", linewidth=1.2, label=baseline)
         axes.set(xlabel=label, ylabel="AP on the test split")
         axes.grid(alpha=0.25)
         entitle(axes, names[setting])

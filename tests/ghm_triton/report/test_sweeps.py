@@ -1,6 +1,6 @@
 import pytest
 
-from ghm_triton.report.style import NothingToDrawError
+from ghm_triton.report.style import NothingToDrawError, styles_of
 from ghm_triton.report.sweeps import sweep, sweeps_of
 
 
@@ -47,7 +47,8 @@ def test_other_options_make_another_line(groups, make):
 def test_what_is_drawn_is_the_means_the_seeds_and_the_baseline(groups, make):
     rows = [bins(make, 10, 0.5), bins(make, 10, 0.6, seed=1), bins(make, 20, 0.7)]
     rows += [make("focal", 0, 0.4), make("focal", 1, 0.5)]
-    (axes,) = sweep(groups(*rows), "bins", ["bins"], "regions", "focal").axes
+    found = groups(*rows)
+    (axes,) = sweep(found, styles_of(found), "bins", ["bins"], "regions", "focal").axes
     line, ten, twenty, baseline = axes.get_lines()
     assert list(line.get_xdata()) == [10, 20]
     assert list(line.get_ydata()) == pytest.approx([0.55, 0.7])
@@ -55,10 +56,11 @@ def test_what_is_drawn_is_the_means_the_seeds_and_the_baseline(groups, make):
     assert (list(twenty.get_xdata()), list(twenty.get_ydata())) == ([20], [0.7])
     assert list(baseline.get_ydata()) == pytest.approx([0.45, 0.45])
     assert baseline.get_label() == "focal"
+    assert baseline.get_color() == "#E69F00"
     assert axes.get_xlabel() == "regions"
 
 
 def test_without_rows_there_is_nothing_to_draw(groups, make):
     found = groups(make("focal"), make("focal", section="bins"))
     with pytest.raises(NothingToDrawError, match="no AP by bins in section 'bins'"):
-        sweep(found, "bins", ["bins"], "regions", "focal")
+        sweep(found, styles_of(found), "bins", ["bins"], "regions", "focal")
