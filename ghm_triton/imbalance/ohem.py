@@ -77,11 +77,13 @@ def distinct(
         raise ValueError(f"boxes must be {[*losses.shape, 4]}, got {list(boxes.shape)}")
     if not 0.0 <= iou_threshold <= 1.0:
         raise ValueError(f"iou_threshold must lie in [0, 1], got {iou_threshold}")
-    samples = losses.shape[-1]
-    left = torch.zeros_like(valid).view(-1, samples)
-    rows = zip(left, losses.reshape(-1, samples), boxes.reshape(-1, samples, 4), strict=True)
-    for row, (kept, loss, box) in enumerate(rows):
-        own = torch.nonzero(valid.reshape(-1, samples)[row]).squeeze(1)
+    shape = (losses.shape[:-1].numel(), losses.shape[-1])
+    left = torch.zeros(shape, dtype=torch.bool, device=losses.device)
+    rows = zip(
+        left, losses.reshape(shape), boxes.reshape(*shape, 4), valid.reshape(shape), strict=True
+    )
+    for kept, loss, box, own_valid in rows:
+        own = torch.nonzero(own_valid).squeeze(1)
         kept[own[nms(box[own].float(), loss[own].float(), iou_threshold)]] = True
     return left.view(losses.shape)
 

@@ -248,6 +248,7 @@ def test_the_softmax_loss_is_torchvisions(config):
     assert float(SoftmaxCrossEntropy()(logits, labels)) == pytest.approx(float(theirs), rel=1e-6)
     ignored = torch.cat([labels, torch.tensor([-1, -1])])
     more = torch.cat([logits, torch.randn(2, 4)])
+    assert float(SoftmaxCrossEntropy("sum")(more, ignored)) == pytest.approx(50 * float(theirs))
     assert float(SoftmaxCrossEntropy()(more, ignored)) == pytest.approx(float(theirs), rel=1e-6)
 
 

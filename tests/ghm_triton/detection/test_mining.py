@@ -5,7 +5,7 @@ import torch
 
 from ghm_triton.detection.heads import HeadLosses, LearningHead
 from ghm_triton.detection.losses import SmoothL1
-from ghm_triton.detection.mining import HardPlaces
+from ghm_triton.detection.mining import HardPlaces, HardRegions, Lost
 from ghm_triton.detection.recipe import TrainOptions, build_losses
 from ghm_triton.functional import focal_loss
 from ghm_triton.imbalance.ohem import OHEM
@@ -112,6 +112,21 @@ def test_ghm_r_weighs_a_box_as_it_does_unmined():
     assert float(mined) / len(predicted) == pytest.approx(float(whole), rel=1e-6)
 
 
+def test_regions_are_chosen_image_by_image_however_many_there_are():
+    """Two that see the same, an image without any, and one with fewer than are kept."""
+    mining = HardRegions(OHEM(2, 0.7), entries_of, SmoothL1().rows)
+    same = [[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 9.0], [50.0, 50.0, 60.0, 60.0]]
+    regions = [torch.tensor(same), torch.zeros(0, 4), torch.tensor(same[:1])]
+    lost = [
+        Lost(torch.tensor([1.0, 2.0, 0.5]), torch.tensor([2.0, 0.0, 0.0])),
+        Lost(torch.zeros(0), torch.zeros(0)),
+        Lost(torch.zeros(1), torch.zeros(1)),
+    ]
+    kept = [row.tolist() for row in mining(lost, regions)]
+    assert kept == [[True, False, True], [], [True]]
+    assert [row.tolist() for row in mining(lost[1:2], regions[1:2])] == [[]]
+
+
 def test_focal_loss_chooses_by_focal_loss():
     logits, labels, *_ = batch()
     losses = build_losses(TrainOptions(cls_loss="focal", reg_loss="sl1", mining="ohem"))
@@ -164,6 +179,11 @@ def test_guided_loss_scales_the_classification_before_its_weight():
     plain = head_of(build_losses(options)).dense_losses(*batch())
     options = dataclasses.replace(options, guided_loss=True)
     guided = head_of(build_losses(options)).dense_losses(*batch())
+    # What the guide found, for the eye alone; plain is three times that.
+    unguided = guided["unguided_classification"]
+    assert 3 * float(unguided) == pytest.approx(float(plain["classification"]), rel=1e-6)
+    assert not unguided.requires_grad
+    assert "unguided_classification" not in plain
     # w_reg L_reg, and w_cls r L_cls = w_cls w_reg L_reg; to float32 rounding.
     assert float(guided["bbox_regression"]) == float(plain["bbox_regression"])
     wanted = 3.0 * float(plain["bbox_regression"])

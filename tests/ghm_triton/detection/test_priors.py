@@ -2,13 +2,20 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from ghm_triton.detection import priors
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.loader import TrainingView
 from ghm_triton.detection.model import build_detector
-from ghm_triton.detection.priors import COUNTS, count_data_priors, start_at_prior
+from ghm_triton.detection.priors import (
+    COUNTS,
+    count_data_priors,
+    start_at_prior,
+    start_proposals,
+)
+from ghm_triton.detection.recipe import build_losses
 from ghm_triton.detection.train import CHECKPOINT, METRICS, train
 from ghm_triton.imbalance.sampling_free import optimal_prior
 
@@ -133,3 +140,82 @@ def test_a_run_starts_at_the_counted_prior_and_says_so(options, config, dataset,
 def test_an_init_that_is_none_is_named(init, options):
     with pytest.raises(ValueError, match=r"init must be optimal, or prior=P .*got '" + init):
         dataclasses.replace(options, init=init)
+
+
+def regions(config, **changes):
+    return dataclasses.replace(config, architecture="faster-rcnn", **changes)
+
+
+def start_of(options, config, dataset, out):
+    """The probability that the objectness of a new detector starts from."""
+    losses = build_losses(options, architecture="faster-rcnn", assigner=config.assigner)
+    detector = build_detector(config, losses)
+    start_proposals(options, detector, dataset, out)
+    bias = detector.rpn.head.cls_logits.bias
+    assert bias.unique().numel() == 1
+    return float(torch.sigmoid(bias[0].detach().double())), detector.rpn
+
+
+@pytest.mark.parametrize(
+    ("guided", "assigner"), [(False, "iou"), (True, "iou"), (False, "cleanliness")]
+)
+def test_proposals_start_at_the_share_of_positives(
+    guided, assigner, options, config, dataset, tmp_path
+):
+    """Of the anchors that they learn from: 256 of an image where they are sampled."""
+    config = regions(config, assigner=assigner)
+    chosen = optimal(options, guided_loss=guided)
+    start, rpn = start_of(chosen, config, dataset, tmp_path)
+    view = TrainingView(dataset, config, (0.0, 0.0))
+    rows, _ = rpn.assign_targets_to_anchors(
+        [rpn.anchors] * len(dataset), [view[i, 0][1] for i in range(len(dataset))]
+    )
+    rows = torch.stack(rows)
+    positives, counted = (rows == 1).sum(1), (rows >= 0).sum(1)
+    if assigner == "iou" and not guided:
+        positives = positives.clamp(max=128)
+        counted = (positives + (rows == 0).sum(1)).clamp(max=256)
+        assert counted.tolist() == [256] * len(dataset)
+    share = int(positives.sum()) / int(counted.sum())
+    assert start == pytest.approx(share, rel=1e-6)  # a float32 bias
+    kept = json.loads((tmp_path / COUNTS).read_text())
+    assert kept["prior"] == share
+    assert kept["statistics"]["class_names"] == ["object"]
+
+
+def test_regions_keep_their_own_prior(options, config, dataset, tmp_path):
+    """What share of them is positive depends on what is proposed, which no target tells."""
+    config = regions(config, prior=0.02)
+    assert start_at_prior(optimal(options), config, dataset, tmp_path) is config
+    assert not (tmp_path / COUNTS).exists()
+
+
+def test_sampled_proposals_start_as_they_did_unless_asked(options, config, dataset, tmp_path):
+    assert start_of(options, regions(config), dataset, tmp_path)[0] == 0.5
+    clean = regions(config, assigner="cleanliness")
+    assert start_of(options, clean, dataset, tmp_path)[0] != pytest.approx(0.01, rel=0.1)
+
+
+def test_sampled_and_guided_proposals_are_counted_apart(options, config, dataset, tmp_path):
+    config = regions(config)
+    starts = {
+        start_of(optimal(options, guided_loss=guided), config, dataset, tmp_path)[0]
+        for guided in (False, True)
+    }
+    assert len(starts) == 2
+
+
+def test_without_positives_only_who_asked_is_told(options, config, tmp_path, monkeypatch):
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    monkeypatch.setattr(priors, "_targets", lambda *_: iter([[nothing]]))
+    data = open_dataset(options.data, "train")
+    clean = regions(config, assigner="cleanliness", prior=0.03)
+    assert start_of(options, clean, data, tmp_path)[0] == pytest.approx(0.03, rel=1e-6)
+    with pytest.raises(ValueError, match="no positive among"):
+        start_of(optimal(options), clean, data, tmp_path)
+
+
+def test_a_dense_detector_has_no_proposals_to_start(options, config, dataset, tmp_path):
+    detector = build_detector(config)
+    start_proposals(optimal(options), detector, dataset, tmp_path)
+    assert not (tmp_path / COUNTS).exists()

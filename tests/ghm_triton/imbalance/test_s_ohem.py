@@ -58,6 +58,25 @@ def test_what_is_ill_placed_is_kept_though_others_lose_more():
     assert StratifiedOHEM(steps=10, keep=4)(classification, localization)[0, 4]
 
 
+def test_what_a_harder_sample_overlaps_is_left_out_of_every_stratum():
+    # The second overlaps the first by 0.9; its own stratum would have kept it.
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60], [70, 0, 80, 9]]])
+    classification = torch.tensor([[9.0, 0.1, 2.0, 1.0]])
+    localization = torch.tensor([[0.0, 3.0, 0.0, 0.0]])
+    both = {"steps": 10, "keep": 2, "quotas": (0.5, 0.0, 0.0, 0.5), "alpha": 0.5, "alpha_end": 0.5}
+    miner = StratifiedOHEM(**both, iou_threshold=0.7)
+    kept = miner(classification, localization, boxes=boxes)
+    assert kept.tolist() == [[True, False, True, False]]
+    plain = StratifiedOHEM(**both)(classification, localization)
+    assert plain.tolist() == [[True, True, False, False]]
+    # One that may not be kept suppresses nothing.
+    valid = torch.tensor([[False, True, True, True]])
+    kept = miner(classification, localization, valid, boxes)
+    assert kept.tolist() == [[False, True, True, False]]
+    with pytest.raises(ValueError, match=r"iou_threshold=0.7 needs boxes, got None"):
+        miner(classification, localization)
+
+
 def test_alpha_moves_from_classification_to_localisation():
     miner = StratifiedOHEM(steps=4, keep=1, alpha=0.9, alpha_end=0.1, quotas=(0, 1, 0, 0))
     classification, localization = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 3.0]])

@@ -1,0 +1,39 @@
+import itertools
+
+import pytest
+
+from ghm_triton.detection.fits import require_fitting
+from ghm_triton.detection.recipe import TrainOptions
+
+
+@pytest.mark.parametrize("assigner", ["iou", "cleanliness"])
+@pytest.mark.parametrize(("classifier", "cls_loss"), [("sigmoid", "ghm"), ("softmax", "ce")])
+def test_regions_are_mined_guided_and_hidden_in_any_combination(classifier, cls_loss, assigner):
+    mining, adversarial = ("none", "ohem", "s-ohem"), ("none", "asdn+astn")
+    for mined, guided, init, hidden in itertools.product(
+        mining, (False, True), ("prior", "optimal"), adversarial
+    ):
+        options = TrainOptions(
+            cls_loss=cls_loss, mining=mined, guided_loss=guided, init=init, adversarial=hidden
+        )
+        require_fitting(options, "faster-rcnn", classifier, assigner)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "assigner", "message"),
+    [
+        ("retinanet", {"mining": "ohem"}, "cleanliness", "which learns from every anchor.*'ohem'"),
+        ("retinanet", {"mining": "s-ohem"}, "cleanliness", "got 's-ohem'"),
+        ("fcos", {"reg_loss": "sl1", "mining": "ohem"}, "iou", "must be iou or giou for fcos"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(architecture, changes, assigner, message):
+    with pytest.raises(ValueError, match=message):
+        require_fitting(TrainOptions(**changes), architecture, "sigmoid", assigner)
+
+
+def test_a_softmax_starts_at_no_prior_of_its_own():
+    options = TrainOptions(cls_loss="ce", init="prior=0.1")
+    require_fitting(options, "faster-rcnn", "sigmoid")
+    with pytest.raises(ValueError, match=r"no such bias \(optimal is of the proposals\)"):
+        require_fitting(options, "faster-rcnn", "softmax")
