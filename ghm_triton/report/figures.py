@@ -41,6 +41,7 @@ from ghm_triton.report.tables import (
 )
 
 POLICY_COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#882255", "#999933", "#332288")
+TICKS = 5  # at most, so that long numbers do not touch
 CURVES = (("classification", "classification loss"), ("bbox_regression", "regression loss"))
 
 
@@ -94,6 +95,7 @@ def average_precision(
                 axes.axvline(mean, color=style.color, linestyle="--", linewidth=1, zorder=0)
         axes.set_yticks(range(len(methods)), methods)
         axes.set(xlabel="AP on the test split", ylim=(len(methods) - 0.4, -0.6))
+        axes.locator_params(axis="x", nbins=TICKS)
         axes.grid(axis="x", alpha=0.25)
         entitle(axes, names[setting])
     return figure
@@ -158,6 +160,7 @@ def threshold_policies(groups: Sequence[Group]) -> Figure:
             _policy_bars(axes, own, methods, policies, rank)
         axes.set_yticks(range(len(methods)), methods)
         axes.set(xlabel="macro-F1 on the test split", ylim=(len(methods) - 0.45, -0.55))
+        axes.locator_params(axis="x", nbins=TICKS)
         axes.grid(axis="x", alpha=0.25)
         axes.set_axisbelow(True)
         entitle(axes, names[setting])

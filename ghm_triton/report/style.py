@@ -21,6 +21,7 @@ MARKERS = ("o", "s", "^", "D")
 DASHES: tuple[Dash, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), "-.")
 SMALL = 8.5
 COLUMNS = 3
+NARROW = 4.0  # upper to lower end of a logarithmic axis, where every tick has its label
 NARROWEST = 5.6  # inches, of a figure
 
 
@@ -91,15 +92,20 @@ def entitle(axes: Axes, title: str) -> None:
 
 
 def log_scale(axes: Axes) -> None:
-    """A logarithmic vertical axis whose labels are plain numbers, at 1, 2, 3 and 5 of a decade."""
+    """A logarithmic vertical axis whose labels are plain numbers.
+
+    Of a decade those at 1, 2, 3 and 5; all where the axis spans little.
+    """
+
+    def label(value: float, _: float) -> str:
+        low, high = axes.get_ylim()
+        leading = f"{value:e}".partition(".")[0]
+        return f"{value:g}" if high < NARROW * low or leading in "235" else ""
+
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(_some)
+    axes.yaxis.set_minor_formatter(label)
     axes.tick_params(which="minor", labelsize=SMALL - 1)
-
-
-def _some(value: float, _: float) -> str:
-    return f"{value:g}" if f"{value:e}".partition(".")[0] in ("2", "3", "5") else ""
 
 
 def legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
