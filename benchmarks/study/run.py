@@ -38,7 +38,7 @@ DENSE = ("retinanet", "fcos")
 CURVES = ("classification", "bbox_regression", "grad_norm")
 POINTS = 60  # of a curve, at most
 BINS = 30  # of a histogram of gradient norms
-IMAGES = 256  # that gradient norms are taken of
+IMAGES = 128  # that gradient norms are taken of
 
 
 def measure(run: Run) -> Row:

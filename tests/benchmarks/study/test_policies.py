@@ -91,6 +91,11 @@ def test_the_best_single_threshold_is_the_best_of_all(seed):
     assert 1 / SCORE_BINS < best_single(statistics) < 1 - 1 / SCORE_BINS
 
 
+def test_no_threshold_is_below_what_is_recorded():
+    nothing = ClassStatistics(NAMES, 100, ground_truths=torch.tensor([3, 3, 0]))
+    assert best_single(nothing) == 1 / SCORE_BINS
+
+
 def test_the_single_threshold_is_that_of_all_classes_and_the_policies_their_own():
     statistics = random_statistics(0)
     chosen = choose(statistics)

@@ -15,7 +15,7 @@ from benchmarks.study.pool import Failure, work_off
 ROOT = Path(__file__).parents[3]
 # A module of its own, because the processes of a pool import the work by its name.
 WORK = """
-import os, time
+import os, tempfile, time
 import torch
 
 def work(word):
@@ -27,8 +27,9 @@ def work(word):
 
 def train(run):
     if run.method == "slow":
-        print("slow", os.getpid(), flush=True)
-        time.sleep(600)
+        with tempfile.TemporaryDirectory() as folder:
+            print("slow", os.getpid(), folder, flush=True)
+            time.sleep(600)
     return {**run.head(), "ap": 0.5}
 """
 STUDY = """
@@ -68,7 +69,7 @@ def test_each_item_comes_back_and_one_that_fails_costs_no_other(folder):
             os.kill(process, 0)
 
 
-def test_ctrl_c_leaves_whole_lines_and_no_process(folder, place):
+def test_ctrl_c_leaves_whole_lines_and_nothing_else(folder, place):
     place.add("a", "good, slow, fine")
     study = subprocess.Popen(
         [sys.executable, "study.py", place.path, "--out", place.out, "--jobs", "1"],
@@ -87,3 +88,4 @@ def test_ctrl_c_leaves_whole_lines_and_no_process(folder, place):
     assert [(row["method"], row["ap"]) for row in read(place.out)] == [("good", 0.5)]
     with pytest.raises(ProcessLookupError):
         os.kill(int(begun.split()[1]), 0)
+    assert not Path(begun.split()[2]).exists()  # it ended in order, and was not killed

@@ -12,13 +12,15 @@ from benchmarks.study.grid import Grid
 from benchmarks.study.plan import key_of
 from benchmarks.study.run import histogram, measure, plain, stretches
 from ghm_triton.detection.data import open_dataset
+from ghm_triton.detection.evaluate import Detections, detect
 from ghm_triton.detection.train import LOOK_EVERY
+from ghm_triton.statistics import SCORE_FLOOR
 
 DATA = "digits:images=40,held_out_images=10,size=96"
 STEPS = LOOK_EVERY + 4
 GRID = """
 data: {{tiny: {{source: "{data}", image_size: [96, 96], channels: 16, batch_size: 4, warmup: 2}}}}
-methods: {{ghm: {{fcos: {{reg_loss: giou}}}}, lost: {{lr: 1.0e+6, clip: 1.0e+9}}}}
+methods: {{ghm: {{lr: 0.001234567, fcos: {{reg_loss: giou}}}}, lost: {{lr: 1.0e+6, clip: 1.0e+9}}}}
 sections:
   a: {{data: [tiny], detectors: [{detector}], methods: [{method}], seeds: [1], steps: {steps}}}
 """
@@ -36,21 +38,32 @@ def run(tmp_path_factory):
     return make(tmp_path_factory.mktemp("grid"))
 
 
+def with_a_faint_one(*args):
+    """What is found, and in each image something that scores less than is usually recorded."""
+    for sample, found in detect(*args):
+        scores = torch.cat([found.scores, torch.tensor([SCORE_FLOOR / 2])])
+        boxes, labels = (torch.cat([x, x[:1]]) for x in (found.boxes, found.labels))
+        yield sample, Detections(boxes, scores, labels)
+
+
 @pytest.fixture(scope="module")
 def watched(run):
     """The row, and what training and evaluation gave to make it of."""
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("train", "mean_average_precision", "gradient_norms_by_target", "_curves"):
+        names = ("train", "torch_predictor", "score", "mean_average_precision")
+        for name in (*names, "gradient_norms_by_target", "_curves"):
             original = getattr(study_run, name)
 
             def noted(*args, original=original, name=name, **kwargs):
                 if name == "_curves":
                     seen["metrics"] = [json.loads(x) for x in args[0].read_text().splitlines()]
                 seen[name] = original(*args, **kwargs)
+                seen[f"{name} of"] = args
                 return seen[name]
 
             patch.setattr(study_run, name, noted)
+        patch.setattr(study_run, "detect", with_a_faint_one)
         return measure(run), seen
 
 
@@ -69,6 +82,9 @@ def test_precision_is_that_of_the_test_split(watched):
     row, seen = watched
     found = seen["mean_average_precision"]
     assert found.images == 10
+    _, results = seen["mean_average_precision of"]
+    scores = torch.cat([detections.scores for _, detections in results])
+    assert float(scores.min()) >= SCORE_FLOOR  # as everywhere else that precision is reported
     assert row["ap"] == pytest.approx(found.ap, rel=1e-5)  # of 6 digits
     assert row["ap50"] == pytest.approx(found.ap50, rel=1e-5)
     assert row["ap75"] == pytest.approx(found.ap75, rel=1e-5)
@@ -128,12 +144,17 @@ def test_the_last_bin_is_closed():
 
 
 def test_policies_measure_on_test_what_was_chosen_on_val(watched):
-    row, _ = watched
+    row, seen = watched
     assert list(row["policies"]) == ["f1", "prior", "precision=0.9", "fixed=0.5", "single"]
     assert set(row["policies"]["fixed=0.5"]["thresholds"].values()) == {0.5}
     prior = row["policies"]["prior"]["thresholds"]
     assert min(prior.values()) < 0.005  # below what statistics record, and scored all the same
-    assert row["policies"]["prior"]["macro_f1"] > 0
+    # All that may stand by any policy is looked at.
+    _, floor = seen["torch_predictor of"]
+    lowest = [min(p["thresholds"][name] for p in row["policies"].values()) for name in prior]
+    assert floor.tolist() == pytest.approx([min(x, SCORE_FLOOR) for x in lowest], rel=1e-5)
+    _, results, _ = seen["score of"]
+    assert len(results) == 10
 
 
 @pytest.mark.parametrize("detector", ["fcos", "faster-rcnn"])
