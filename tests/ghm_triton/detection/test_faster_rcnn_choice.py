@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.faster_rcnn import FasterRCNNDetector
@@ -30,6 +31,7 @@ def config(request: pytest.FixtureRequest) -> DetectorConfig:
         architecture="faster-rcnn",
         classifier=request.param,
         head_convs=1,
+        region_samples=32,
     )
 
 
@@ -53,6 +55,7 @@ def lively(config: DetectorConfig, losses: HeadLosses) -> FasterRCNNDetector:
     torch.nn.init.normal_(predictor.cls_score.weight, std=8.0)
     torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.5)
     detector.rpn._post_nms_top_n["training"] = 90  # torchvision's 2000 take a while by hand
+    detector.rpn.nms_thresh = 0.95  # of regions that see the same, many are left
     return detector.train()
 
 
@@ -157,6 +160,8 @@ def test_everything_is_mined_from_but_what_is_ignored(config, monkeypatch):
     target = {**SCENE, "ignore": torch.tensor([False, True])}
     detector(torch.randn(1, 3, *SIZE), [target])
     assert len(notes.labels[0]) > 60
+    overlap = box_iou(notes.regions[0], SCENE["boxes"][1:])
+    assert float(overlap.max()) < 0.5
     assert set(notes.labels[0].tolist()) == {2, CLASSES}
     assert len(notes.looks[0][0]) == len(notes.labels[0])
 
