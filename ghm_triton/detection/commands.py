@@ -119,10 +119,10 @@ def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     add("--mining-keep", type=int, help="places or regions kept, an image (default: 64)")
     add(
         "--guided-loss",
-        action="store_true",
-        default=None,
-        help="scale the classification loss to the regression loss, of faster-rcnn in both"
-        " stages, which then sample nothing",
+        action=argparse.BooleanOptionalAction,
+        help="scale the classification loss to the regression loss (default: with ghm where nothing"
+        " is mined, of one-stage detectors); of faster-rcnn in both stages, which then sample"
+        " nothing",
     )
     add("--strength", type=float, help="of GHM-C, 0 (CE) to 1 (paper); default: 0.25")
     add("--strength-end", type=float, help="of GHM-C at the last step (default: constant)")
@@ -130,7 +130,11 @@ def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     add("--reg-strength-end", type=float, help="of GHM-R at the last step (default: constant)")
     add("--bins", type=int, help="unit regions of GHM-C (default: 30)")
     add("--average", choices=["positives", "valid"], help="divisor of GHM-C and CE (positives)")
-    add("--cls-weight", type=float, help="multiplies the classification loss (default: 1)")
+    add(
+        "--cls-weight",
+        type=float,
+        help="multiplies the classification loss (default: 1, and 2 for guided ghm)",
+    )
     add(
         "--reg-weight",
         type=float,
@@ -175,7 +179,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     given = _fitted({k: v for k, v in vars(arguments).items() if v is not None})
     if arguments.resume:
         saved = Checkpoint.load(arguments.out / CHECKPOINT)
-        options, config = TrainOptions.from_dict(saved.training), saved.config
+        options, config = TrainOptions.of_run(saved.training), saved.config
     else:
         options = TrainOptions.from_dict(given)
         dataset = open_split(options, options.train_split)

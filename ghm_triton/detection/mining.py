@@ -117,7 +117,11 @@ class HardRegions(_Hard):
 
 
 def build_mining(
-    options: TrainOptions, boxes: BoxLoss, scale: float, architecture: str, classifier: str
+    options: TrainOptions,
+    boxes: BoxLoss,
+    weights: tuple[float, float],
+    architecture: str,
+    classifier: str,
 ) -> nn.Module | None:
     """What chooses the samples to learn from, as the options say; None for all.
 
@@ -126,7 +130,7 @@ def build_mining(
     Args:
         options: Of the run.
         boxes: The regression loss, as far as it is one of single boxes.
-        scale: Its weight.
+        weights: Of the classification and of the regression.
         architecture: The detector's, as its configuration names it.
         classifier: The detector's, likewise.
     """
@@ -140,12 +144,13 @@ def build_mining(
         else StratifiedOHEM(options.steps, options.mining_keep, iou_threshold=overlap)
     )
     plain = _classification(options.cls_loss, classifier)
+    cls_weight, reg_weight = weights
 
     def classification(logits: Tensor, labels: Tensor) -> Tensor:
-        return options.cls_weight * plain(logits, labels)
+        return cls_weight * plain(logits, labels)
 
     def regression(predicted: Tensor, expected: Tensor) -> Tensor:
-        return scale * boxes.rows(predicted, expected)
+        return reg_weight * boxes.rows(predicted, expected)
 
     return (HardRegions if regions else HardPlaces)(choose, classification, regression)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -44,6 +44,9 @@ OPTIMIZERS = ("adamw", "sgd")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The released RetinaNet configuration's. Faster R-CNN scales its deltas by 10 and 5 instead.
 GHM_R_WEIGHT = {"retinanet": 10.0, "faster-rcnn": 1.0}
+# Of GHM-C in a guided loss, where a weight of 1 gives both losses the same value.
+GUIDED_WEIGHT = 2.0
+DENSE = ("retinanet", "fcos")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class TrainOptions:
         cls_loss: `ghm`, `focal` or `ce`; `ghm-softmax` or `ce` of a softmax classifier.
         reg_loss: `ghm`, `sl1` (smooth L1, delta 1/9) or `asl1` (authentic smooth L1, mu 0.02) of
             deltas; `iou` or `giou` of boxes: for RetinaNet, and FCOS learns by no other.
-        cls_weight: Multiplies the classification loss.
+        cls_weight: Multiplies the classification loss; None: 2 for a guided GHM-C, else 1.
         reg_weight: Multiplies the regression loss; None: 10 for `ghm` in RetinaNet (as the
             released configuration), else 1.
         bins: Unit regions of GHM-C.
@@ -82,7 +85,9 @@ class TrainOptions:
             that one; or `optimal`, counted before training (arXiv 1909.04868). Of a two-stage
             detector `optimal` is about its proposals' objectness.
         guided_loss: Scale the classification loss to the regression loss (arXiv 1909.04868). A
-            two-stage detector then samples neither anchors nor regions.
+            two-stage detector then samples neither anchors nor regions. None: where a dense
+            detector learns by GHM-C and nothing is mined, because harmonizing multiplies the
+            gradient of the classification, and unguided it would drown that of the boxes.
         adversarial: What makes a two-stage detector's regions harder: `none`, `asdn`, `astn` or
             `asdn+astn` (A-Fast-RCNN).
         adversarial_start: Share of the steps after which it begins to, in [0, 1].
@@ -107,7 +112,7 @@ class TrainOptions:
     clip: float = 35.0
     cls_loss: str = "ghm"
     reg_loss: str = "ghm"
-    cls_weight: float = 1.0
+    cls_weight: float | None = None
     reg_weight: float | None = None
     bins: int = 30
     average: str = "positives"
@@ -118,7 +123,7 @@ class TrainOptions:
     mining: str = "none"
     mining_keep: int = KEEP
     init: str = "prior"
-    guided_loss: bool = False
+    guided_loss: bool | None = None
     adversarial: str = "none"
     adversarial_start: float = 0.25
     hflip: float = 0.0
@@ -172,6 +177,31 @@ class TrainOptions:
             )
         return value
 
+    def guides(self, architecture: str) -> bool:
+        """Whether the losses of a detector are guided, as asked for or by default."""
+        if self.guided_loss is not None:
+            return self.guided_loss
+        return self._harmonizes_places(architecture) and self.mining == "none"
+
+    def weights(self, architecture: str) -> tuple[float, float]:
+        """Of a detector's classification and regression loss, as asked for or by default."""
+        cls_weight, reg_weight = self.cls_weight, self.reg_weight
+        if cls_weight is None:
+            guided = self.guides(architecture) and self._harmonizes_places(architecture)
+            cls_weight = GUIDED_WEIGHT if guided else 1.0
+        if reg_weight is None:
+            reg_weight = GHM_R_WEIGHT[architecture] if self.reg_loss == "ghm" else 1.0
+        return cls_weight, reg_weight
+
+    def settled(self, architecture: str) -> Self:
+        """These options, with what was left open (None) filled in for a detector."""
+        cls_weight, reg_weight = self.weights(architecture)
+        guided = self.guides(architecture)
+        return replace(self, guided_loss=guided, cls_weight=cls_weight, reg_weight=reg_weight)
+
+    def _harmonizes_places(self, architecture: str) -> bool:
+        return self.cls_loss == "ghm" and architecture in DENSE
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
         return asdict(self)
@@ -181,6 +211,11 @@ class TrainOptions:
         """The inverse of `to_dict`; keys of other things are passed over."""
         known = {entry.name for entry in fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
+
+    @classmethod
+    def of_run(cls, training: dict[str, Any]) -> Self:
+        """The options that a checkpoint was trained with; one that knows no guide had none."""
+        return cls.from_dict({"guided_loss": False, **training})
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""
@@ -209,23 +244,28 @@ def build_losses(
         ValueError: The detector cannot learn by a loss that the options name.
     """
     require_fitting(options, architecture, classifier, assigner)
-    weight = options.reg_weight
-    if weight is None:
-        weight = GHM_R_WEIGHT[architecture] if options.reg_loss == "ghm" else 1.0
-    boxes = BOX_LOSSES["asl1" if options.reg_loss == "ghm" else options.reg_loss]()
-    scale = weight / 4 if options.reg_loss == "ghm" else weight  # of boxes, as of coordinates
+    cls_weight, reg_weight = options.weights(architecture)
+    guided = options.guides(architecture)
     strength = _strength(options.strength, options.strength_end, options.steps)
-    # Guided loss is to see the classification without its weight.
-    cls_weight = 1.0 if options.guided_loss else options.cls_weight
     return HeadLosses(
-        Weighted(_classification(options, group, classifier), cls_weight),
-        Weighted(*_regression(options, group, weight)),
+        # Guided loss is to see the classification without its weight.
+        Weighted(_classification(options, group, classifier), 1.0 if guided else cls_weight),
+        Weighted(*_regression(options, group, reg_weight)),
         of_boxes=options.reg_loss in OF_BOXES,
-        mining=build_mining(options, boxes, scale, architecture, classifier),
-        guide=GuidedLoss(options.cls_weight, process_group=group) if options.guided_loss else None,
+        mining=_mining(options, architecture, classifier),
+        guide=GuidedLoss(cls_weight, process_group=group) if guided else None,
         objectness=objectness_loss(options, strength, group, architecture, assigner),
         adversary=adversary_maker(options, architecture),
     )
+
+
+def _mining(options: TrainOptions, architecture: str, classifier: str) -> nn.Module | None:
+    """Of GHM-R without its weights, which follow from what is kept."""
+    cls_weight, weight = options.weights(architecture)
+    harmonized = options.reg_loss == "ghm"
+    boxes = BOX_LOSSES["asl1" if harmonized else options.reg_loss]()
+    scale = weight / 4 if harmonized else weight  # of boxes, as of coordinates
+    return build_mining(options, boxes, (cls_weight, scale), architecture, classifier)
 
 
 def _classification(

@@ -59,7 +59,9 @@ class Telemetry:
         for record in records:
             step = int(record["step"])
             losses = {k: v for k, v in record.items() if k not in ("step", *OPTIMISER)}
-            for name, value in {**losses, "total": sum(losses.values())}.items():
+            # What a guide found is shown beside what is learnt by, and is no part of it.
+            total = sum(v for k, v in losses.items() if not k.startswith("unguided_"))
+            for name, value in {**losses, "total": total}.items():
                 self.writer.add_scalar(f"loss/{name}", value, step)
             for name in OPTIMISER:
                 self.writer.add_scalar(f"optimiser/{name}", record[name], step)

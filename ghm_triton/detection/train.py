@@ -120,13 +120,14 @@ class _Run:
         resume: bool,
         tensorboard: Path | None,
     ) -> None:
+        require_fitting(options, config.architecture, config.classifier, config.assigner)
+        options = options.settled(config.architecture)
         self.options, self.out, self.here = options, out, here
         self.dataset = open_split(options, options.train_split, config.class_names)
         # Opened before training, so that a mistake in its name does not cost a run.
         self.held_out = open_split(options, options.val_split, config.class_names)
         if here.leads:
             warn_of_shared_images(self.dataset, self.held_out)
-        require_fitting(options, config.architecture, config.classifier, config.assigner)
         config = start_at_prior(options, config, self.dataset, out, resume=resume)
         self.config = config
         torch.manual_seed(options.seed)
@@ -299,7 +300,7 @@ class _Run:
         saved = Checkpoint.load(self.out / CHECKPOINT)
         if saved.config != self.config:
             raise ValueError(f"{self.out / CHECKPOINT} holds another detector: {saved.config}")
-        before = TrainOptions.from_dict(saved.training)
+        before = TrainOptions.of_run(saved.training).settled(self.config.architecture)
         changed = {
             key: (old, self.options.to_dict()[key])
             for key, old in before.to_dict().items()

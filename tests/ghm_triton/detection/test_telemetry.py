@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from ghm_triton.cli import main
 from ghm_triton.detection.checkpoint import Checkpoint
@@ -35,6 +36,13 @@ def read(folder):
 
 def float32(number):
     return float(torch.tensor(number, dtype=torch.float32))
+
+
+@pytest.fixture(autouse=True)
+def numbered_from_one(monkeypatch):
+    """Event files of one second and process are read in the order of their names: 10 before 9."""
+    counter = event_file_writer.AtomicCounter(0)
+    monkeypatch.setattr(event_file_writer, "_global_uid", counter)
 
 
 @pytest.fixture
