@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 
@@ -245,8 +245,8 @@ class Grid:
             return float(value)
         if kind in (str, int, bool, float):
             fits = type(value) is kind
-        elif kind == float | None:
-            fits = value is None or type(value) is float
+        elif kind in (float | None, bool | None):
+            fits = type(value) in get_args(kind)
         else:  # tuples of numbers: sizes, means and deviations
             number = int if kind == tuple[int, int] else (int, float)
             length = 2 if kind == tuple[int, int] else 3
