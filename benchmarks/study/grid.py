@@ -72,11 +72,9 @@ class Grid:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.stem
-        try:
-            content = yaml.load(path.read_text(), Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
-        except yaml.YAMLError as error:
-            raise GridError(f"{path}: {error}") from error
-        top = self._mapping(content, "", ("data", "methods", "sections"))
+        top = dict(self._mapping(_read(path), "", ("data", "methods", "sections")))
+        if isinstance(top.get("methods"), str):  # a file beside this one, which grids share
+            top["methods"] = _read(path.parent / top["methods"])
         for name in ("data", "methods", "sections"):
             self._mapping(top.get(name), name)
         self._data = {n: self._read_data(n, v) for n, v in top["data"].items()}
@@ -276,6 +274,13 @@ class Grid:
 
     def _error(self, where: str, reason: str) -> GridError:
         return GridError(f"{self.path}: {where}: {reason}" if where else f"{self.path}: {reason}")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(), Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise GridError(f"{path}: {error}") from error
 
 
 class StrictLoader(yaml.SafeLoader):  # type: ignore[misc]

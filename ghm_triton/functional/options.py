@@ -17,7 +17,7 @@ Density = Literal["unit_region", "exact", "streaming"]
 
 REDUCTIONS = ("mean", "sum", "none")
 AVERAGES = ("valid", "positives")
-DEFAULT_STRENGTH = 0.25  # from benchmarks/strength.py; the paper is 1
+DEFAULT_STRENGTH = 0.25  # docs/study.md says why; the paper is 1
 
 
 def density_for(

@@ -233,9 +233,29 @@ def test_the_grids_that_come_along(name, monkeypatch):
     softmax = {run.method for run in runs if run.config.classifier == "softmax"}
     assert softmax == {"ce", "asdn", "astn", "asdn+astn"}
     converged = [run for run in runs if run.section == "convergence"]
-    for method in ("focal", "ce", "ghm"):
+    for method in ("focal", "ghm"):
         assert {
             (run.key()["data"], run.options.seed) for run in converged if run.method == method
         } == {
-            (data, seed) for data in ("digits", "digits:noise=0.3", "voc:bccd") for seed in range(3)
+            (data, seed)
+            for data in ("digits", "digits:noise=0.3", "voc:bccd")
+            for seed in (1, 2, 3)
         }
+
+
+def test_grids_may_share_a_file_of_methods(tmp_path):
+    _, methods, rest = SMALL.partition("methods:\n")
+    shared = rest.partition("sections:")[0]
+    (tmp_path / "shared.yaml").write_text(shared.replace("\n  ", "\n").removeprefix("  "))
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL.replace(methods + shared, "methods: shared.yaml\n"))
+    assert "methods: shared.yaml\nsections:" in path.read_text()
+    (tmp_path / "whole.yaml").write_text(SMALL)
+    whole = Grid(tmp_path / "whole.yaml").runs(["second"])
+    found = Grid(path).runs(["second"])
+    assert [(run.method, run.options, run.config) for run in found] == [
+        (run.method, run.options, run.config) for run in whole
+    ]
+    (tmp_path / "shared.yaml").write_text("ghm: {strenght: 1}")
+    with pytest.raises(GridError, match=r"small\.yaml: methods\.ghm: unknown key 'strenght'"):
+        Grid(path)
