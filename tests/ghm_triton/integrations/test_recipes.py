@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghm_triton import GHMCLoss, GHMRLoss
+from ghm_triton import GHMCLoss, GHMRLoss, GuidedLoss
 
 README = Path(__file__).parents[3] / "README.md"
 TOOLBOXES = (
@@ -57,11 +57,13 @@ def test_torchvision():
         num_classes=5,
         classify=GHMCLoss(average="positives"),
         regress=GHMRLoss(loss_weight=10.0),
+        guide=GuidedLoss(cls_weight=2.0),
     )
     box = torch.tensor([[8.0, 8.0, 40.0, 40.0]])
     targets = [{"boxes": box, "labels": torch.tensor([3])}] * 2
     losses = model(list(torch.rand(2, 3, 64, 64)), targets)
-    assert set(losses) == {"classification", "bbox_regression"}
+    assert set(losses) == {"classification", "bbox_regression", "unguided_classification"}
+    torch.testing.assert_close(losses["classification"], 2 * losses["bbox_regression"])
     sum(losses.values()).backward()
     stem = model.backbone.body.conv1.weight
     assert all(loss > 0 for loss in losses.values())
@@ -168,11 +170,14 @@ class TestDetectron2:
         index, positive = torch.stack(labels), torch.tensor([True, True, True, False, False] * 3)
         flat, moved = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)[0, positive]
         expected = torch.tensor([0.125, 0.125, 0.0, 0.0]).expand(9, 4)  # 2 of 16 pixels
-        assert losses["loss_cls"] == GHMCLoss(average="positives")(flat, index)
+        torch.testing.assert_close(losses["loss_cls"], 2 * losses["loss_box_reg"])
         torch.testing.assert_close(  # the deltas are rounded
             losses["loss_box_reg"], GHMRLoss(loss_weight=10.0)(moved, expected), rtol=1e-5, atol=0
         )
         sum(losses.values()).backward()
+        (slope,) = torch.autograd.grad(GHMCLoss()(flat, index), flat)
+        given = torch.cat([level.grad for level in logits], dim=1)
+        torch.testing.assert_close(given / given.norm(), slope / slope.norm())
         ignored, background = logits[0].grad[0, 4], logits[0].grad[0, 3]
         assert not ignored.any()
         assert background.all()
