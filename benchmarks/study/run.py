@@ -31,6 +31,7 @@ from ghm_triton.detection.evaluate import (
 from ghm_triton.detection.plots import gradient_norms_by_target
 from ghm_triton.detection.postprocess import DeployedDetector
 from ghm_triton.detection.train import METRICS, TrainResult, open_split, train
+from ghm_triton.report.gradients import focal_negative, focal_positive
 from ghm_triton.statistics import SCORE_FLOOR, ClassStatistics
 
 TEST = "test"
@@ -139,12 +140,41 @@ def _gradient_norms(run: Run, detector: Detector) -> Row | None:
     if detector.config.architecture not in DENSE:
         return None
     seen = open_split(run.options, run.options.train_split, detector.config.class_names)
-    norms = gradient_norms_by_target(detector, seen, IMAGES)
-    return dict(zip(("positives", "negatives"), map(histogram, norms), strict=True))
+    positives, negatives = gradient_norms_by_target(detector, seen, IMAGES)
+    return {
+        "positives": histogram(positives),
+        "negatives": histogram(negatives),
+        "gradients": gradients(positives, negatives),
+    }
+
+
+def gradients(positives: Tensor, negatives: Tensor, bins: int = BINS) -> dict[str, list[float]]:
+    """The sum of the logits' gradients in each of equal bins of the norm, by loss.
+
+    Most entries lie in the first bin, far below its middle: counts alone do not tell it.
+    """
+    sides = [norms.double() for norms in (positives, negatives)]
+    regions = torch.cat([_region(norms, bins) for norms in sides])
+    of_loss = {
+        "ce": torch.cat(sides),
+        "focal": torch.cat(
+            [
+                torch.from_numpy(gradient(norms.numpy()))
+                for gradient, norms in zip((focal_positive, focal_negative), sides, strict=True)
+            ]
+        ),
+    }
+    return {
+        name: torch.zeros(bins, dtype=torch.float64).index_add_(0, regions, heard).tolist()
+        for name, heard in of_loss.items()
+    }
+
+
+def _region(norms: Tensor, bins: int) -> Tensor:
+    return (norms.double() * bins).long().clamp(max=bins - 1)
 
 
 def histogram(norms: Tensor, bins: int = BINS) -> Sequence[int]:
     """How many norms lie in each of equal bins of [0, 1], the last one closed."""
-    region = (norms.double() * bins).long().clamp(max=bins - 1)
-    counts: list[int] = torch.bincount(region, minlength=bins).tolist()
+    counts: list[int] = torch.bincount(_region(norms, bins), minlength=bins).tolist()
     return counts

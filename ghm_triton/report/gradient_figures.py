@@ -32,6 +32,7 @@ NORM = "gradient norm  g = |p - p*|"
 NO_HISTOGRAMS = "no row has gradient norms"
 PAPER = 1.0  # strength
 FAINT = 1e-5
+SIDES = ("positives", "negatives")
 
 
 def has_histogram(group: Group) -> bool:
@@ -49,7 +50,7 @@ def histograms(groups: Sequence[Group], styles: Mapping[str, Style]) -> Figure:
     names = titles(settings)
     figure, grid = panels(2 * len(settings), 5.2, 3.2, columns=2)
     for place, setting in enumerate(settings):
-        for axes, part in zip(grid[2 * place : 2 * place + 2], Histogram._fields, strict=True):
+        for axes, part in zip(grid[2 * place : 2 * place + 2], SIDES, strict=True):
             for (where, method), histogram in drawn.items():
                 if where == setting:
                     style = styles[method]
@@ -137,7 +138,8 @@ def contribution(groups: Sequence[Group]) -> Figure:
         axes.set(xlim=(0, 1), yscale="log", xlabel=NORM)
         axes.set_ylabel("share of the total gradient")
         axes.grid(alpha=0.25)
-        entitle(axes, f"{names[setting]}\nentries under the detector of {group.method}")
+        rough = "" if histogram.gradients else "\n(norms at the middle of their regions)"
+        entitle(axes, f"{names[setting]}\nentries under the detector of {group.method}{rough}")
     legend_below(figure, grid)
     return figure
 

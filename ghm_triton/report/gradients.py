@@ -20,10 +20,18 @@ ALPHA, GAMMA = 0.25, 2.0  # of focal loss
 
 
 class Histogram(NamedTuple):
-    """Entries by gradient norm, float64 `[bins]` each, over equal regions of [0, 1]."""
+    """Entries by gradient norm, float64 `[bins]` each, over equal regions of [0, 1].
+
+    Attributes:
+        positives: How many.
+        negatives: How many.
+        gradients: Sums of the logits' gradients by loss (`ce`, `focal`), as measured; None where
+            only counts are known.
+    """
 
     positives: Array
     negatives: Array
+    gradients: dict[str, Array] | None = None
 
     @property
     def total(self) -> Array:
@@ -50,13 +58,16 @@ def histogram_of(runs: Iterable[Run]) -> Histogram | None:
     found = [run["gradient_norms"] for run in runs if run.get("gradient_norms")]
     if not found:
         return None
-    positives, negatives = (_mean(found, name) for name in Histogram._fields)
+    positives, negatives = (_mean(found, name) for name in ("positives", "negatives"))
     if positives.shape != negatives.shape:
         raise ValueError(
             f"gradient_norms have {len(positives)} regions of positives"
             f" and {len(negatives)} of negatives"
         )
-    return Histogram(positives, negatives)
+    measured = [each["gradients"] for each in found if each.get("gradients")]
+    if len(measured) < len(found):
+        return Histogram(positives, negatives)
+    return Histogram(positives, negatives, {x: _mean(measured, x) for x in ("ce", "focal")})
 
 
 def _mean(found: list[dict[str, Any]], name: str) -> Array:
@@ -100,7 +111,10 @@ def harmonizing_weights(histogram: Histogram, strength: float) -> Array:
 
 
 def contributions(histogram: Histogram, strengths: Iterable[float]) -> dict[str, Array]:
-    """Every region's share of the sum of all gradient norms, by loss.
+    """Every region's share of the sum of all gradients, by loss.
+
+    Where the histogram has no gradients, entries count as being in the middle of their region. That
+    says too much of the first: most of its entries are next to 0.
 
     Args:
         histogram: Of a detector.
@@ -110,14 +124,18 @@ def contributions(histogram: Histogram, strengths: Iterable[float]) -> dict[str,
         Float64 `[bins]` with sum 1, NaN for regions without entries, for `CE`, `focal` and
         `GHM <strength>`.
     """
-    norm = histogram.centres
-    focal = histogram.positives * focal_positive(norm)
-    focal += histogram.negatives * focal_negative(norm)
-    totals = {"CE": histogram.total * norm, "focal": focal}
+    heard = histogram.gradients or _in_the_middle(histogram)
+    totals = {"CE": heard["ce"], "focal": heard["focal"]}
     for strength in strengths:
-        weights = harmonizing_weights(histogram, strength)
-        totals[f"GHM {strength:g}"] = histogram.total * norm * weights
+        totals[f"GHM {strength:g}"] = heard["ce"] * harmonizing_weights(histogram, strength)
     empty = histogram.total == 0
     return {
         name: np.where(empty, np.nan, total / np.nansum(total)) for name, total in totals.items()
     }
+
+
+def _in_the_middle(histogram: Histogram) -> dict[str, Array]:
+    norm = histogram.centres
+    focal = histogram.positives * focal_positive(norm)
+    focal += histogram.negatives * focal_negative(norm)
+    return {"ce": histogram.total * norm, "focal": focal}

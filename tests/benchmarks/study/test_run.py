@@ -10,10 +10,11 @@ import benchmarks.study.run as study_run
 from benchmarks.provenance import source_digest
 from benchmarks.study.grid import Grid
 from benchmarks.study.plan import key_of
-from benchmarks.study.run import histogram, measure, plain, stretches
+from benchmarks.study.run import gradients, histogram, measure, plain, stretches
 from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.evaluate import Detections, detect
 from ghm_triton.detection.train import LOOK_EVERY
+from ghm_triton.functional import focal_loss
 from ghm_triton.statistics import SCORE_FLOOR
 
 DATA = "digits:images=40,held_out_images=10,size=96"
@@ -136,7 +137,19 @@ def test_gradient_norms_are_counted_of_training_images(watched):
         assert counts == torch.histc(norms.double(), 30, 0.0, 1.0).int().tolist()
     # All 40 images have their say: anchors times classes, but for the ignored ones.
     anchors = 40 * 10 * 9 * (12**2 + 6**2 + 3**2)
-    assert 0.9 * anchors < sum(map(sum, row["gradient_norms"].values())) <= anchors
+    counted = sum(sum(row["gradient_norms"][name]) for name in ("positives", "negatives"))
+    assert 0.9 * anchors < counted <= anchors
+
+
+def test_gradients_are_summed_as_they_are():
+    positives, negatives = torch.tensor([0.1, 0.9]), torch.tensor([0.01, 0.02, 0.9])
+    sums = gradients(positives, negatives, 2)
+    assert sums["ce"] == pytest.approx([0.13, 1.8])
+    logits = torch.logit(torch.cat([1 - positives, negatives]).double()).requires_grad_()
+    focal_loss(logits, torch.tensor([1.0, 1, 0, 0, 0]), reduction="sum").backward()
+    slopes = logits.grad.abs()
+    expected = [float(slopes[[0, 2, 3]].sum()), float(slopes[[1, 4]].sum())]
+    assert sums["focal"] == pytest.approx(expected, rel=1e-6)  # the norms were float32
 
 
 def test_the_last_bin_is_closed():

@@ -64,6 +64,26 @@ def test_contributions_are_shares_of_counts_times_gradients():
     np.testing.assert_allclose(shares["focal"], focal / np.nansum(focal))
 
 
+def test_measured_gradients_take_the_place_of_guessed_ones():
+    measured = {"ce": np.array([0.5, 0.0, 1.0, 1.0]), "focal": np.array([0.0, 0.0, 3.0, 1.0])}
+    histogram = Histogram(np.array([2.0, 0, 1, 0]), np.array([6.0, 0, 1, 1]), measured)
+    shares = contributions(histogram, [1.0])
+    np.testing.assert_allclose(shares["CE"], [0.2, np.nan, 0.4, 0.4])
+    np.testing.assert_allclose(shares["focal"], [0, np.nan, 0.75, 0.25])
+    # Weights go with 1/8, 1/2 and 1.
+    whole = np.array([0.5 / 8, np.nan, 0.5, 1.0])
+    np.testing.assert_allclose(shares["GHM 1"], whole / np.nansum(whole))
+
+
+def test_measured_gradients_are_means_where_every_seed_has_them():
+    runs = [norms([1, 2], [10, 0]), norms([3, 2], [20, 1])]
+    for run, ce in zip(runs, ([1.0, 2.0], [3.0, 6.0]), strict=True):
+        run["gradient_norms"]["gradients"] = {"ce": ce, "focal": [0.0, 1.0]}
+    np.testing.assert_array_equal(histogram_of(runs).gradients["ce"], [2, 4])
+    del runs[1]["gradient_norms"]["gradients"]
+    assert histogram_of(runs).gradients is None
+
+
 def norms(positives, negatives):
     return {"gradient_norms": {"positives": positives, "negatives": negatives}}
 
