@@ -66,8 +66,8 @@ def counted_statistics(classes: tuple[str, ...], seed: int = 0) -> ClassStatisti
 
 
 def save_checkpoint(path: Path, config: DetectorConfig, seed: int = 0) -> Path:
-    training = {**TrainOptions(data="voc:/somewhere/private/cells", seed=seed).to_dict()}
-    training |= {"step": 1000, "versions": {"torch": "2.15.0"}}
+    options = TrainOptions(data="voc:/somewhere/private/cells", seed=seed).settled("retinanet")
+    training = options.to_dict() | {"step": 1000, "versions": {"torch": "2.15.0"}}
     statistics = counted_statistics(config.class_names)
     model = spread_detector(config, seed).state_dict()
     Checkpoint(config, model, statistics, training).save(path)
