@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from benchmarks.rows import Row
@@ -51,7 +52,17 @@ class Run:
             "config": changed(
                 self.config, DetectorConfig(ANY_CLASSES, self.config.image_size), CONFIG_APART
             ),
+            "recipe": self.recipe(),
         }
+
+    def recipe(self) -> str:
+        """A digest of every option and setting: it tells runs apart when a default has changed."""
+        options = asdict(self.options.settled(self.config.architecture))
+        whole = {
+            "options": {k: v for k, v in options.items() if k not in (*APART, "data")},
+            "config": {k: v for k, v in asdict(self.config).items() if k not in CONFIG_APART},
+        }
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
 
     def place(self) -> Row:
         """Where in the grid the run stands."""
@@ -75,7 +86,7 @@ class Run:
 
 KEY = (
     *("grid", "data", "detector", "seed", "steps", "batch_size", "image_size", "channels"),
-    *("options", "config"),
+    *("options", "config", "recipe"),
 )
 
 

@@ -130,11 +130,7 @@ def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     add("--reg-strength-end", type=float, help="of GHM-R at the last step (default: constant)")
     add("--bins", type=int, help="unit regions of GHM-C (default: 30)")
     add("--average", choices=["positives", "valid"], help="divisor of GHM-C and CE (positives)")
-    add(
-        "--cls-weight",
-        type=float,
-        help="multiplies the classification loss (default: 1, and 2 for guided ghm)",
-    )
+    add("--cls-weight", type=float, help="multiplies the classification loss (default: 1)")
     add(
         "--reg-weight",
         type=float,

@@ -119,7 +119,7 @@ class HardRegions(_Hard):
 def build_mining(
     options: TrainOptions,
     boxes: BoxLoss,
-    weights: tuple[float, float],
+    scale: float,
     architecture: str,
     classifier: str,
 ) -> nn.Module | None:
@@ -130,7 +130,7 @@ def build_mining(
     Args:
         options: Of the run.
         boxes: The regression loss, as far as it is one of single boxes.
-        weights: Of the classification and of the regression.
+        scale: Its weight.
         architecture: The detector's, as its configuration names it.
         classifier: The detector's, likewise.
     """
@@ -144,13 +144,12 @@ def build_mining(
         else StratifiedOHEM(options.steps, options.mining_keep, iou_threshold=overlap)
     )
     plain = _classification(options.cls_loss, classifier)
-    cls_weight, reg_weight = weights
 
     def classification(logits: Tensor, labels: Tensor) -> Tensor:
-        return cls_weight * plain(logits, labels)
+        return options.cls_weight * plain(logits, labels)
 
     def regression(predicted: Tensor, expected: Tensor) -> Tensor:
-        return reg_weight * boxes.rows(predicted, expected)
+        return scale * boxes.rows(predicted, expected)
 
     return (HardRegions if regions else HardPlaces)(choose, classification, regression)
 

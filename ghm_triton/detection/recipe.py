@@ -44,8 +44,6 @@ OPTIMIZERS = ("adamw", "sgd")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The released RetinaNet configuration's. Faster R-CNN scales its deltas by 10 and 5 instead.
 GHM_R_WEIGHT = {"retinanet": 10.0, "faster-rcnn": 1.0}
-# Of GHM-C in a guided loss, where a weight of 1 gives both losses the same value.
-GUIDED_WEIGHT = 2.0
 DENSE = ("retinanet", "fcos")
 
 
@@ -68,7 +66,7 @@ class TrainOptions:
         cls_loss: `ghm`, `focal` or `ce`; `ghm-softmax` or `ce` of a softmax classifier.
         reg_loss: `ghm`, `sl1` (smooth L1, delta 1/9) or `asl1` (authentic smooth L1, mu 0.02) of
             deltas; `iou` or `giou` of boxes: for RetinaNet, and FCOS learns by no other.
-        cls_weight: Multiplies the classification loss; None: 2 for a guided GHM-C, else 1.
+        cls_weight: Multiplies the classification loss.
         reg_weight: Multiplies the regression loss; None: 10 for `ghm` in RetinaNet (as the
             released configuration), else 1.
         bins: Unit regions of GHM-C.
@@ -112,7 +110,7 @@ class TrainOptions:
     clip: float = 35.0
     cls_loss: str = "ghm"
     reg_loss: str = "ghm"
-    cls_weight: float | None = None
+    cls_weight: float = 1.0
     reg_weight: float | None = None
     bins: int = 30
     average: str = "positives"
@@ -181,26 +179,18 @@ class TrainOptions:
         """Whether the losses of a detector are guided, as asked for or by default."""
         if self.guided_loss is not None:
             return self.guided_loss
-        return self._harmonizes_places(architecture) and self.mining == "none"
+        return self.cls_loss == "ghm" and architecture in DENSE and self.mining == "none"
 
-    def weights(self, architecture: str) -> tuple[float, float]:
-        """Of a detector's classification and regression loss, as asked for or by default."""
-        cls_weight, reg_weight = self.cls_weight, self.reg_weight
-        if cls_weight is None:
-            guided = self.guides(architecture) and self._harmonizes_places(architecture)
-            cls_weight = GUIDED_WEIGHT if guided else 1.0
-        if reg_weight is None:
-            reg_weight = GHM_R_WEIGHT[architecture] if self.reg_loss == "ghm" else 1.0
-        return cls_weight, reg_weight
+    def box_weight(self, architecture: str) -> float:
+        """Of a detector's regression loss, as asked for or by default."""
+        if self.reg_weight is not None:
+            return self.reg_weight
+        return GHM_R_WEIGHT[architecture] if self.reg_loss == "ghm" else 1.0
 
     def settled(self, architecture: str) -> Self:
         """These options, with what was left open (None) filled in for a detector."""
-        cls_weight, reg_weight = self.weights(architecture)
-        guided = self.guides(architecture)
-        return replace(self, guided_loss=guided, cls_weight=cls_weight, reg_weight=reg_weight)
-
-    def _harmonizes_places(self, architecture: str) -> bool:
-        return self.cls_loss == "ghm" and architecture in DENSE
+        guided, weight = self.guides(architecture), self.box_weight(architecture)
+        return replace(self, guided_loss=guided, reg_weight=weight)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -244,16 +234,16 @@ def build_losses(
         ValueError: The detector cannot learn by a loss that the options name.
     """
     require_fitting(options, architecture, classifier, assigner)
-    cls_weight, reg_weight = options.weights(architecture)
     guided = options.guides(architecture)
+    # Guided loss is to see the classification without its weight.
+    cls_weight = 1.0 if guided else options.cls_weight
     strength = _strength(options.strength, options.strength_end, options.steps)
     return HeadLosses(
-        # Guided loss is to see the classification without its weight.
-        Weighted(_classification(options, group, classifier), 1.0 if guided else cls_weight),
-        Weighted(*_regression(options, group, reg_weight)),
+        Weighted(_classification(options, group, classifier), cls_weight),
+        Weighted(*_regression(options, group, options.box_weight(architecture))),
         of_boxes=options.reg_loss in OF_BOXES,
         mining=_mining(options, architecture, classifier),
-        guide=GuidedLoss(cls_weight, process_group=group) if guided else None,
+        guide=GuidedLoss(options.cls_weight, process_group=group) if guided else None,
         objectness=objectness_loss(options, strength, group, architecture, assigner),
         adversary=adversary_maker(options, architecture),
     )
@@ -261,11 +251,11 @@ def build_losses(
 
 def _mining(options: TrainOptions, architecture: str, classifier: str) -> nn.Module | None:
     """Of GHM-R without its weights, which follow from what is kept."""
-    cls_weight, weight = options.weights(architecture)
+    weight = options.box_weight(architecture)
     harmonized = options.reg_loss == "ghm"
     boxes = BOX_LOSSES["asl1" if harmonized else options.reg_loss]()
     scale = weight / 4 if harmonized else weight  # of boxes, as of coordinates
-    return build_mining(options, boxes, (cls_weight, scale), architecture, classifier)
+    return build_mining(options, boxes, scale, architecture, classifier)
 
 
 def _classification(
