@@ -1,11 +1,13 @@
 """Every mistake in a grid is found before anything trains, and said with its place."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.study.grid import Grid, GridError, distinct
 from benchmarks.study.plan import data_label, key_of
+from ghm_triton.detection.recipe import GHM_R_WEIGHT
 
 GRIDS = Path(__file__).parents[3] / "benchmarks" / "study" / "grids"
 SMALL = """
@@ -76,12 +78,28 @@ def test_what_a_row_says_of_a_run(grid):
         "channels": 16,
         "options": {"cls_loss": "focal", "reg_loss": "sl1", "lr": 1.0, "hflip": 0.5},
         "config": {},
+        "recipe": run.recipe(),
         "bins": None,
         "strength": None,
     }
     assert isinstance(run.options.lr, float)
     assert run.options.data == "digits"
     assert run.config.image_size == (96, 128)
+
+
+def test_the_recipe_tells_what_was_trained_whatever_the_defaults_are(grid, monkeypatch):
+    run = next(run for run in grid().runs() if run.method == "ghm")
+    recipe = run.recipe()
+    said = replace(run.options, guided_loss=True, reg_weight=10.0)  # as it is by default
+    assert replace(run, options=said).recipe() == recipe
+    for other in ({"guided_loss": False}, {"strength": 0.5}, {"seed": 7, "lr": 0.1}):
+        assert replace(run, options=replace(run.options, **other)).recipe() != recipe
+    deeper = replace(run.config, head_convs=3)
+    assert replace(run, config=deeper).recipe() != recipe
+    # The same words with another default are another training.
+    monkeypatch.setitem(GHM_R_WEIGHT, "retinanet", 5.0)
+    assert run.recipe() != recipe
+    assert run.key()["options"] == {"hflip": 0.5}
 
 
 def test_a_method_is_above_the_data_set_and_a_detector_above_the_method(grid):
@@ -228,7 +246,7 @@ def test_the_grids_that_come_along(name, monkeypatch):
     assert {run.grid for run in runs} == {name}
     asked = {run.method for run in runs}
     assert {"focal", "ce", "ghm", "ghm-paper", "ohem", "s-ohem", "sampling-free"} <= asked
-    assert {"cleanliness", "ghm-rpn", "asdn", "astn", "asdn+astn", "bins-5", "iou"} <= asked
+    assert {"cleanliness", "ghm-rpn", "asdn", "astn", "asdn+astn", "bins-5", "ghm-iou"} <= asked
     assert {run.config.architecture for run in runs} == {"retinanet", "fcos", "faster-rcnn"}
     softmax = {run.method for run in runs if run.config.classifier == "softmax"}
     assert softmax == {"ce", "asdn", "astn", "asdn+astn"}
