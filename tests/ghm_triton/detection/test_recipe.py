@@ -158,3 +158,48 @@ def test_generalised_iou_is_the_papers():
     # torchvision adds 1e-7 to areas that it divides by.
     assert float(loss(pred, target)) == pytest.approx(expected / 3, abs=1e-7)
     assert float(loss(pred[:0], target[:0])) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "chosen", "guided"),
+    [
+        ("retinanet", {}, True),
+        ("fcos", {"reg_loss": "giou"}, True),
+        ("retinanet", {"guided_loss": False}, False),
+        ("retinanet", {"mining": "ohem"}, False),
+        ("retinanet", {"cls_loss": "focal"}, False),
+        ("retinanet", {"cls_loss": "focal", "guided_loss": True}, True),
+        ("faster-rcnn", {}, False),  # it would sample neither anchors nor regions
+        ("faster-rcnn", {"guided_loss": True}, True),
+    ],
+)
+def test_harmonized_dense_losses_are_guided_unless_told_otherwise(architecture, chosen, guided):
+    options = TrainOptions(cls_weight=3.0, **chosen)
+    losses = build_losses(options, architecture=architecture)
+    assert (losses.guide is not None) == guided
+    # The guide multiplies, or the loss itself does: never both.
+    assert losses.classification.weight == (1.0 if guided else 3.0)
+    if losses.guide is not None:
+        assert losses.guide.cls_weight == 3.0
+    settled = options.settled(architecture)
+    assert settled.guided_loss is guided
+    assert settled.settled(architecture) == settled
+
+
+def test_options_that_are_left_open_are_settled_by_the_detector():
+    weights = {
+        ("retinanet", "ghm"): 10.0,
+        ("faster-rcnn", "ghm"): 1.0,
+        ("retinanet", "sl1"): 1.0,
+        ("fcos", "giou"): 1.0,
+    }
+    for (architecture, reg_loss), weight in weights.items():
+        assert TrainOptions(reg_loss=reg_loss).settled(architecture).reg_weight == weight
+    assert TrainOptions(reg_weight=2.5).settled("retinanet").reg_weight == 2.5
+
+
+def test_a_run_that_knows_no_guide_had_none():
+    before = TrainOptions().to_dict()
+    del before["guided_loss"]
+    assert TrainOptions.of_run(before).guided_loss is False
+    assert TrainOptions.of_run(TrainOptions().to_dict()).guided_loss is None
