@@ -90,7 +90,7 @@ def losses() -> dict[str, Loss]:
     }
     for name, options in harmonized.items():
         found[name] = _with_average(**options)
-    found["GHM-C, strength 1, a density a level"] = _by_level(strength=1.0)
+    found["GHM-C, strength 1, a density a level"] = by_level(strength=1.0)
     return found
 
 
@@ -99,7 +99,7 @@ def _with_average(bins: int = 30, momentum: float = 0.75, **options: Any) -> Los
     return partial(ghm_c_loss, state=state, average="positives")
 
 
-def _by_level(strength: float) -> Loss:
+def by_level(strength: float) -> Loss:
     """Each level of the pyramid counts its own entries, as a loss called a level at a time does.
 
     `128 x 128` pixels have `16^2 + 8^2 + 4^2` places of nine anchors.
@@ -162,7 +162,7 @@ def look(arguments: argparse.Namespace, seed: int) -> dict[str, Row]:
     compared = losses()
     gradients = {name: Gradients() for name in compared}
     boxes = Gradients()
-    shares: dict[str, list[dict[str, float]]] = {name: [] for name in compared}
+    found_shares: dict[str, list[dict[str, float]]] = {name: [] for name in compared}
     for number, (images, targets) in enumerate(batches):
         logits, deltas = detector.raw(images)
         labels = detector.labels(targets)
@@ -171,7 +171,7 @@ def look(arguments: argparse.Namespace, seed: int) -> dict[str, Row]:
             if number < WARM:
                 continue
             (slope,) = torch.autograd.grad(value, logits, retain_graph=True)
-            shares[name].append(_shares(slope, logits, labels))
+            found_shares[name].append(shares(slope, logits, labels))
             gradients[name].add(_flat(logits, trunk, slope))
         if number >= WARM:
             outputs = {"cls_logits": logits, "bbox_regression": deltas}
@@ -184,7 +184,10 @@ def look(arguments: argparse.Namespace, seed: int) -> dict[str, Row]:
             "agreement": found.agreement(),
             "cls_to_reg": found.mean_norm() / boxes.mean_norm(),
             "rms_to_reg": found.rms() / boxes.rms(),
-            **{key: sum(x[key] for x in shares[name]) / BATCHES for key in shares[name][0]},
+            **{
+                key: sum(x[key] for x in found_shares[name]) / len(found_shares[name])
+                for key in found_shares[name][0]
+            },
         }
         for name, found in gradients.items()
     }
@@ -234,7 +237,8 @@ def _flat(value: Tensor, parameters: list[Tensor], slope: Tensor | None = None) 
     )
 
 
-def _shares(slope: Tensor, logits: Tensor, labels: Tensor) -> dict[str, float]:
+def shares(slope: Tensor, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Shares of the logits' gradient `[B, A, C]`, and of thin regions; see the module."""
     counted = labels >= 0
     one_hot = torch.nn.functional.one_hot(labels[counted], logits.shape[2] + 1)[:, :-1]
     norms = (logits[counted].detach().sigmoid() - one_hot).abs()
