@@ -29,7 +29,7 @@ def train(run):
     if run.method == "slow":
         with tempfile.TemporaryDirectory() as folder:
             print("slow", os.getpid(), folder, flush=True)
-            time.sleep(600)
+            time.sleep(600)  # a long training, which the test ends
     return {**run.head(), "ap": 0.5}
 """
 STUDY = """
