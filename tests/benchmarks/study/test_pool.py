@@ -33,8 +33,10 @@ def train(run):
     return {**run.head(), "ap": 0.5}
 """
 STUDY = """
-import sys
+import signal, sys
 if __name__ == "__main__":
+    # What a shell starts in its background ignores Ctrl-C, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from benchmarks.study.__main__ import main
     from study_work import train
     sys.exit(main(sys.argv[1:], train))
@@ -82,7 +84,7 @@ def test_ctrl_c_leaves_whole_lines_and_nothing_else(folder, place):
     )
     begun = next(line for line in study.stdout if line.startswith("slow"))
     os.killpg(study.pid, signal.SIGINT)  # as a terminal does: every process hears of it
-    _, said = study.communicate()
+    _, said = study.communicate(timeout=120)  # rather than for ever
     assert study.returncode == 130
     assert said.strip() == "stopped; the next call goes on from here"
     assert [(row["method"], row["ap"]) for row in read(place.out)] == [("good", 0.5)]
