@@ -11,12 +11,13 @@
 #                                    already, of this code on this machine, are not measured again;
 #                                    EARLIER names a folder to take such rows from.
 #   bash benchmarks/gpu.sh tune      which grid suits each pass of GHM-C; a minute
-#   bash benchmarks/gpu.sh train     the study of all methods, on digits and on the blood cells under
-#                                    BCCD_ROOT; options of benchmarks.study may follow, such as
-#                                    --jobs 4 or --only bins. Needs torchvision, faster-coco-eval,
-#                                    scikit-learn, matplotlib, pillow, tqdm and pyyaml as well. Runs
-#                                    already in $OUT/study.jsonl or benchmarks/results/study.jsonl
-#                                    are not repeated: call it until nothing is left.
+#   bash benchmarks/gpu.sh train     the study of all methods, on the blood cells under BCCD_ROOT and
+#                                    on digits, six trainings at a time; options of benchmarks.study
+#                                    may follow, such as --jobs 4 or --only bins. Needs torchvision,
+#                                    faster-coco-eval, scikit-learn, matplotlib, pillow, tqdm and
+#                                    pyyaml as well. Runs already in $OUT/study.jsonl or
+#                                    benchmarks/results/study.jsonl are not repeated: call it until
+#                                    nothing is left.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -37,7 +38,7 @@ PYTHON
 if [ "${1:-kernels}" = train ]; then
   cp -n benchmarks/results/study.jsonl "$OUT/" 2>/dev/null || true
   timeout -k 5 465 "$PYTHON" -m benchmarks.study benchmarks/study/grids/gpu.yaml --seconds 440 \
-    --out "$OUT/study.jsonl" "${@:2}" 2>&1 | tee -a "$OUT/study.txt"
+    --jobs 6 --out "$OUT/study.jsonl" "${@:2}" 2>&1 | tee -a "$OUT/study.txt"
   exit
 fi
 
