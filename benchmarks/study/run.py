@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from ghm_triton.statistics import SCORE_FLOOR, ClassStatistics
 
 TEST = "test"
 DENSE = ("retinanet", "fcos")
-CURVES = ("classification", "bbox_regression", "grad_norm")
+CURVES = ("classification", "unguided_classification", "bbox_regression", "grad_norm")
 POINTS = 60  # of a curve, at most
 BINS = 30  # of a histogram of gradient norms
 IMAGES = 128  # that gradient norms are taken of
@@ -49,7 +50,7 @@ def measure(run: Run) -> Row:
         ValueError: The data set cannot be opened, or an option does not fit it.
         TrainingError: The loss or the gradient is no longer finite.
     """
-    origin, started = provenance(), time.perf_counter()
+    origin, started = _origin(), time.perf_counter()
     options = run.options
     names = open_dataset(options.data, options.train_split).class_names
     config = replace(run.config, class_names=names)
@@ -68,6 +69,12 @@ def measure(run: Run) -> Row:
     }
     # The head as it is: it is what the row is found by.
     return {**run.head(), **{name: plain(value) for name, value in results.items()}, **origin}
+
+
+@cache
+def _origin() -> Row:
+    # Of the code that this process runs, whatever becomes of the files while it does.
+    return provenance()
 
 
 def plain(value: Any) -> Any:
@@ -117,11 +124,16 @@ def _precision(found: MeanAveragePrecision) -> Row:
 
 
 def _curves(metrics: Path) -> Row:
-    """Means over equal stretches of steps; `step` is how many were done at a stretch's end."""
+    """Means over equal stretches of steps; `step` is how many were done at a stretch's end.
+
+    A guide makes the classification as large as the boxes: how it was before has its own curve.
+    """
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     ends = stretches(len(lines))
     curves: Row = {"step": ends}
     for name in CURVES:
+        if name not in lines[0]:
+            continue
         values = [line[name] for line in lines]
         curves[name] = [
             statistics.fmean(values[start:end])

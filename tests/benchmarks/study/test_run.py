@@ -109,7 +109,7 @@ def test_curves_are_the_metrics_of_training(watched):
     row, seen = watched
     curves = row["curves"]
     assert curves["step"] == list(range(1, STEPS + 1))  # fewer steps than points: one each
-    for name in ("classification", "bbox_regression", "grad_norm"):
+    for name in ("classification", "unguided_classification", "bbox_regression", "grad_norm"):
         expected = [line[name] for line in seen["metrics"]]
         assert curves[name] == pytest.approx(expected, rel=1e-5)
 
