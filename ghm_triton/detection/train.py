@@ -92,7 +92,8 @@ def train(
         Where the checkpoint is, and AP on the held-out split (on the first process).
 
     Raises:
-        ValueError: The data set or an option does not fit, or TensorBoard is not installed.
+        ValueError: The data set or an option does not fit, what is to be resumed is damaged, or
+            TensorBoard is not installed.
         TrainingError: The loss or the gradient is no longer finite.
     """
     if tensorboard is not None:
@@ -364,5 +365,19 @@ def versions() -> dict[str, str]:
 def _keep_steps(path: Path, steps: int) -> None:
     """Drop the metrics of steps that a resumed run will make again."""
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(x for x in lines if json.loads(x)["step"] < steps))
+        # What follows the last line break is empty, or what a run that was killed could still
+        # write of a line: of a step after the checkpoint, before which whole lines are written.
+        finished = path.read_text(errors="replace").split("\n")[:-1]
+        kept = [x for n, x in enumerate(finished, 1) if _step_of(x, f"{path}, line {n}") < steps]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str, where: str) -> int:
+    """The step that a line of metrics is of."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{where} is damaged: {line[:60]!r}. Repair or remove that line, or move the file"
+            " away to resume without the metrics so far"
+        ) from error

@@ -14,7 +14,7 @@ from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.loader import StepSampler, TrainingView
 from ghm_triton.detection.model import build_detector
 from ghm_triton.detection.recipe import TrainOptions
-from ghm_triton.detection.train import CHECKPOINT, METRICS, TrainingError, train
+from ghm_triton.detection.train import CHECKPOINT, METRICS, TrainingError, _keep_steps, train
 from ghm_triton.diagnosis import DensityWarning
 
 
@@ -36,6 +36,25 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(options, config, tmp_pa
     assert whole.model.keys() == broken.model.keys()
     assert all(torch.equal(whole.model[key], broken.model[key]) for key in whole.model)
     assert whole.statistics.to_dict() == broken.statistics.to_dict()
+
+
+@pytest.mark.parametrize("torn", ['{"ste', '{"step": 4, "classification": 0.', "\0\0"])
+def test_a_line_that_a_killed_run_did_not_finish_is_dropped(torn, tmp_path):
+    metrics = tmp_path / METRICS
+    metrics.write_text("".join(f'{{"step": {n}}}\n' for n in range(5)) + torn)
+    _keep_steps(metrics, 4)
+    assert [line["step"] for line in losses_of(tmp_path)] == [0, 1, 2, 3]
+    assert metrics.read_text().endswith("\n")  # for the resumed run to go on from
+
+
+@pytest.mark.parametrize("damaged", ['{"step": 1, "cls', '{"loss": 1.0}', "[]", ""])
+def test_a_line_that_was_damaged_is_named(damaged, tmp_path):
+    metrics = tmp_path / METRICS
+    metrics.write_text(f'{{"step": 0}}\n{damaged}\n{{"step": 2}}\n')
+    before = metrics.read_text()
+    with pytest.raises(ValueError, match=rf"{METRICS}, line 2 is damaged: '.*Repair or remove"):
+        _keep_steps(metrics, 3)
+    assert metrics.read_text() == before
 
 
 @pytest.mark.parametrize(
