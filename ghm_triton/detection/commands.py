@@ -13,6 +13,7 @@ from ghm_triton.command import Command
 if TYPE_CHECKING:
     from ghm_triton.detection.data import DetectionDataset
     from ghm_triton.detection.evaluate import MeanAveragePrecision
+    from ghm_triton.detection.recipe import TrainOptions
 
 SOFTMAX_LOSSES = ("ce", "ghm-softmax")  # as in `fits`, which loads torchvision's neighbours
 UNDER_OUT = object()  # --tensorboard without a folder
@@ -178,6 +179,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         options, config = TrainOptions.of_run(saved.training), saved.config
     else:
         options = TrainOptions.from_dict(given)
+        _require_settled(options, given)
         dataset = open_split(options, options.train_split)
         report_problems(dataset)
         config = _config(given, dataset.class_names)
@@ -251,6 +253,17 @@ def _require_regions_sampled(given: dict[str, Any]) -> None:
             else "--guided-loss, which learns from them all"
         )
         raise ValueError(f"--region-samples means nothing with {reason}")
+
+
+def _require_settled(options: TrainOptions, given: dict[str, Any]) -> None:
+    """Refuse what the detector cannot learn by before any data is opened."""
+    from ghm_triton.detection.fits import require_fitting
+
+    architecture = given["architecture"]
+    require_fitting(
+        options, architecture, given.get("classifier", "sigmoid"), given.get("assigner", "iou")
+    )
+    options.settled(architecture)
 
 
 def _config(given: dict[str, Any], class_names: tuple[str, ...]) -> Any:

@@ -154,7 +154,26 @@ class TrainOptions:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("adversarial_start", "hflip", "vflip", "strength", "reg_strength"):
             require_strength(getattr(self, name), name)
+        for name in ("cls_weight", "reg_weight"):
+            self._require_weight(name)
         self.chosen_prior()
+
+    def _require_weight(self, name: str) -> None:
+        """Whether a guide is the default is known once the options are settled, and then checked.
+
+        Raises:
+            ValueError: A loss cannot have that weight.
+        """
+        weight = getattr(self, name)
+        if weight is None:
+            return
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"{name} must be finite and not negative, got {weight}")
+        if self.guided_loss and weight == 0:
+            raise ValueError(
+                f"{name} must be positive with guided_loss, which scales one loss to the other;"
+                f" got {weight}. Without guided_loss it may be 0"
+            )
 
     def chosen_prior(self) -> float | None:
         """The prior that `init` names, if it names a number.
@@ -188,7 +207,11 @@ class TrainOptions:
         return GHM_R_WEIGHT[architecture] if self.reg_loss == "ghm" else 1.0
 
     def settled(self, architecture: str) -> Self:
-        """These options, with what was left open (None) filled in for a detector."""
+        """These options, with what was left open (None) filled in for a detector.
+
+        Raises:
+            ValueError: A loss has no weight, and the detector's losses are guided.
+        """
         guided, weight = self.guides(architecture), self.box_weight(architecture)
         return replace(self, guided_loss=guided, reg_weight=weight)
 
@@ -234,6 +257,7 @@ def build_losses(
         ValueError: The detector cannot learn by a loss that the options name.
     """
     require_fitting(options, architecture, classifier, assigner)
+    options = options.settled(architecture)
     guided = options.guides(architecture)
     # Guided loss is to see the classification without its weight.
     cls_weight = 1.0 if guided else options.cls_weight

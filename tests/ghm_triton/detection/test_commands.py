@@ -136,6 +136,11 @@ def test_thresholds_print_and_plot(trained, tmp_path, capsys):
             "--init prior=0.1 does not fit --cls-loss ghm-softmax: a softmax has no such bias",
         ),
         (["train", "--strength", "3"], "strength must lie in [0, 1], got 3.0"),
+        (["train", "--reg-weight", "-1"], "reg_weight must be finite and not negative, got -1.0"),
+        (
+            ["train", "--cls-weight", "0", "--data", "faces"],  # which is not looked for
+            "cls_weight must be positive with guided_loss, which scales one loss to the other; got",
+        ),
         (["train", "--train-split", "everything"], "unknown split 'everything'"),
         (["train", "--resume"], "no such checkpoint"),
         (["train", "--detector", "fcos", "--reg-loss", "ghm"], "GHM-R and smooth L1 are losses of"),

@@ -84,11 +84,30 @@ def test_norms_and_biases_are_not_decayed():
         ("hflip", 1.1),
         ("strength", 2.0),
         ("reg_strength", float("nan")),
+        ("cls_weight", -1.0),
+        ("cls_weight", float("nan")),
+        ("reg_weight", -1.0),
+        ("reg_weight", float("nan")),
+        ("reg_weight", float("inf")),
     ],
 )
 def test_an_option_out_of_range_is_named(field, value):
     with pytest.raises(ValueError, match=f"{field} must .*{value}"):
         TrainOptions(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["cls_weight", "reg_weight"])
+def test_a_guide_refuses_a_loss_without_weight(field):
+    message = f"{field} must be positive with guided_loss.*got 0"
+    with pytest.raises(ValueError, match=message):
+        TrainOptions(guided_loss=True, **{field: 0.0})
+    by_default = TrainOptions(**{field: 0.0})  # of one-stage detectors only
+    with pytest.raises(ValueError, match=message):
+        by_default.settled("retinanet")
+    with pytest.raises(ValueError, match=message):
+        build_losses(by_default)
+    build_losses(by_default, architecture="faster-rcnn")
+    build_losses(TrainOptions(guided_loss=False, **{field: 0.0}))
 
 
 def test_options_survive_plain_values():
