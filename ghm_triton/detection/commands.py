@@ -131,11 +131,16 @@ def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     add("--reg-strength-end", type=float, help="of GHM-R at the last step (default: constant)")
     add("--bins", type=int, help="unit regions of GHM-C (default: 30)")
     add("--average", choices=["positives", "valid"], help="divisor of GHM-C and CE (positives)")
-    add("--cls-weight", type=float, help="multiplies the classification loss (default: 1)")
+    add(
+        "--cls-weight",
+        type=float,
+        help="multiplies the classification loss (default: 1); of guided losses, the balance",
+    )
     add(
         "--reg-weight",
         type=float,
-        help="multiplies the regression loss (default: 1, and 10 for ghm in retinanet)",
+        help="multiplies the regression loss (default: 1, and 10 for ghm in retinanet); of guided"
+        " losses both, as the classification follows it: balance those by --cls-weight",
     )
 
 

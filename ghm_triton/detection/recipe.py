@@ -66,9 +66,10 @@ class TrainOptions:
         cls_loss: `ghm`, `focal` or `ce`; `ghm-softmax` or `ce` of a softmax classifier.
         reg_loss: `ghm`, `sl1` (smooth L1, delta 1/9) or `asl1` (authentic smooth L1, mu 0.02) of
             deltas; `iou` or `giou` of boxes: for RetinaNet, and FCOS learns by no other.
-        cls_weight: Multiplies the classification loss.
+        cls_weight: Multiplies the classification loss; of guided losses it is the balance of both.
         reg_weight: Multiplies the regression loss; None: 10 for `ghm` in RetinaNet (as the
-            released configuration), else 1.
+            released configuration), else 1. A guide scales the classification along with it, so
+            that of guided losses it multiplies both, and leaves the balance to `cls_weight`.
         bins: Unit regions of GHM-C.
         average: What GHM-C and CE divide by: `positives` or `valid`. Mined losses are divided by
             what is kept.

@@ -171,6 +171,13 @@ def test_a_wrong_flag_is_one_sentence(words, message, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_help_says_what_balances_guided_losses(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "of guided losses both, as the classification follows it: balance those by" in printed
+
+
 def test_an_unknown_policy_lists_the_known(trained, capsys):
     assert cli.main(["thresholds", str(trained), "--policy", "best"]) == 2
     assert "unknown policy 'best'; choose from prior, f1" in capsys.readouterr().err

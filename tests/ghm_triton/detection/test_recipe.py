@@ -205,6 +205,18 @@ def test_harmonized_dense_losses_are_guided_unless_told_otherwise(architecture, 
     assert settled.settled(architecture) == settled
 
 
+@pytest.mark.parametrize("reg_weight", [1.0, 100.0])
+def test_of_guided_losses_the_weight_of_the_boxes_is_that_of_both(reg_weight):
+    options = TrainOptions(reg_loss="sl1", cls_weight=3.0, reg_weight=reg_weight)
+    losses = build_losses(options)
+    classification = losses.classification(torch.ones(2, 3), torch.tensor([0, 3]))
+    regression = losses.regression(torch.full((2, 4), 0.5), torch.zeros(2, 4))
+    terms = losses.guide.terms(classification, regression)
+    assert float(terms.classification) == pytest.approx(3.0 * float(regression), rel=1e-6)
+    plain = 4 * (0.5 - 1 / 18)  # smooth L1 of a box
+    assert float(terms.regression) == pytest.approx(reg_weight * plain, rel=1e-6)
+
+
 def test_options_that_are_left_open_are_settled_by_the_detector():
     weights = {
         ("retinanet", "ghm"): 10.0,
