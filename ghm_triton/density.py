@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ghm_triton._inputs import require_bins, require_choice
 from ghm_triton.reference.binning import RegionCounts
 from ghm_triton.reference.density import fine_regions, update_window
 from ghm_triton.schedule import StrengthSchedule, require_strength
+from ghm_triton.state import SharedState
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ NORMALIZERS = ("valid_bins", "bins")
 DENSITIES = ("unit_region", "exact", "streaming")
 
 
-class GradientDensity(nn.Module):
+class GradientDensity(SharedState):
     """Counts of one batch in, one harmonizing weight a unit region out.
 
     `beta_j = N / (S_j * n)`, where `S` is the moving average `S <- a S + (1 - a) R` of the
@@ -89,6 +89,7 @@ class GradientDensity(nn.Module):
         updates: int64 scalar, updates so far; what a strength schedule counts.
     """
 
+    FLOAT32 = ("smoothed", "strength")
     smoothed: Tensor
     updates: Tensor
     strength: Tensor
@@ -105,7 +106,7 @@ class GradientDensity(nn.Module):
         device: torch.device | None = None,
         density: str = "unit_region",
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         if not 0.0 <= momentum < 1.0:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
         if max_weight is not None and not max_weight > 0:
@@ -122,7 +123,6 @@ class GradientDensity(nn.Module):
         self.normalizer = require_choice("normalizer", normalizer, NORMALIZERS)
         self.ema = require_choice("ema", ema, EMAS)
         self.max_weight = max_weight
-        self.process_group = process_group
         self.schedule = strength if isinstance(strength, StrengthSchedule) else None
         self._constant = (
             0.0 if isinstance(strength, StrengthSchedule) else require_strength(strength)
@@ -203,24 +203,6 @@ class GradientDensity(nn.Module):
         """Fill every buffer anew, as after `to_empty`: `reset`, and the strength as configured."""
         self.reset()
         self.strength.fill_(self._constant)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # A group stands for processes, which stay the same; it refuses to be copied.
-        memo[id(self.process_group)] = self.process_group
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # What `to`, `half` and `bfloat16` go through: move with the module, but keep float32.
-        before = {name: getattr(self, name) for name in ("smoothed", "strength")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            after: Tensor = getattr(self, name)
-            if after.dtype != torch.float32:
-                setattr(self, name, buffer.to(after.device))
-        return self
 
     def _load_from_state_dict(
         self,

@@ -148,5 +148,5 @@ def _misfits(wanted: dict[str, Tensor], given: dict[str, Any]) -> list[str]:
 
 
 def _belongs_to_training(key: str) -> bool:
-    parts = ("classification_loss.", "regression_loss.", "mining.", "adversary.")
+    parts = ("classification_loss.", "regression_loss.", "guide.", "mining.", "adversary.")
     return any(part in key for part in parts)

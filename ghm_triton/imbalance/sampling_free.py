@@ -8,11 +8,13 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from ghm_triton.state import SharedState
 from ghm_triton.statistics import ClassStatistics
 
 Target = dict[str, Tensor]
+MEMORY = 0.9  # of the guide, for a batch without positives
 
 
 @runtime_checkable
@@ -141,7 +143,8 @@ def guided(
 
     No gradient flows through `r`. It is 1 where it would be meaningless: for `L_cls = 0`, where the
     released code divides by 0, and for `L_reg = 0`, as in a batch without positives, where it
-    would take the gradient from every negative.
+    would take the gradient from every negative. Such a batch is louder than the others then:
+    `GuidedLoss` remembers what `r` was in those before.
 
     Args:
         classification: `L_cls`, scalar, at least 0.
@@ -157,31 +160,34 @@ def guided(
     Raises:
         ValueError: A loss is not a scalar, or a weight is not positive.
     """
-    for name, loss in (("classification", classification), ("regression", regression)):
-        if loss.numel() != 1:
-            raise ValueError(f"{name} must be a scalar, got {list(loss.shape)}")
-    for name, weight in (("cls_weight", cls_weight), ("reg_weight", reg_weight)):
-        if not weight > 0:
-            raise ValueError(f"{name} must be positive, got {weight}")
+    _require_terms(classification, regression)
+    _require_weights(cls_weight, reg_weight)
     place = reg_weight * regression
-    with torch.no_grad():
-        both = torch.stack([classification.view(()).double(), place.view(()).double()])
-        if process_group is not None:
-            dist.all_reduce(both, group=process_group)  # a ratio of sums is one of means
-        ratio = torch.where((both > 0).all(), both[1] / both[0], 1.0)
-    # A classification loss as small as a denormal would make it infinite.
-    ratio = ratio.clamp(max=torch.finfo(classification.dtype).max).to(classification.dtype)
-    return GuidedTerms(cls_weight * ratio * classification, place)
+    both = _of_all_ranks(classification, place, process_group)
+    return _scaled(classification, place, _ratio(both, torch.ones_like(both)), cls_weight)
 
 
-class GuidedLoss(nn.Module):
-    """Guided loss as a module; see `guided`.
+class GuidedLoss(SharedState):
+    r"""Guided loss as a module; see `guided`.
+
+    A batch without positives has no `L_reg` to be scaled to. It is scaled by
+    `r = \sum w_{reg} L_{reg} / \sum L_{cls}` over the batches before it, of which each counts nine
+    tenths of the next; by 1 before there was any. Only batches in training mode are remembered.
 
     Args:
         cls_weight: `w_cls`, positive.
         reg_weight: `w_reg`, positive.
         process_group: Ranks that share one ratio.
+
+    Raises:
+        ValueError: A weight is not positive.
+
+    Attributes:
+        usual: float32 `[2]`, `L_cls` and `w_reg L_reg` of those batches; zeros before the first.
     """
+
+    FLOAT32 = ("usual",)
+    usual: Tensor
 
     def __init__(
         self,
@@ -189,20 +195,68 @@ class GuidedLoss(nn.Module):
         reg_weight: float = 1.0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
+        _require_weights(cls_weight, reg_weight)
         self.cls_weight, self.reg_weight = cls_weight, reg_weight
-        self.process_group = process_group
+        self.register_buffer("usual", torch.zeros(2, dtype=torch.float32))
 
     def terms(self, classification: Tensor, regression: Tensor) -> GuidedTerms:
         """Both terms of the loss."""
-        return guided(
-            classification,
-            regression,
-            cls_weight=self.cls_weight,
-            reg_weight=self.reg_weight,
-            process_group=self.process_group,
-        )
+        _require_terms(classification, regression)
+        place = self.reg_weight * regression
+        both = _of_all_ranks(classification, place, self.process_group)
+        self.usual = self.usual.to(both.device)  # once, for a guide that was left on the CPU
+        ratio = _ratio(both, self.usual.double())
+        if self.training:
+            self._remember(both)
+        return _scaled(classification, place, ratio, self.cls_weight)
+
+    @torch.no_grad()
+    def _remember(self, both: Tensor) -> None:
+        # Neither sum is divided by how many it is of: their ratio is what is asked for.
+        after = MEMORY * self.usual + (1 - MEMORY) * both.float()
+        sound = torch.isfinite(after).all() & (both > 0).all()
+        self.usual.copy_(torch.where(sound, after, self.usual))
+
+    def reset_parameters(self) -> None:
+        """Forget every batch, as after `to_empty`."""
+        self.usual.zero_()
 
     def forward(self, classification: Tensor, regression: Tensor) -> Tensor:
         """The guided loss, scalar."""
         return torch.add(*self.terms(classification, regression))
+
+
+def _require_terms(classification: Tensor, regression: Tensor) -> None:
+    for name, loss in (("classification", classification), ("regression", regression)):
+        if loss.numel() != 1:
+            raise ValueError(f"{name} must be a scalar, got {list(loss.shape)}")
+
+
+def _require_weights(cls_weight: float, reg_weight: float) -> None:
+    for name, weight in (("cls_weight", cls_weight), ("reg_weight", reg_weight)):
+        if not weight > 0:
+            raise ValueError(f"{name} must be positive, got {weight}")
+
+
+@torch.no_grad()
+def _of_all_ranks(classification: Tensor, place: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`L_cls` and `w_reg L_reg`, summed over ranks: float64 `[2]`."""
+    both = torch.stack([classification.view(()).double(), place.view(()).double()])
+    if group is not None:
+        dist.all_reduce(both, group=group)  # a ratio of sums is one of means
+    return both
+
+
+@torch.no_grad()
+def _ratio(both: Tensor, usual: Tensor) -> Tensor:
+    """`r`: of this batch; of the usual one where this has no `L_reg`; 1 where neither has."""
+    here, before = both[1] / both[0], usual[1] / usual[0]
+    before = torch.where((usual > 0).all(), before, 1.0)
+    return torch.where((both > 0).all(), here, torch.where(both[1] == 0, before, 1.0))
+
+
+def _scaled(classification: Tensor, place: Tensor, ratio: Tensor, cls_weight: float) -> GuidedTerms:
+    # A classification loss as small as a denormal would make it infinite.
+    ratio = ratio.clamp(max=torch.finfo(classification.dtype).max).to(classification.dtype)
+    return GuidedTerms(cls_weight * ratio * classification, place)

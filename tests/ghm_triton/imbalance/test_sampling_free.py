@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -138,6 +139,62 @@ def test_a_batch_without_positives_still_learns_its_background():
     assert float(cls.grad) == 2.0
 
 
+def test_a_batch_without_positives_is_as_loud_as_those_before_it():
+    guide = GuidedLoss(cls_weight=2.0, reg_weight=3.0)
+    cls_before, reg_before = 0.0, 0.0
+    for cls, reg in ((4.0, 1.0), (2.0, 0.1), (8.0, 0.5)):
+        guide(*leaves(cls, reg))
+        cls_before, reg_before = 0.9 * cls_before + 0.1 * cls, 0.9 * reg_before + 0.1 * 3.0 * reg
+    cls, reg = leaves(0.3, 0.0)
+    guide(cls, reg).backward()
+    # What is remembered is float32.
+    assert float(cls.grad) == pytest.approx(2.0 * reg_before / cls_before, rel=1e-6)
+    again, _ = leaves(0.3, 0.0)
+    guide(again, leaves(0.0)[0]).backward()
+    assert float(again.grad) == float(cls.grad)  # and it teaches the guide nothing
+
+
+@pytest.mark.parametrize("values", [(1.0, 0.0), (0.0, 1.0), (math.nan, 1.0), (1.0, math.inf)])
+def test_a_guide_remembers_sound_batches_only(values):
+    guide = GuidedLoss()
+    guide(*leaves(4.0, 1.0))
+    before = guide.usual.clone()
+    assert before.all()
+    guide(*leaves(*values))
+    assert torch.equal(guide.usual, before)
+
+
+def test_a_guide_in_evaluation_mode_remembers_nothing():
+    guide = GuidedLoss().eval()
+    guide(*leaves(4.0, 1.0))
+    assert not guide.usual.any()
+
+
+def test_what_a_guide_remembers_travels_and_stays_float32():
+    guide, other = GuidedLoss(), GuidedLoss()
+    guide(*leaves(1e5, 1.0))  # infinite in float16
+    assert guide.half().usual.dtype == torch.float32
+    other.load_state_dict(guide.state_dict())
+    assert float(other.usual[0]) == pytest.approx(1e4, rel=1e-6)
+    guide.reset_parameters()
+    assert not guide.usual.any()
+
+
+def test_a_copy_of_a_guide_shares_its_group():
+    group = Uncopied()
+    guide = GuidedLoss(process_group=group)
+    twin = copy.deepcopy(guide)
+    assert twin.process_group is group
+    assert twin.usual is not guide.usual
+
+
+class Uncopied:
+    """As process groups are."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError("a process group cannot be copied")
+
+
 def test_a_vanishing_classification_loss_stays_finite():
     cls = torch.tensor(1e-40, requires_grad=True)  # a denormal
     loss = GuidedLoss()(cls, torch.tensor(100.0))
@@ -158,6 +215,8 @@ def test_arguments_of_guided_loss_are_checked():
         guided(*leaves(1.0, 1.0), cls_weight=0)
     with pytest.raises(ValueError, match="reg_weight must be positive, got nan"):
         guided(*leaves(1.0, 1.0), reg_weight=math.nan)
+    with pytest.raises(ValueError, match="cls_weight must be positive, got -1"):
+        GuidedLoss(cls_weight=-1)
 
 
 def test_ranks_share_one_ratio(monkeypatch):
