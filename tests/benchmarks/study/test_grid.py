@@ -249,7 +249,7 @@ def test_the_grids_that_come_along(name, monkeypatch):
     assert {"cleanliness", "ghm-rpn", "asdn", "astn", "asdn+astn", "bins-5", "ghm-iou"} <= asked
     assert {run.config.architecture for run in runs} == {"retinanet", "fcos", "faster-rcnn"}
     softmax = {run.method for run in runs if run.config.classifier == "softmax"}
-    assert softmax == {"ce", "asdn", "astn", "asdn+astn"}
+    assert softmax == {"ce", "ohem", "s-ohem", "asdn", "astn", "asdn+astn"}
     converged = [run for run in runs if run.section == "convergence"]
     for method in ("focal", "ghm"):
         assert {
