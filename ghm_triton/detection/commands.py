@@ -128,7 +128,12 @@ def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     add("--strength", type=float, help="of GHM-C, 0 (CE) to 1 (paper); default: 0.25")
     add("--strength-end", type=float, help="of GHM-C at the last step (default: constant)")
     add("--reg-strength", type=float, help="of GHM-R (default: 0.25)")
-    add("--reg-strength-end", type=float, help="of GHM-R at the last step (default: constant)")
+    add(
+        "--reg-strength-end",
+        type=float,
+        help="of GHM-R after --steps batches with boxes, which alone are counted (default:"
+        " constant)",
+    )
     add("--bins", type=int, help="unit regions of GHM-C (default: 30)")
     add("--average", choices=["positives", "valid"], help="divisor of GHM-C and CE (positives)")
     add(

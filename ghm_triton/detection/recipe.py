@@ -76,7 +76,9 @@ class TrainOptions:
         strength: Strength of GHM-C at the first step, in [0, 1].
         strength_end: Strength of GHM-C at the last step; None keeps it constant.
         reg_strength: Strength of GHM-R at the first step.
-        reg_strength_end: Strength of GHM-R at the last step; None keeps it constant.
+        reg_strength_end: Strength of GHM-R after `steps` batches with boxes, which are all that its
+            schedule counts: with empty batches in between it is not reached by the last step.
+            None keeps it constant.
         mining: What is learnt from: `none` (everything, and of a two-stage detector sampled
             regions), `ohem` or `s-ohem` (hard examples; of a two-stage detector, hard regions).
         mining_keep: Anchors, points or regions that mining keeps, an image.

@@ -171,11 +171,12 @@ def test_a_wrong_flag_is_one_sentence(words, message, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_help_says_what_balances_guided_losses(capsys):
+def test_help_says_what_a_flag_comes_to(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "of guided losses both, as the classification follows it: balance those by" in printed
+    assert "of GHM-R after --steps batches with boxes, which alone are counted" in printed
 
 
 def test_an_unknown_policy_lists_the_known(trained, capsys):

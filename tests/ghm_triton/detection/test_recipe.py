@@ -30,6 +30,14 @@ def test_strengths_run_from_start_to_end():
     assert losses.regression.loss.density.schedule is None
 
 
+def test_the_strength_of_the_boxes_moves_with_batches_that_have_some():
+    options = TrainOptions(steps=10, reg_strength=0.4, reg_strength_end=0.0)
+    regression = build_losses(options).regression
+    for boxes in 5 * (3, 0):
+        regression(torch.randn(boxes, 4), torch.zeros(boxes, 4))
+    assert float(regression.loss.density.current_strength()) == pytest.approx(0.2)
+
+
 def test_cross_entropy_is_ghm_of_strength_zero():
     options = TrainOptions(cls_loss="ce", strength=1.0)
     logits, labels = torch.randn(4, 6, 3), torch.randint(0, 4, (4, 6))
