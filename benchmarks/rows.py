@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,18 @@ class Rows:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.origin = dict(origin)
         self._rows = read(path)
-        if path.exists():
-            whole, newline, _ = path.read_bytes().rpartition(b"\n")
-            path.write_bytes(whole + newline)
-        self._stream = path.open("a")
+        path.touch()
+        whole, newline, rest = path.read_bytes().rpartition(b"\n")
+        if rest:
+            # Cut off in place: no moment without the rows, and a lock on the file still holds.
+            os.truncate(path, len(whole + newline))
+        self._path = path
 
     def add(self, row: Mapping[str, Any]) -> Row:
         """Write one row; returns it with its origin."""
         full = {**row, **self.origin}
-        self._stream.write(json.dumps(full) + "\n")
-        self._stream.flush()
+        with self._path.open("a") as stream:
+            stream.write(json.dumps(full) + "\n")
         self._rows.append(full)
         return full
 

@@ -1,6 +1,12 @@
 """Result files survive being cut off, and know what was measured here."""
 
+import gc
 import json
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import pytest
 
 from benchmarks.rows import Rows, current, latest, read
 
@@ -32,6 +38,27 @@ def test_an_unfinished_line_is_dropped(tmp_path):
     assert read(path) == [{"loss": "bce"}]
     Rows(path, {}).add({"loss": "ghm"})
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == ["bce", "ghm"]
+
+
+def test_rows_that_are_there_are_never_written_again(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"loss": "bce"}\n{"loss": "fo')
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: pytest.fail("they could be lost"))
+    file = path.stat().st_ino  # who holds a lock, holds it on this file
+    Rows(path, {})
+    assert path.read_text() == '{"loss": "bce"}\n'
+    assert path.stat().st_ino == file
+
+
+def test_no_stream_is_left_open(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = Rows(tmp_path / "rows.jsonl", {})
+        rows.add({"loss": "bce"})
+        with mock.patch("sys.unraisablehook") as unclosed:
+            del rows
+            gc.collect()
+    assert not unclosed.called
 
 
 def test_a_missing_file_has_no_rows(tmp_path):
