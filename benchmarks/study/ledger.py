@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from benchmarks.rows import Row, Rows, matches, read
-from benchmarks.study.plan import Run, key_of
+from benchmarks.study.plan import SETTING, Run, key_of
 
 RECENT = 10  # runs that an estimate is made of
 MARGIN = 1.2  # runs that share a machine do not all take the same time
@@ -61,12 +61,23 @@ class Ledger:
         return lookup(self._done, run)
 
     def settle(self, places: Sequence[Run], row: Row) -> None:
-        """Write a training's row under every place that wants it and does not have it yet."""
+        """Write a training's row under every place that wants it, unless it stands last there.
+
+        The last row of a place counts: where a default was changed and changed back, the row that
+        is wanted again must come after the other.
+        """
         for run in places:
-            if not any(matches(old, {**run.place(), **run.key()}) for old in self._done):
+            last = self._last(run)
+            if last is None or key_of(last) != key_of(run.key()):
                 added = self._rows.add({**row, **run.place()})
                 self._all.append(added)
                 self._done.append(added)
+
+    def _last(self, run: Run) -> Row | None:
+        """The last sound row of a place in the grid, whatever it was trained with."""
+        key = run.key()
+        place = {**run.place(), **{name: key[name] for name in SETTING}}
+        return next((row for row in reversed(self._done) if matches(row, place)), None)
 
     def fail(self, places: Sequence[Run], error: str, origin: Mapping[str, Any]) -> None:
         """Write down that a training failed; it is tried again by the next call."""

@@ -84,10 +84,8 @@ class Run:
         return f"{' · '.join(words)} · seed {self.options.seed}, {self.options.steps} steps"
 
 
-KEY = (
-    *("grid", "data", "detector", "seed", "steps", "batch_size", "image_size", "channels"),
-    *("options", "config", "recipe"),
-)
+SETTING = ("grid", "data", "detector", "seed", "steps", "batch_size", "image_size", "channels")
+KEY = (*SETTING, "options", "config", "recipe")
 
 
 def key_of(row: Row) -> str:

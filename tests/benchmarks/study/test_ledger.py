@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.rows import read
 from benchmarks.study.ledger import MARGIN, BusyError, Ledger, lookup
+from benchmarks.study.plan import Run
 
 HERE = {"cpu": "c", "gpu": None, "commit": "0"}
 
@@ -24,6 +25,18 @@ def test_a_row_for_each_place_that_wants_it_and_none_twice(place):
     places = [(row["section"], row["method"]) for row in read(place.out)]
     assert places == [("a", "good"), ("a", "copy"), ("b", "good")]
     assert {row["ap"] for row in read(place.out)} == {0.5}
+
+
+def test_a_recipe_that_is_wanted_again_stands_last_in_its_place(place, monkeypatch):
+    (good,) = place.add("a", "good").runs()
+    recipe = good.recipe()
+    for now, ap in ((recipe, 0.5), ("other", 0.75), (recipe, None), (recipe, None)):
+        monkeypatch.setattr(Run, "recipe", lambda _, now=now: now)
+        with Ledger(place.out, HERE) as ledger:
+            found = ledger.found(good)
+            assert bool(found) == (ap is None)
+            ledger.settle([good], found or row_of(good, ap=ap))
+    assert [row["ap"] for row in read(place.out)] == [0.5, 0.75, 0.5]
 
 
 def test_another_run_is_not_found(place):
