@@ -1,5 +1,7 @@
 """Processes that work off a list, each with its share of the cores; one that dies costs one item.
 
+A process goes on after what it did well; after a failure a fresh one takes its place.
+
 Not `concurrent.futures`, whose pool is of no more use once one of its processes was killed.
 """
 
@@ -51,8 +53,7 @@ def work_off(
     try:
         while True:
             while len(busy) < workers and (item := following()) is not None:
-                worker = idle.pop() if idle else Worker(work, threads)
-                worker.begin(item)
+                worker = _begun(item, idle, work, threads)
                 busy[worker.pipe] = (worker, item)
             if not busy:
                 return
@@ -60,7 +61,9 @@ def work_off(
             for pipe in [pipe for pipe in busy if pipe in ready]:
                 worker, item = busy.pop(pipe)
                 result = worker.result()
-                if worker.process.is_alive():
+                if isinstance(result, Failure):
+                    worker.leave()  # what failed may have spoilt its process: CUDA's asserts do
+                else:
                     idle.append(worker)
                 yield item, result
     finally:
@@ -68,6 +71,23 @@ def work_off(
             worker.process.terminate()
         for worker in [*idle, *(worker for worker, _ in busy.values())]:
             worker.leave()
+
+
+def _begun(
+    item: Item, idle: list[Worker[Item, Result]], work: Work[Item, Result], threads: int
+) -> Worker[Item, Result]:
+    """Who works on an item: somebody idle, else, or where they have died, somebody new."""
+    while idle:
+        worker = idle.pop()
+        try:
+            worker.begin(item)
+        except (BrokenPipeError, ConnectionResetError):
+            worker.leave()
+        else:
+            return worker
+    worker = Worker(work, threads)
+    worker.begin(item)
+    return worker
 
 
 class Worker(Generic[Item, Result]):
