@@ -35,7 +35,12 @@ RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
 
 
 def main(words: Sequence[str] | None = None, work: Callable[[Run], Row] = measure) -> int:
-    """The command. Returns 0, or 1 if a run failed, 2 if nothing could be started at all."""
+    """The command.
+
+    Returns:
+        0; 1 if a run failed, or if nothing was trained because it cannot fit into the time; 2 if
+        nothing could be started at all.
+    """
     arguments = parser().parse_args(words)
     try:
         runs = Grid(arguments.grid).runs(arguments.only)
@@ -100,11 +105,12 @@ class Study:
         self.jobs = max(1, min(wanted, self.total))
 
     def go(self, work: Callable[[Run], Row]) -> int:
-        """Work off what is waiting. Returns 1 if something failed, else 0."""
+        """Work off what is waiting. Returns 1 if something failed or nothing can ever fit."""
         origin = provenance()
         pending = {id(places[0]): places for places in self.waiting}
         print(f"{self.total} to train, {self.jobs} at a time", flush=True)
         threads = max(1, cores() // self.jobs)
+        room = self.end - time.monotonic()
         with closing(work_off(work, self._following, self.jobs, threads)) as results:
             for run, result in results:
                 places = pending[id(run)]
@@ -116,9 +122,23 @@ class Study:
                 else:
                     self.ledger.settle(places, {**result, "parallel": self.jobs})
                     self._say(run, f"AP {_number(result.get('ap'))} in {result.get('seconds')} s")
-        if self.waiting:
-            print(f"{len(self.waiting)} left, which do not fit into the time; call again")
-        return int(self.failed > 0)
+        too_long = self._tell_rest(room)
+        return int(self.failed > 0 or (too_long and self.finished == 0))
+
+    def _tell_rest(self, room: float) -> bool:
+        """Say what was not begun; returns whether some would not be in another such call either.
+
+        Args:
+            room: Seconds that this call had.
+        """
+        waiting = [(places[0], self.ledger.estimate(places[0])) for places in self.waiting]
+        too_long = [(run, seconds) for run, seconds in waiting if seconds > room]
+        if len(too_long) < len(waiting):
+            rest = len(waiting) - len(too_long)
+            print(f"{rest} left, which do not fit into the time; call again")
+        for run, seconds in too_long:
+            print(f"{run} cannot fit into {room:.0f} s: it takes about {seconds:.0f} s")
+        return bool(too_long)
 
     def _following(self) -> Run | None:
         """The first of those that wait which the time suffices for."""

@@ -2,11 +2,13 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import benchmarks.study.__main__ as command
+from benchmarks.provenance import provenance
 from benchmarks.rows import read
 from benchmarks.study.__main__ import Study, cores, main
 from benchmarks.study.ledger import Ledger
@@ -113,6 +115,36 @@ def test_what_does_not_fit_into_the_time_is_not_begun(place):
     begun = waiting(place, 90.0, [(done, 100.0)])  # a second a step, and something on top
     assert begun == [short, None, None, None]
     assert long.options.steps == 100
+
+
+def test_what_never_fits_is_named(place, worked, capsys):
+    done, _, _ = place.add("a", "good, fine", steps=100).add("b", "fine", steps=50).runs()
+    words = [str(place.path), "--out", str(place.out)]
+    here = provenance()
+    with Ledger(place.out, here) as ledger:
+        ledger.settle([done], {**work(done), **here})
+    assert main([*words, "--seconds", "90"], work) == 0  # something was trained
+    assert main([*words, "--seconds", "90"], work) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == (
+        "a · digits · retinanet · fine · seed 0, 100 steps cannot fit into 90 s:"
+        " it takes about 120 s"
+    )
+    assert not any("call again" in line for line in said)
+    assert [row["section"] for row in read(place.out)] == ["a", "b"]
+
+
+def test_what_fits_into_another_call_is_told_so(place, worked, capsys, monkeypatch):
+    place.add("a", "good, fine", steps=100)
+    now = [0.0]
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def pass_time(run):
+        now[0] += run.options.steps
+        return {**work(run), **provenance()}
+
+    assert main([str(place.path), "--out", str(place.out), "--seconds", "130"], pass_time) == 0
+    assert capsys.readouterr().out.endswith("1 left, which do not fit into the time; call again\n")
 
 
 def test_with_time_for_all_or_nothing_known_all_are_begun_in_order(place):
