@@ -21,6 +21,7 @@ WINDOW = CELLS // 3  # of a side of the window that is hidden, d/3
 TOP, DROPPED = 20, 15  # cells: the likeliest, and how many of them are hidden
 LEAST_FALL = 0.1  # of the true class's probability, for a mask to be learnt from
 JOINT_WEIGHT = 0.0025
+MET = 0.5  # of the objects meet the adversary
 MOST_DEGREES = 10.0
 GROUPS = 4  # of channels, each turned by its own angle
 
@@ -104,24 +105,34 @@ class Adversary(nn.Module):
     ASDN learns, with a weight of 0.0025, from those masks that lower the probability by more
     than 0.1; ASTN turns what is left.
 
+    Half of the objects are spared, drawn anew each time. Background is never made harder: if every
+    object were, the detector would learn that what has holes is an object, and miss those that have
+    none. (The released code spares every other image, for the same end.)
+
     Args:
         channels: Of the pooled features.
         kind: `asdn`, `astn` or `asdn+astn`.
         start: Batches before the detector meets its adversary, at least 0.
+        share: Of the objects that meet it, in (0, 1].
 
     Raises:
-        ValueError: `kind` is unknown, `start` is negative, or `channels` does not fit.
+        ValueError: `kind` is unknown, `start` is negative, `share` is not in (0, 1], or `channels`
+            does not fit.
     """
 
     batches: Tensor
 
-    def __init__(self, channels: int, kind: str = "asdn+astn", start: int = 0) -> None:
+    def __init__(
+        self, channels: int, kind: str = "asdn+astn", start: int = 0, share: float = MET
+    ) -> None:
         super().__init__()
         if kind not in KINDS[1:]:
             raise ValueError(f"kind must be one of {', '.join(KINDS[1:])}; got {kind!r}")
         if start < 0:
             raise ValueError(f"start must be at least 0, got {start}")
-        self.start = start
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"share must lie in (0, 1], got {share}")
+        self.start, self.share = start, share
         self.asdn = ASDN(channels) if "asdn" in kind else None
         self.astn = ASTN(channels) if "astn" in kind else None
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
@@ -141,27 +152,38 @@ class Adversary(nn.Module):
         self.batches += 1
         # All ranks of a distributed run must have a gradient of every parameter.
         loss = torch.stack([p.sum() for p in self.parameters()]).sum().float() * 0.0
-        if self.asdn is not None and len(pooled):
+        if not len(pooled):
+            return pooled, loss
+        if not joint:
+            return pooled, loss + self._window_loss(pooled.detach(), probability)
+        met = torch.rand(len(pooled), 1, 1, device=pooled.device) < self.share
+        if self.asdn is not None:
             logits = self.asdn(pooled.detach())
-            if joint:
-                hidden = draw_cells(logits.detach())
-                harder = hide(pooled, hidden)
-                loss = loss + JOINT_WEIGHT * _joint_loss(
-                    logits, hidden, pooled.detach(), harder.detach(), probability
-                )
-                pooled = harder
-            else:
-                window = hardest_windows(pooled.detach(), probability).to(logits.dtype)
-                loss = loss + F.binary_cross_entropy_with_logits(logits, window)
-        if self.astn is not None and joint and len(pooled):
-            pooled = self.astn(pooled)
+            hidden = draw_cells(logits.detach()) & met
+            harder = hide(pooled, hidden)
+            loss = loss + JOINT_WEIGHT * _joint_loss(
+                logits, hidden, pooled.detach(), harder.detach(), probability
+            )
+            pooled = harder
+        if self.astn is not None:
+            pooled = torch.where(met.unsqueeze(1), self.astn(pooled), pooled)
         return pooled, loss
+
+    def _window_loss(self, pooled: Tensor, probability: Probability) -> Tensor | float:
+        if self.asdn is None:
+            return 0.0
+        logits = self.asdn(pooled)
+        window = hardest_windows(pooled, probability).to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits, window)
 
 
 def _joint_loss(
     logits: Tensor, hidden: Tensor, pooled: Tensor, harder: Tensor, probability: Probability
 ) -> Tensor:
-    """BCE of the masks that hurt, over all their cells; 0 where none did."""
+    """BCE of the masks that hurt, over all their cells; 0 where none did.
+
+    An empty mask, of an object that was spared, hurts nobody.
+    """
     with torch.no_grad():
         hurt = probability(pooled) - probability(harder) > LEAST_FALL
     target = hidden.to(logits.dtype)

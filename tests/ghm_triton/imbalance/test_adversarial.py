@@ -174,7 +174,7 @@ def bce(logits: Tensor, target: Tensor) -> Tensor:
 
 def test_before_its_start_the_adversary_learns_windows_and_leaves_the_features_alone():
     torch.manual_seed(0)
-    adversary, pooled = Adversary(CHANNELS, "asdn+astn", start=1), features(3)
+    adversary, pooled = Adversary(CHANNELS, "asdn+astn", start=1, share=1.0), features(3)
     cells = evidence((1, 1), (4, 0), (2, 5))
     seen, loss = adversary(pooled, share_of(cells))
     assert seen is pooled
@@ -190,7 +190,8 @@ def test_before_its_start_the_adversary_learns_windows_and_leaves_the_features_a
 
 def test_then_it_hides_cells_and_learns_from_the_masks_that_hurt():
     torch.manual_seed(0)
-    adversary, pooled = Adversary(CHANNELS, "asdn"), torch.ones(3, CHANNELS, CELLS, CELLS)
+    adversary = Adversary(CHANNELS, "asdn", share=1.0)
+    pooled = torch.ones(3, CHANNELS, CELLS, CELLS)
     with torch.no_grad():  # it wants to hide the upper rows
         for p in adversary.asdn.parameters():
             p.zero_()
@@ -210,9 +211,44 @@ def test_then_it_hides_cells_and_learns_from_the_masks_that_hurt():
     assert adversary.asdn.layers[-1].bias.grad is not None
 
 
+@pytest.mark.parametrize("kind", ["asdn", "astn", "asdn+astn"])
+def test_half_of_the_objects_are_spared_and_never_the_same(kind):
+    torch.manual_seed(0)
+    adversary, pooled = Adversary(CHANNELS, kind), features(400)
+    if adversary.astn is not None:
+        with torch.no_grad():
+            adversary.astn.localisation[-1].bias.fill_(0.5)
+
+    def spared() -> Tensor:
+        harder, _ = adversary(pooled, lambda x: x.sum((1, 2, 3)))
+        same: Tensor = (harder == pooled).flatten(1).all(1)
+        return same
+
+    first, second = spared(), spared()
+    # Binomial: within five standard deviations of 200, and of 100 for both times.
+    assert abs(int(first.sum()) - 200) < 5 * math.sqrt(400 * 0.25)
+    assert abs(int((first & second).sum()) - 100) < 5 * math.sqrt(400 * 0.25 * 0.75)
+
+
+def test_nothing_is_learnt_from_objects_that_are_spared():
+    torch.manual_seed(0)
+    adversary, pooled = (
+        Adversary(CHANNELS, "asdn", share=0.5),
+        torch.ones(4, CHANNELS, CELLS, CELLS),
+    )
+    logits = adversary.asdn(pooled).detach()
+    harder, loss = adversary(pooled, lambda x: x.mean((1, 2, 3)))
+    hidden = (harder[:, 0] == 0).double()
+    met = hidden.any(2).any(1)
+    assert 0 < int(met.sum()) < 4
+    wanted = 0.0025 * float(bce(logits[met], hidden[met]).mean())
+    assert float(loss.detach()) == pytest.approx(wanted, rel=1e-5)  # float32 against float64
+
+
 def test_a_fall_of_a_tenth_is_not_enough():
     torch.manual_seed(0)
-    adversary, pooled = Adversary(CHANNELS, "asdn"), torch.ones(2, CHANNELS, CELLS, CELLS)
+    adversary = Adversary(CHANNELS, "asdn", share=1.0)
+    pooled = torch.ones(2, CHANNELS, CELLS, CELLS)
 
     def falls_by(most: float):
         return lambda x: torch.where((x == 0).flatten(1).any(1), 1 - most, 1.0)
@@ -225,13 +261,14 @@ def test_a_fall_of_a_tenth_is_not_enough():
 
 def test_both_follow_one_another_and_the_losses_gradient_stays_with_the_adversary():
     torch.manual_seed(0)
-    adversary = Adversary(CHANNELS, "asdn+astn")
+    adversary = Adversary(CHANNELS, "asdn+astn", share=1.0)
     with torch.no_grad():
         adversary.astn.localisation[-1].bias.fill_(0.5)
     pooled = features().requires_grad_()
     torch.manual_seed(1)
     harder, loss = adversary(pooled, lambda x: x.mean((1, 2, 3)))
     torch.manual_seed(1)
+    torch.rand(5)  # who is spared
     hidden = hide(pooled, draw_cells(adversary.asdn(pooled)))
     torch.testing.assert_close(harder, rotate_groups(hidden, adversary.astn.angles(hidden)))
     loss.backward(retain_graph=True)
@@ -289,6 +326,7 @@ def test_the_number_of_batches_is_in_the_state_dict():
     [
         (lambda: Adversary(8, "none"), "kind must be one of asdn, .*got 'none'"),
         (lambda: Adversary(8, "asdn", -1), "start must be at least 0, got -1"),
+        (lambda: Adversary(8, share=0.0), r"share must lie in \(0, 1\], got 0.0"),
         (lambda: ASTN(6), "channels must be a multiple of 4, got 6"),
         (lambda: draw_cells(torch.zeros(1, 2, 2)), "cannot draw 15 of the top 20 of 4 cells"),
         (lambda: draw_cells(torch.zeros(1, 7, 7), 5, 6), "cannot draw 6 of the top 5"),
