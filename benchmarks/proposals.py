@@ -68,6 +68,7 @@ def run_key(arguments: argparse.Namespace) -> dict[str, Any]:
     data = ":".join(part.rsplit("/", 1)[-1] for part in arguments.data.split(":"))
     return {
         "data": data,
+        "train_split": arguments.train_split,
         "image_size": list(arguments.image_size),
         "channels": arguments.channels,
         "steps": arguments.steps,
@@ -139,12 +140,12 @@ def recall(overlaps: dict[int, Tensor]) -> dict[str, float]:
 
 def table(rows: Iterable[Row]) -> str:
     """Mean and range over seeds, as Markdown."""
-    head = ("data", "channels", "steps", "network")
+    head = ("data", "train_split", "channels", "steps", "network")
     lines = [f"| {' | '.join((*head, 'seeds', *MEASURED))} |"]
     lines.append("|---" * (len(head) + 1 + len(MEASURED)) + "|")
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in head), []).append(row)
+        groups.setdefault(tuple(row.get(name) for name in head), []).append(row)
     for what, runs in groups.items():
         cells = [_spread([run[name] for run in runs]) for name in MEASURED]
         lines.append(f"| {' | '.join(map(str, (*what, len(runs), *cells)))} |")

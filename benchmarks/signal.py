@@ -47,6 +47,7 @@ from ghm_triton.detection.train import train
 from ghm_triton.functional import focal_loss, ghm_c_loss
 
 RESULTS = Path(__file__).parent / "results" / "signal.jsonl"
+KEY = ("data", "train_split", "image_size", "channels", "steps", "seed", "batch_size", "loss")
 BATCHES = 32
 WARM = 8  # batches that only move the averages
 THIN = 16
@@ -64,13 +65,16 @@ def main() -> None:
         for seed in arguments.seeds:
             head = {
                 "data": arguments.data.rsplit("/", 1)[-1],
+                "train_split": arguments.train_split,
+                "image_size": list(arguments.image_size),
+                "channels": arguments.channels,
                 "steps": arguments.steps,
                 "seed": seed,
                 "batch_size": arguments.batch_size,
             }
             for name, found in look(arguments, seed).items():
                 rows.add({**head, "loss": name, **found})
-    print(table(latest(read(arguments.out), ("data", "steps", "seed", "batch_size", "loss"))))
+    print(table(latest(read(arguments.out), KEY)))
 
 
 def losses() -> dict[str, Loss]:
