@@ -29,12 +29,14 @@ class Regions(NamedTuple):
     """The regions of a density, as its moving average stands; all float64 `[regions]`.
 
     `N` is the average's sum, as the batches themselves are gone; with `ema="mmdet"` that is less
-    than their entries in the first steps.
+    than their entries in the first steps. For `n`, the regions occupied in a batch, stand those in
+    use, with at least 0.01 entries a batch; under `ema="mmdet"`, where none decays, these are all
+    that were ever hit, and the weights may be too low.
 
     Attributes:
         centres: Of the gradient norm, in (0, 1).
         entries: In a batch, on average.
-        betas: `N / (S_j n)`, the paper's weight; 0 for regions without entries.
+        betas: `N / (S_j n)`, the paper's weight; 0 for regions that are not in use.
         weights: What an entry weighs at the present strength, and at most `max_weight`.
         shares: Of the sum of all weighted gradient norms, with sum 1.
     """
@@ -61,19 +63,35 @@ def regions_of(density: GradientDensity) -> Regions:
         raise ValueError("this density has counted nothing yet: train a step first")
     if density.ema == "debiased":
         entries = entries / (1.0 - density.momentum**updates)
-    occupied = entries > 0
-    if density.method == "streaming":
-        spread = stream_density(entries, density.bins)
-    else:
-        counted = int(occupied.sum()) if density.normalizer == "valid_bins" else density.bins
-        spread = entries * counted
-    betas = torch.where(occupied, entries.sum() / torch.where(occupied, spread, 1.0), 0.0)
-    weights = torch.where(occupied, betas ** density.current_strength().double().cpu(), 0.0)
+    used, spread = _in_use(density, entries)
+    betas = torch.where(used, entries.sum() / torch.where(used, spread, 1.0), 0.0)
+    weights = torch.where(used, betas ** density.current_strength().double().cpu(), 0.0)
     if density.max_weight is not None:
         weights = weights.clamp(max=density.max_weight)
     centres = (torch.arange(len(entries), dtype=torch.float64) + 0.5) / len(entries)
     gradient = centres * weights * entries
     return Regions(centres, entries, betas, weights, gradient / gradient.sum())
+
+
+def _in_use(density: GradientDensity, entries: Tensor) -> tuple[Tensor, Tensor]:
+    """Which regions are in use, and what `N` is divided by for the weight of each.
+
+    One that is not would seem to take as much of the gradient as the others: the fewer its entries,
+    the larger its weight.
+    """
+    if density.method == "streaming":
+        spread = stream_density(entries, density.bins)
+        held = torch.where(entries > 0, spread / density.bins, 0.0)  # by the window
+        return _not_forgotten(held), spread
+    used = _not_forgotten(entries)
+    counted = int(used.sum()) if density.normalizer == "valid_bins" else density.bins
+    return used, entries * counted
+
+
+def _not_forgotten(held: Tensor) -> Tensor:
+    used = held >= FORGOTTEN
+    # Very few entries in very many regions: each has less than that, and none is forgotten.
+    return used if bool(used.any()) else held > 0
 
 
 def problems_of(density: GradientDensity) -> list[str]:
@@ -141,7 +159,7 @@ def plot_density(density: GradientDensity) -> Figure:
     from matplotlib.figure import Figure
 
     found = regions_of(density)
-    centres, used = found.centres.numpy(), found.entries > 0
+    centres, used = found.centres.numpy(), found.betas > 0
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     counts, weights, shares = figure.subplots(1, 3)
     counts.bar(centres, found.entries.numpy(), 0.9 / len(centres), color=COUNTS)

@@ -3,10 +3,12 @@ import warnings
 import pytest
 import torch
 
+from ghm_triton import reference
 from ghm_triton.density import GradientDensity
 from ghm_triton.diagnosis import DensityWarning, problems_of, regions_of, warn_of
 from ghm_triton.functional import ghm_c_loss
 from ghm_triton.losses import GHMCLoss, GHMRLoss, GHMSoftmaxLoss
+from ghm_triton.reference import RegionCounts
 
 
 def counted(entries, *, updates=1, **options):
@@ -49,6 +51,44 @@ def test_the_average_is_debiased_as_it_is_when_it_weighs():
         pytest.approx([50 / 120, 50 / 30, 0.0])
     )
     assert regions_of(counted([40.0, 10.0], updates=2, momentum=0.5, ema="mmdet")).entries[0] == 40
+
+
+def fed(density, batches):
+    """The weights of the last batch, given the entries by region of each."""
+    for entries in batches:
+        counts = RegionCounts(entries.long(), torch.zeros(1).double(), torch.tensor(0))
+        weights, _ = density.weigh(counts, reference)
+    return weights.double()
+
+
+@pytest.mark.parametrize("method", ["unit_region", "streaming"])
+@pytest.mark.parametrize("normalizer", ["valid_bins", "bins"])
+def test_regions_that_were_not_hit_for_long_weigh_on_nobody(method, normalizer):
+    """Every region is hit once, and then a third of them only: as is weighed, so is reported."""
+    density = GradientDensity(30, 0.75, 1.0, normalizer, density=method)
+    everywhere = torch.full((density.regions,), 100.0)
+    hit = torch.arange(density.regions) < density.regions // 3
+    really = fed(density, [everywhere, *60 * [everywhere * hit]])
+    found = regions_of(density)
+    # Float32 weights.
+    torch.testing.assert_close(found.weights[hit], really[hit], rtol=1e-5, atol=0)
+    assert float(found.entries[-1]) > 0  # not gone yet
+    assert float(found.weights[-1]) == 0.0
+    assert float(found.shares[hit].sum()) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_a_weight_that_explodes_is_measured_by_the_regions_in_use():
+    density = GradientDensity(30, 0.75, 1.0)
+    sparse = torch.zeros(30)
+    sparse[0], sparse[29] = 400_000.0, 100.0
+    really = fed(density, [torch.full((30,), 10.0), *40 * [sparse]])
+    [problem] = [x for x in problems_of(density) if "explode" in x]
+    assert f"weighs {float(really.max()):.3g}" in problem
+
+
+def test_entries_thinner_than_what_is_forgotten_are_looked_at_all_the_same():
+    found = regions_of(counted(1000 * [0.001], strength=1.0))
+    assert found.weights.tolist() == pytest.approx(1000 * [1.0])
 
 
 def test_thin_bins_are_named_with_the_remedy():

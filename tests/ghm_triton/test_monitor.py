@@ -117,7 +117,7 @@ class TestDensityMonitor:
 
     def test_a_region_that_was_long_not_hit_is_not_loud(self):
         found = logged(counted([1e6, 100.0, 1e-3]))
-        assert found.scalars["ghm/largest_weight"] == pytest.approx(1000100.001 / 300)
+        assert found.scalars["ghm/largest_weight"] == pytest.approx(1000100.001 / 200)
         assert found.bars["ghm/weights"][2] == 0
         forgotten = logged(counted([1e-3, 1e-4]))
         assert forgotten.scalars["ghm/largest_weight"] == 0
