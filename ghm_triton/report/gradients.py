@@ -107,7 +107,8 @@ def harmonizing_weights(histogram: Histogram, strength: float) -> Array:
     occupied = counts > 0
     with np.errstate(divide="ignore"):
         betas = counts.sum() / (counts * occupied.sum())
-    return np.where(occupied, betas, np.nan) ** strength
+    # The power first: that of NaN is 1 at strength 0.
+    return np.where(occupied, betas**strength, np.nan)
 
 
 def contributions(histogram: Histogram, strengths: Iterable[float]) -> dict[str, Array]:

@@ -39,7 +39,7 @@ def test_harmonized_gradients_are_those_of_the_loss(strength):
     loss.backward()
     histogram = Histogram(np.array([0.0, 0, 1, 0]), np.array([5.0, 0, 1, 1]))
     weights = harmonizing_weights(histogram, strength)
-    assert np.isnan(weights[1]) == (strength > 0)
+    assert np.isnan(weights).tolist() == [False, True, False, False]
     ours = (weights * histogram.centres)[[0, 0, 0, 0, 0, 2, 2, 3]]
     # The loss weighs in float32: 2^-24 a rounding, a few of them.
     np.testing.assert_allclose(ours, logits.grad.numpy(), rtol=1e-6)
