@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
 from ghm_triton.report import figures, gradient_figures, sweeps, tables
-from ghm_triton.report.runs import Group, Study
+from ghm_triton.report.runs import Group, Study, trainings
 from ghm_triton.report.style import NothingToDrawError, Style, styles_of
 
 FILE = "report.md"
@@ -70,7 +71,7 @@ def write_report(study: Study, out: Path, baseline: str = "focal") -> list[Path]
         except NothingToDrawError as reason:
             missing.append(f"- {picture.title}: {reason}.")
             continue
-        path = out / f"{picture.name}.png"
+        path = out / f"{_unused(picture.name, written)}.png"
         figure.savefig(path, dpi=DPI)
         written.append(path)
         drawn.append(f"### {picture.title}\n\n![{picture.title}]({path.name})\n\n{picture.caption}")
@@ -168,12 +169,19 @@ def _slug(section: str) -> str:
     return re.sub(r"[^A-Za-z0-9-]+", "_", section)
 
 
+def _unused(name: str, written: Sequence[Path]) -> str:
+    """A picture's name, numbered where one written before has it, in whatever case."""
+    used = {path.stem.lower() for path in written[1:]}
+    numbered = (f"{name}-{place}" for place in count(2))
+    return next(each for each in chain([name], numbered) if each.lower() not in used)
+
+
 def _tables(study: Study, groups: Sequence[Group], baseline: str) -> list[str]:
     return [
         "# Study",
-        f"{len(study.runs)} runs. AP as COCO defines it, on the test split, mean ± sample standard"
-        " deviation over seeds; the best mean of a column in bold. A difference is the mean over"
-        " seeds that both methods have, with its range in parentheses.",
+        f"{trainings(study.runs)} trainings. AP as COCO defines it, on the test split, mean ± sample"
+        " standard deviation over seeds; the best mean of a column in bold. A difference is the mean"
+        " over seeds that both methods have, with its range in parentheses.",
         "## Methods",
         tables.methods(groups, baseline),
         "## AP by class",

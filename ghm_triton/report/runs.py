@@ -246,6 +246,12 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
+def trainings(runs: Iterable[Run]) -> int:
+    """How many trainings runs are of: a study writes one down at every place that wants it."""
+    places = ("section", "method")
+    return len({shown({k: v for k, v in run.items() if k not in places}) for run in runs})
+
+
 def summarise(values: Iterable[float]) -> Summary | None:
     """Mean, sample standard deviation and range; None of nothing."""
     each = list(values)

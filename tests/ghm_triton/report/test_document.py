@@ -86,3 +86,20 @@ def test_a_section_may_have_any_name(write, make, tmp_path):
     study = read_study([write(make(section="../a b"))])
     written = write_report(study, tmp_path / "out")
     assert [path.name for path in written[1:]] == ["ap__a_b.png", "initial_loss.png"]
+
+
+@pytest.mark.parametrize(
+    "names", [("a b", "a_b"), ("é", "ü"), ("A", "a"), ("bins", "against_bins")]
+)
+def test_no_picture_replaces_another(write, make, tmp_path, names):
+    rows = [make(section=name, bins=5) for name in names]
+    written = write_report(read_study([write(*rows)]), tmp_path / "out")
+    pictures = [path.name for path in written[1:]]
+    assert len({name.lower() for name in pictures}) == len(pictures) == 3
+    assert re.findall(r"!\[.*\]\((.*)\)", written[0].read_text()) == pictures
+
+
+def test_what_several_sections_show_is_counted_once(write, make, tmp_path):
+    rows = [make(), make(section="bins"), make(seed=1)]
+    text = write_report(read_study([write(*rows)]), tmp_path / "out")[0].read_text()
+    assert "\n2 trainings. AP" in text

@@ -12,6 +12,7 @@ from ghm_triton.report.runs import (
     paired,
     read_study,
     titles,
+    trainings,
 )
 
 
@@ -179,6 +180,12 @@ def test_disagreements_name_the_seeds(groups, make):
     assert group.disagreements() == {"commit": {"aaa": [0], "bbb": [1, 2]}}
     (group,) = groups(make(seed=0, options={"lr": 1, "bins": 2}), make(seed=1, options={"lr": 1}))
     assert list(group.disagreements()) == ["options"]
+
+
+def test_one_training_in_several_places_counts_once(make):
+    row = make("ghm", ap=0.5, seconds=40.1)
+    rows = [row, {**row, "section": "bins"}, {**row, "method": "bins-30"}, {**row, "seed": 1}]
+    assert trainings(rows) == 2
 
 
 def test_titles_tell_settings_apart():
