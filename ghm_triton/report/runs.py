@@ -15,7 +15,7 @@ Run = dict[str, Any]
 # What every line has, whether its run ended well or not, and of which type.
 KEY = {"section": str, "data": str, "detector": str, "method": str, "seed": int, "steps": int}
 # Where rows of one method should agree, or a reader has to be told.
-ORIGIN = ("grid", "cpu", "gpu", "source", "commit", "versions", "options", "config")
+ORIGIN = ("grid", "cpu", "gpu", "source", "commit", "versions", "options", "config", "recipe")
 
 
 class RunFileError(ValueError):

@@ -180,6 +180,9 @@ def test_disagreements_name_the_seeds(groups, make):
     assert group.disagreements() == {"commit": {"aaa": [0], "bbb": [1, 2]}}
     (group,) = groups(make(seed=0, options={"lr": 1, "bins": 2}), make(seed=1, options={"lr": 1}))
     assert list(group.disagreements()) == ["options"]
+    # Where a default has changed, options that differ from it may be the same.
+    (group,) = groups(make(seed=0, recipe="a"), make(seed=1, recipe="b"))
+    assert group.disagreements() == {"recipe": {"a": [0], "b": [1]}}
 
 
 def test_one_training_in_several_places_counts_once(make):
