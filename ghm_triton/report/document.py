@@ -121,7 +121,10 @@ def _results(own: Sequence[Group], styles: Mapping[str, Style], baseline: str) -
         "losses",
         "Loss curves",
         "Means over equal stretches of steps and over seeds. Methods scale their losses"
-        " differently: compare the shapes, not the heights." + _without(own, figures.has_curves),
+        " differently: compare the shapes, not the heights. Of guided methods the classification is"
+        " shown as it was before the guide made it as large as the boxes."
+        + _named("It is not recorded of", own, figures.lacks_classification)
+        + _without(own, figures.has_curves),
         partial(figures.loss_curves, own, styles),
     )
     yield Picture(
@@ -160,9 +163,12 @@ def _gradients(own: Sequence[Group], styles: Mapping[str, Style]) -> Iterator[Pi
 
 def _without(own: Sequence[Group], has: Callable[[Group], bool]) -> str:
     """A sentence on the methods that a figure cannot show."""
-    lacking = [group for group in own if not has(group)]
-    names = (f"{group.method} ({group.setting.label})" for group in lacking)
-    return f" Without such rows: {'; '.join(names)}." if lacking else ""
+    return _named("Without such rows", own, lambda group: not has(group))
+
+
+def _named(what: str, own: Sequence[Group], applies: Callable[[Group], bool]) -> str:
+    names = [f"{group.method} ({group.setting.label})" for group in own if applies(group)]
+    return f" {what}: {'; '.join(names)}." if names else ""
 
 
 def _slug(section: str) -> str:
@@ -179,9 +185,9 @@ def _unused(name: str, written: Sequence[Path]) -> str:
 def _tables(study: Study, groups: Sequence[Group], baseline: str) -> list[str]:
     return [
         "# Study",
-        f"{trainings(study.runs)} trainings. AP as COCO defines it, on the test split, mean ± sample"
-        " standard deviation over seeds; the best mean of a column in bold. A difference is the mean"
-        " over seeds that both methods have, with its range in parentheses.",
+        f"{trainings(study.runs)} trainings. AP as COCO defines it, on the test split, mean ±"
+        " sample standard deviation over seeds; the best mean of a column in bold. A difference is"
+        " the mean over seeds that both methods have, with its range in parentheses.",
         "## Methods",
         tables.methods(groups, baseline),
         "## AP by class",

@@ -9,6 +9,7 @@ from ghm_triton.report.runs import Run, Study, number, setting_of
 
 TAGS = {
     "classification": "loss/classification",
+    "unguided_classification": "loss/unguided_classification",
     "bbox_regression": "loss/bbox_regression",
     "grad_norm": "optimiser/grad_norm",
 }

@@ -14,8 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ghm_triton.report.runs import (
+    CLASSIFICATION,
+    REGRESSION,
+    UNGUIDED,
     Group,
     by_setting,
+    guided,
     number,
     titles,
 )
@@ -42,7 +46,7 @@ from ghm_triton.report.tables import (
 
 POLICY_COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#882255", "#999933", "#332288")
 TICKS = 5  # at most, so that long numbers do not touch
-CURVES = (("classification", "classification loss"), ("bbox_regression", "regression loss"))
+CURVES = ((CLASSIFICATION, "classification loss"), (REGRESSION, "regression loss"))
 
 
 def has_ap(group: Group) -> bool:
@@ -53,6 +57,11 @@ def has_ap(group: Group) -> bool:
 def has_curves(group: Group) -> bool:
     """Whether any seed has a loss curve."""
     return any(_curve(group, name) for name, _ in CURVES)
+
+
+def lacks_classification(group: Group) -> bool:
+    """Whether loss curves are there, but of a guided classification only as the guide left it."""
+    return has_curves(group) and not _curve(group, CLASSIFICATION)
 
 
 def has_policies(group: Group) -> bool:
@@ -102,7 +111,10 @@ def average_precision(
 
 
 def loss_curves(groups: Sequence[Group], styles: Mapping[str, Style]) -> Figure:
-    """Both losses over the steps by method, means over seeds; one row of panels a setting."""
+    """Both losses over the steps by method, means over seeds; one row of panels a setting.
+
+    A guided classification is drawn as it was before: the guide makes it the boxes' curve again.
+    """
     drawn = [group for group in groups if has_curves(group)]
     if not drawn:
         raise NothingToDrawError("no row has loss curves")
@@ -136,7 +148,8 @@ def _curve(group: Group, name: str) -> dict[float, float]:
     points: dict[float, list[float]] = {}
     for run in group.runs:
         curves = run.get("curves") or {}
-        pairs = zip(curves.get("step") or (), curves.get(name) or (), strict=False)
+        recorded = UNGUIDED if name == CLASSIFICATION and guided(run) else name
+        pairs = zip(curves.get("step") or (), curves.get(recorded) or (), strict=False)
         for step, loss in pairs:
             value = number(loss)
             if value is not None and value > 0:

@@ -17,6 +17,11 @@ KEY = {"section": str, "data": str, "detector": str, "method": str, "seed": int,
 # Where rows of one method should agree, or a reader has to be told.
 ORIGIN = ("grid", "cpu", "gpu", "source", "commit", "versions", "options", "config", "recipe")
 
+# Losses that have curves; how the first was before a guide scaled it to the second.
+CLASSIFICATION, REGRESSION = "classification", "bbox_regression"
+UNGUIDED = "unguided_classification"
+SAME_RATIO = 1e-4  # rows have losses to six digits
+
 
 class RunFileError(ValueError):
     """A line of a result file that is no row of a study."""
@@ -244,6 +249,20 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def guided(run: Run) -> bool:
+    """Whether a guide scaled the classification to the boxes, so that its curve is theirs again.
+
+    Told by the curve of how it was before; rows recorded earlier lack it, but in them the two
+    losses have the same ratio at all points.
+    """
+    curves = run.get("curves") or {}
+    if UNGUIDED in curves:
+        return True
+    pairs = zip(curves.get(CLASSIFICATION) or (), curves.get(REGRESSION) or (), strict=False)
+    ratios = [mine / boxes for mine, boxes in pairs if number(mine) and number(boxes)]
+    return len(ratios) > 1 and max(ratios) - min(ratios) < SAME_RATIO * max(ratios)
 
 
 def trainings(runs: Iterable[Run]) -> int:

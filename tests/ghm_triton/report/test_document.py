@@ -16,7 +16,7 @@ def study(write, make):
         strength=0.25,
         ap_per_class={"a": [0.5, 0.8]},
         gradient_norms={"positives": [3, 1], "negatives": [90, 2]},
-        curves={"step": [1, 2], "classification": [2.0, 1.0], "bbox_regression": [1.0, 0.5]},
+        curves={"step": [1, 2], "classification": [2.0, 1.5], "bbox_regression": [1.0, 0.5]},
         policies={"f1": {"macro_f1": 0.7}, "single": {"macro_f1": 0.6}},
     )
     failed = {**make("asdn"), "error": "ValueError: it looks once"}
@@ -80,6 +80,18 @@ def test_without_runs_or_baseline_there_is_no_report(write, make, tmp_path):
     with pytest.raises(ValueError, match="baseline 'fokal'; methods: focal, ghm"):
         write_report(study, tmp_path / "out", "fokal")
     assert not (tmp_path / "out").exists()
+
+
+def test_guided_methods_whose_classification_is_not_known_are_named(write, make, tmp_path):
+    boxes = [1.0, 0.5]
+    earlier = {"step": [1, 2], "classification": boxes, "bbox_regression": boxes}
+    now = {**earlier, "unguided_classification": [4.0, 3.0]}
+    rows = [make("focal"), make("ghm", curves=now), make("ghm-s0", curves=earlier)]
+    text = write_report(read_study([write(*rows)]), tmp_path / "out")[0].read_text()
+    caption = text.partition("![Loss curves (methods)]")[2].partition("### ")[0]
+    assert "as it was before" in caption
+    assert "not recorded of: ghm-s0 (digits, retinanet, 600 steps)." in caption
+    assert "Without such rows: focal (digits, retinanet, 600 steps)." in caption
 
 
 def test_a_section_may_have_any_name(write, make, tmp_path):

@@ -24,13 +24,15 @@ def scalars(folder):
 
 
 def test_every_run_with_curves_has_its_own(write, make, tmp_path):
-    rows = [make("ghm", 1, curves=curves([2.0, 1.0])), make("ce"), make(curves=curves([3.0, 3.0]))]
+    guided = {**curves([2.0, 1.0]), "unguided_classification": [9.0, 8.0]}
+    rows = [make("ghm", 1, curves=guided), make("ce"), make(curves=curves([3.0, 3.0]))]
     assert write_events(read_study([write(*rows)]), tmp_path / "events") == 2
     setting = "digits_retinanet_600_steps_batch_16_128x128_pixels_48_channels"
     home = tmp_path / "events" / "methods" / setting
     assert sorted(path.name for path in home.iterdir()) == ["focal", "ghm"]
     assert scalars(home / "ghm" / "seed_1") == {
         "loss/classification": [(10, 2.0), (20, 1.0)],
+        "loss/unguided_classification": [(10, 9.0), (20, 8.0)],
         "loss/bbox_regression": [(10, 0.5)],
         "optimiser/grad_norm": [(10, 4.0), (20, 3.0)],
     }

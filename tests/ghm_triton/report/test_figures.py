@@ -51,6 +51,23 @@ def test_loss_curves_are_means_over_seeds(groups, make):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["focal"]
 
 
+def test_a_guided_classification_is_drawn_as_it_was_before(groups, make):
+    boxes, before = [1.0, 0.5, 0.3], [9.0, 8.0, 6.0]
+    told = {**curves([10, 20, 30], boxes, boxes), "unguided_classification": before}
+    earlier = curves([10, 20, 30], [2.00001, 1.0, 0.6], boxes)  # twice the boxes, as rows round
+    free = curves([10, 20, 30], [2.0, 1.0, 0.5], boxes)
+    rows = [make("focal", curves=free), make("ghm", 0, curves=told)]
+    rows += [make("ghm", 1, curves=earlier), make("old", curves=earlier), make("none")]
+    found = groups(*rows)
+    classification, regression = figures.loss_curves(found, styles_of(found)).axes
+    drawn = [list(line.get_ydata()) for line in classification.get_lines()]
+    assert drawn == [free["classification"], before]
+    assert len(regression.get_lines()) == 3
+    lacking = [group.method for group in found if figures.lacks_classification(group)]
+    assert lacking == ["old"]
+    assert figures.loss_curves([found[2]], styles_of(found)).axes[0].get_lines() == []
+
+
 def test_threshold_policies_are_bars_with_their_range(groups, make):
     def policies(f1, single):
         return {"f1": {"macro_f1": f1}, "single": {"macro_f1": single}}

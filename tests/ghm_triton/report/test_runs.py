@@ -8,6 +8,7 @@ from ghm_triton.report.runs import (
     RunFileError,
     Setting,
     baseline_of,
+    guided,
     number,
     paired,
     read_study,
@@ -189,6 +190,22 @@ def test_one_training_in_several_places_counts_once(make):
     row = make("ghm", ap=0.5, seconds=40.1)
     rows = [row, {**row, "section": "bins"}, {**row, "method": "bins-30"}, {**row, "seed": 1}]
     assert trainings(rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("curves", "expected"),
+    [
+        ({"classification": [2.0, 1.0, 3.0], "bbox_regression": [1.0, 0.5, 1.5]}, True),
+        ({"classification": [2.0, 1.0, 3.0], "bbox_regression": [1.0, 0.5, 1.4]}, False),
+        ({"classification": [2.0, 1.0, None], "bbox_regression": [1.0, 0.5, 1.4]}, True),
+        ({"classification": [2.0, 1.0, 0.0], "bbox_regression": [1.0, 0.5, 0.0]}, True),
+        ({"classification": [2.0], "bbox_regression": [1.0]}, False),
+        ({"classification": [2.0], "unguided_classification": [3.0]}, True),
+        (None, False),
+    ],
+)
+def test_who_is_guided_has_the_curve_of_the_boxes_again(make, curves, expected):
+    assert guided(make(curves=curves)) == expected
 
 
 def test_titles_tell_settings_apart():
