@@ -5,25 +5,58 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
+from ghm_triton._inputs import classification_inputs
 from ghm_triton.imbalance.cleanliness import paired_iou
+from ghm_triton.losses import FocalLoss
+from ghm_triton.reference.focal import positives
+from ghm_triton.state import SharedState
 
 SMOOTH_L1_DELTA = 1 / 9
 ASL1_MU = 0.02
 
 
-class BoxLoss(nn.Module, ABC):
+class Averaged(SharedState):
+    """A loss that is divided by samples: by those of all ranks, as the harmonized losses are.
+
+    Divided by each rank's own, boxes of a rank that has few would weigh more than others, and a
+    guide would scale one loss by another that was divided otherwise.
+
+    Args:
+        reduction: `mean` or `sum`.
+        process_group: Ranks whose samples are counted together. Averaged over them (as DDP does
+            with gradients), the mean is that of one rank with the whole batch; every rank must make
+            the call.
+    """
+
+    def __init__(
+        self, reduction: str = "mean", process_group: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__(process_group)
+        self.reduction = require_reduction(reduction)
+
+    def reduced(self, total: Tensor, samples: Tensor) -> Tensor:
+        """The sum of this rank's samples, scalar, and their number, as the reduction says."""
+        if self.reduction == "sum":
+            return total
+        if self.process_group is None:
+            return total / samples.clamp(min=1)
+        counted = samples.to(torch.float64, copy=True)
+        dist.all_reduce(counted, group=self.process_group)
+        ranks = dist.get_world_size(self.process_group)
+        return total * (ranks / counted.clamp(min=1)).to(total.dtype)
+
+
+class BoxLoss(Averaged, ABC):
     """A loss of boxes: summed over what a box consists of, divided by boxes.
 
     Args:
         reduction: `mean` divides by boxes; `sum`.
+        process_group: As in `Averaged`.
     """
-
-    def __init__(self, reduction: str = "mean") -> None:
-        super().__init__()
-        self.reduction = require_reduction(reduction)
 
     @abstractmethod
     def rows(self, pred: Tensor, target: Tensor) -> Tensor:
@@ -31,8 +64,8 @@ class BoxLoss(nn.Module, ABC):
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """`[P, 4]` and `[P, 4]` to a scalar; 0 for no boxes."""
-        total = self.rows(pred, target).sum()
-        return total if self.reduction == "sum" else total / max(1, len(pred))
+        boxes = torch.full((), len(pred), device=pred.device)
+        return self.reduced(self.rows(pred, target).sum(), boxes)
 
 
 class SmoothL1(BoxLoss):
@@ -72,16 +105,13 @@ class GeneralizedIoU(BoxLoss):
         return loss
 
 
-class SoftmaxCrossEntropy(nn.Module):
+class SoftmaxCrossEntropy(Averaged):
     """Cross entropy of a softmax with background as its first class, as Faster R-CNN trains.
 
     Args:
         reduction: `mean` divides by the regions that are not ignored; `sum`.
+        process_group: As in `Averaged`.
     """
-
-    def __init__(self, reduction: str = "mean") -> None:
-        super().__init__()
-        self.reduction = require_reduction(reduction)
 
     def rows(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits `[R, 1 + C]` and labels int64 `[R]` to the loss of every region, `[R]`."""
@@ -90,8 +120,31 @@ class SoftmaxCrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits `[R, 1 + C]` and labels int64 `[R]` (`C` background, -1 ignored) to a scalar."""
-        total = self.rows(logits, labels).sum()
-        return total if self.reduction == "sum" else total / (labels >= 0).sum().clamp(min=1)
+        return self.reduced(self.rows(logits, labels).sum(), (labels >= 0).sum())
+
+
+class Focal(Averaged):
+    """Focal loss of sigmoids, as RetinaNet trains with.
+
+    Args:
+        reduction: `mean` divides by the positives; `sum`.
+        process_group: As in `Averaged`.
+    """
+
+    def __init__(
+        self, reduction: str = "mean", process_group: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__(reduction, process_group)
+        # Of this process alone it divides by itself, in the same kernel.
+        self.loss = FocalLoss(reduction="sum" if process_group or reduction == "sum" else "mean")
+
+    def forward(self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
+        """What `FocalLoss` takes to a scalar."""
+        loss: Tensor = self.loss(logits, target, label_weight)
+        if self.process_group is None:
+            return loss
+        given = classification_inputs(logits, target, label_weight, validate=False)
+        return self.reduced(loss, positives(given))
 
 
 class BackgroundFirst(nn.Module):

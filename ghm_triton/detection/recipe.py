@@ -16,6 +16,7 @@ from ghm_triton.detection.losses import (
     AuthenticSmoothL1,
     BackgroundFirst,
     BoxLoss,
+    Focal,
     GeneralizedIoU,
     IoU,
     SmoothL1,
@@ -28,7 +29,7 @@ from ghm_triton.functional import DEFAULT_STRENGTH
 from ghm_triton.imbalance.adversarial import KINDS as ADVERSARIES
 from ghm_triton.imbalance.ohem import KEEP
 from ghm_triton.imbalance.sampling_free import GuidedLoss
-from ghm_triton.losses import FocalLoss, GHMCLoss, GHMRLoss, GHMSoftmaxLoss
+from ghm_triton.losses import GHMCLoss, GHMRLoss, GHMSoftmaxLoss
 from ghm_triton.schedule import StrengthSchedule, require_strength
 
 CLS_LOSSES = ("ghm", "focal", "ce", "ghm-softmax")
@@ -251,7 +252,7 @@ def build_losses(
 
     Args:
         options: Of the run.
-        group: Processes that share one gradient density.
+        group: Processes that share one gradient density, and divide by the samples of all.
         architecture: The detector's, as its configuration names it.
         classifier: The detector's, likewise.
         assigner: The detector's, likewise.
@@ -297,9 +298,9 @@ def _classification(
     if options.cls_loss == "ghm-softmax":
         return BackgroundFirst(GHMSoftmaxLoss(**harmonized, reduction=reduction))
     if classifier == "softmax":
-        return SoftmaxCrossEntropy(reduction)
+        return SoftmaxCrossEntropy(reduction, group)
     if options.cls_loss == "focal":
-        return FocalLoss(reduction=reduction)
+        return Focal(reduction, group)
     if options.cls_loss == "ce":
         harmonized["strength"] = 0.0
     average: Any = options.average
@@ -312,7 +313,7 @@ def _regression(
     """The loss and its weight."""
     reduction = _reduction(options)
     if options.reg_loss != "ghm":
-        return BOX_LOSSES[options.reg_loss](reduction), weight
+        return BOX_LOSSES[options.reg_loss](reduction, group), weight
     strength = _strength(options.reg_strength, options.reg_strength_end, options.steps)
     loss = GHMRLoss(strength=strength, process_group=group, reduction=reduction)
     # Its mean is one over coordinates; a sum that is to be divided by boxes has four times those.

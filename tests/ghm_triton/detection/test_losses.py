@@ -1,4 +1,10 @@
+import copy
+import importlib.util
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,11 +12,17 @@ import torch
 from ghm_triton.detection.losses import (
     AuthenticSmoothL1,
     BackgroundFirst,
+    Focal,
     GeneralizedIoU,
     IoU,
     SmoothL1,
 )
-from ghm_triton.losses import GHMSoftmaxLoss
+from ghm_triton.losses import FocalLoss, GHMSoftmaxLoss
+
+SCRIPT = Path(__file__).with_name("loss_ranks.py")
+SPEC = importlib.util.spec_from_file_location("loss_ranks", SCRIPT)
+loss_ranks = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(loss_ranks)
 
 ALL = [SmoothL1, AuthenticSmoothL1, IoU, GeneralizedIoU]
 PRED = torch.tensor([[0.0, 0, 4, 4], [0, 0, 2, 2], [1, 1, 3, 3]], dtype=torch.float64)
@@ -71,3 +83,44 @@ def test_softmax_ghm_has_background_first():
     ours = BackgroundFirst(GHMSoftmaxLoss())(logits, labels)
     expected = GHMSoftmaxLoss()(logits, torch.tensor([1, 2, 3, 0, -1, 0]))
     assert float(ours) == float(expected)
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory):
+    """What either of two processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    paths = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder)], env=environment, check=True, timeout=200
+    )
+    return [torch.load(folder / f"{rank}.pt") for rank in range(loss_ranks.SIZE)]
+
+
+@pytest.mark.parametrize("share", loss_ranks.BOUNDS)
+@pytest.mark.parametrize("case", [*loss_ranks.CASES, "soft focal"])
+def test_ranks_are_one_process_with_the_whole_batch(by_rank, case, share):
+    """Averaged over ranks, as gradients are, whatever share of the boxes each has."""
+    whole = loss_ranks.found(case, None, slice(None))
+    parts = [rank[case, share] for rank in by_rank]
+    size = loss_ranks.SIZE
+    # The harmonized losses are scaled in float32.
+    near = {"rtol": 1e-6, "atol": 1e-12}
+    torch.testing.assert_close(sum(p["loss"] for p in parts) / size, whole["loss"], **near)
+    for name in whole.keys() - {"loss"}:
+        slope = torch.cat([part[name] for part in parts]) / size
+        torch.testing.assert_close(slope, whole[name], **near)
+
+
+def test_focal_loss_of_one_process_is_the_packages():
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, 2, 3, -1, 4])  # 4 is background
+    for reduction in ("mean", "sum"):
+        expected = FocalLoss(reduction=reduction)(logits, labels)
+        assert torch.equal(Focal(reduction)(logits, labels), expected)
+
+
+@pytest.mark.parametrize("kind", [SmoothL1, Focal])
+def test_a_copy_of_a_loss_shares_the_group(kind):
+    group = object()
+    assert copy.deepcopy(kind(process_group=group)).process_group is group
