@@ -17,10 +17,10 @@ from ghm_triton.report.style import NothingToDrawError, Style, styles_of
 
 FILE = "report.md"
 # Sections of a grid that vary one option, a field of rows of the same name: they have figures of
-# their own. Beside it, options that go with it.
+# their own. Beside it, options that go with it, the axis, and what that is of too where they do.
 SWEEPS = {
-    "bins": (("bins",), "unit regions (bins) of GHM-C"),
-    "strength": (("strength", "reg_strength"), "strength of GHM-C"),
+    "bins": (("bins",), "unit regions (bins) of GHM-C", ""),
+    "strength": (("strength", "reg_strength"), "strength of GHM-C", " and GHM-R"),
 }
 DPI = 110
 
@@ -92,13 +92,14 @@ def pictures(groups: Sequence[Group], baseline: str) -> Iterator[Picture]:
                 yield picture._replace(
                     name=f"{picture.name}_{_slug(section)}", title=f"{picture.title} ({section})"
                 )
-    for section, (options, label) in SWEEPS.items():
+    for section, (options, option, too) in SWEEPS.items():
+        label = option + too if sweeps.together(groups, section, options) else option
         yield Picture(
             f"ap_against_{section}",
             f"AP against {label}",
             "A dot is a seed, the line goes through the means; the dashed line is the mean of"
-            f" {baseline}. A row of another section is drawn too where it was trained with the same"
-            f" options but for {' and '.join(options)}.",
+            f" {baseline} over the same seeds. A row of another section is drawn too where it was"
+            f" trained with the same seed and options but for {' and '.join(options)}.",
             partial(sweeps.sweep, groups, styles, section, options, label, baseline),
         )
     yield Picture(

@@ -3,7 +3,7 @@ import re
 import pytest
 from PIL import Image
 
-from ghm_triton.report.document import write_report
+from ghm_triton.report.document import pictures, write_report
 from ghm_triton.report.runs import read_study
 
 
@@ -70,6 +70,23 @@ def test_a_sweep_is_drawn_once_and_not_as_a_comparison_of_methods(write, make, t
     written = write_report(read_study([write(*rows)]), tmp_path / "out")
     names = [path.name for path in written[1:]]
     assert names == ["ap_methods.png", "ap_against_strength.png", "initial_loss.png"]
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [
+        (("strength", "reg_strength"), "strength of GHM-C and GHM-R"),
+        (("strength",), "strength of GHM-C"),
+    ],
+)
+def test_the_axis_says_which_strengths_were_moved(groups, make, names, label):
+    options = dict.fromkeys(names, 0.5)
+    rows = [make("ghm", section="strength", strength=0.25)]
+    rows += [make("ghm-s0.5", section="strength", strength=0.5, options=options)]
+    found = groups(*rows, make("focal"))
+    (picture,) = (each for each in pictures(found, "focal") if each.name == "ap_against_strength")
+    assert picture.title == f"AP against {label}"
+    assert picture.draw().axes[0].get_xlabel() == label
 
 
 def test_without_runs_or_baseline_there_is_no_report(write, make, tmp_path):
