@@ -26,7 +26,7 @@ examples:
         "--section",
         action="append",
         default=[],
-        help="only this section of the grid; may be given again (default: all)",
+        help="show only this section of the grid; may be given again (default: all)",
     )
     add("--tensorboard", type=Path, metavar="DIR", help="also write loss curves as event files")
 
@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     study = read_study(arguments.files, arguments.section)
     written = write_report(study, arguments.out, arguments.baseline)
-    print(tables.methods(study.groups(arguments.baseline), arguments.baseline))
+    first = arguments.baseline
+    print(tables.methods(study.groups(first), first, study.peers(first)))
     print(f"\nreport: {written[0]}, with {len(written) - 1} figures")
     if arguments.tensorboard:
         from ghm_triton.report.events import write_events

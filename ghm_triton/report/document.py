@@ -55,17 +55,17 @@ def write_report(study: Study, out: Path, baseline: str = "focal") -> list[Path]
     Raises:
         ValueError: There is no run, or no run of the baseline.
     """
-    groups = study.groups(first=baseline)
+    groups, peers = study.groups(first=baseline), study.peers(first=baseline)
     if not groups:
         raise ValueError("there is no finished run to report on")
-    methods = list(dict.fromkeys(group.method for group in groups))
+    methods = list(dict.fromkeys(group.method for group in peers))
     if baseline not in methods:
         raise ValueError(f"no row is of the baseline {baseline!r}; methods: {', '.join(methods)}")
     out.mkdir(parents=True, exist_ok=True)
     drawn: list[str] = []
     missing: list[str] = []
     written = [out / FILE]
-    for picture in pictures(groups, baseline):
+    for picture in pictures(groups, peers, baseline):
         try:
             figure = picture.draw()
         except NothingToDrawError as reason:
@@ -75,17 +75,25 @@ def write_report(study: Study, out: Path, baseline: str = "focal") -> list[Path]
         figure.savefig(path, dpi=DPI)
         written.append(path)
         drawn.append(f"### {picture.title}\n\n![{picture.title}]({path.name})\n\n{picture.caption}")
-    parts = [*_tables(study, groups, baseline), "## Figures", *drawn]
+    parts = [*_tables(study, groups, peers, baseline), "## Figures", *drawn]
     if missing:
         parts += ["### Not drawn", "\n".join(missing)]
     written[0].write_text("\n\n".join([*parts, *_ledger(study)]) + "\n")
     return written
 
 
-def pictures(groups: Sequence[Group], baseline: str) -> Iterator[Picture]:
-    """Every figure that a report may have, section by section."""
-    styles = styles_of(groups)
-    for section in dict.fromkeys(group.setting.section for group in groups):
+def pictures(groups: Sequence[Group], peers: Sequence[Group], baseline: str) -> Iterator[Picture]:
+    """Every figure that a report may have, section by section.
+
+    Args:
+        groups: What is shown of a study.
+        peers: All of it: a method has the same style whatever is shown, and a sweep the same line.
+        baseline: The method that the others are compared with.
+    """
+    styles = styles_of(peers)
+    shown = dict.fromkeys(group.setting.section for group in groups)
+    hidden = {group.setting.section for group in peers} - shown.keys()
+    for section in shown:
         if section not in SWEEPS:
             own = [group for group in groups if group.setting.section == section]
             for picture in (*_results(own, styles, baseline), *_gradients(own, styles)):
@@ -93,14 +101,16 @@ def pictures(groups: Sequence[Group], baseline: str) -> Iterator[Picture]:
                     name=f"{picture.name}_{_slug(section)}", title=f"{picture.title} ({section})"
                 )
     for section, (options, option, too) in SWEEPS.items():
-        label = option + too if sweeps.together(groups, section, options) else option
+        if section in hidden:
+            continue
+        label = option + too if sweeps.together(peers, section, options) else option
         yield Picture(
             f"ap_against_{section}",
             f"AP against {label}",
             "A dot is a seed, the line goes through the means; the dashed line is the mean of"
             f" {baseline} over the same seeds. A row of another section is drawn too where it was"
             f" trained with the same seed and options but for {' and '.join(options)}.",
-            partial(sweeps.sweep, groups, styles, section, options, label, baseline),
+            partial(sweeps.sweep, peers, styles, section, options, label, baseline),
         )
     yield Picture(
         "initial_loss",
@@ -183,14 +193,16 @@ def _unused(name: str, written: Sequence[Path]) -> str:
     return next(each for each in chain([name], numbered) if each.lower() not in used)
 
 
-def _tables(study: Study, groups: Sequence[Group], baseline: str) -> list[str]:
+def _tables(
+    study: Study, groups: Sequence[Group], peers: Sequence[Group], baseline: str
+) -> list[str]:
     return [
         "# Study",
         f"{trainings(study.runs)} trainings. AP as COCO defines it, on the test split, mean ±"
         " sample standard deviation over seeds; the best mean of a column in bold. A difference is"
         " the mean over seeds that both methods have, with its range in parentheses.",
         "## Methods",
-        tables.methods(groups, baseline),
+        tables.methods(groups, baseline, peers),
         "## AP by class",
         "Means over seeds.",
         tables.classes(groups),

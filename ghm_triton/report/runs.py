@@ -123,7 +123,8 @@ class Study:
     """What result files hold.
 
     Attributes:
-        runs: One a section, setting, method and seed.
+        runs: One a section, setting, method and seed, of the sections that are shown.
+        everything: Of all sections: what is shown may be compared with what is not.
         failures: Lines with an error whose run did not succeed on another line.
         unfinished: Files whose last line a killed run left unfinished; it was dropped.
         replaced: How many rows were measured again on a later line, which counts.
@@ -133,31 +134,40 @@ class Study:
     failures: list[Run] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     replaced: int = 0
+    everything: list[Run] = field(default_factory=list)
 
     def groups(self, first: str = "") -> list[Group]:
-        """Runs by section, setting and method, in the order in which the files bring them.
+        """What is shown, by section, setting and method, in the order in which the files bring it.
 
         Args:
             first: A method that comes before the others of its setting.
         """
-        gathered: dict[tuple[Setting, str], list[Run]] = {}
-        for run in self.runs:
-            gathered.setdefault((setting_of(run), run["method"]), []).append(run)
-        groups = [
-            Group(setting, method, tuple(sorted(runs, key=lambda run: run["seed"])))
-            for (setting, method), runs in gathered.items()
-        ]
-        # Runs end in any order where several share a machine: keep together what belongs together.
-        sections = list(dict.fromkeys(group.setting.section for group in groups))
-        settings = list(dict.fromkeys(group.setting for group in groups))
-        return sorted(
-            groups,
-            key=lambda group: (
-                sections.index(group.setting.section),
-                settings.index(group.setting),
-                group.method != first,
-            ),
-        )
+        return _grouped(self.runs, first)
+
+    def peers(self, first: str = "") -> list[Group]:
+        """What may be compared with: the groups of all sections, shown or not."""
+        return _grouped(self.everything, first)
+
+
+def _grouped(runs: Iterable[Run], first: str) -> list[Group]:
+    gathered: dict[tuple[Setting, str], list[Run]] = {}
+    for run in runs:
+        gathered.setdefault((setting_of(run), run["method"]), []).append(run)
+    groups = [
+        Group(setting, method, tuple(sorted(runs, key=lambda run: run["seed"])))
+        for (setting, method), runs in gathered.items()
+    ]
+    # Runs end in any order where several share a machine: keep together what belongs together.
+    sections = list(dict.fromkeys(group.setting.section for group in groups))
+    settings = list(dict.fromkeys(group.setting for group in groups))
+    return sorted(
+        groups,
+        key=lambda group: (
+            sections.index(group.setting.section),
+            settings.index(group.setting),
+            group.method != first,
+        ),
+    )
 
 
 def read_study(paths: Sequence[Path], sections: Sequence[str] = ()) -> Study:
@@ -165,7 +175,7 @@ def read_study(paths: Sequence[Path], sections: Sequence[str] = ()) -> Study:
 
     Args:
         paths: JSON lines, as `python -m benchmarks.study` writes them.
-        sections: Only these; empty for all.
+        sections: Only these are shown; empty for all.
 
     Raises:
         RunFileError: A line is damaged or is no row of a study; names the file and the line. Or
@@ -179,20 +189,24 @@ def read_study(paths: Sequence[Path], sections: Sequence[str] = ()) -> Study:
     for path in paths:
         for run in _lines(path, study):
             seen[run["section"]] = None
-            if sections and run["section"] not in sections:
-                continue
             key = (setting_of(run), run["method"], run["seed"])
             if run.get("error") is not None:
                 failures[key] = run
                 continue
-            study.replaced += key in runs
+            study.replaced += key in runs and _chosen(run, sections)
             runs[key] = run
     for section in sections:
         if section not in seen:
             raise RunFileError(f"no row is of section {section!r}; sections: {', '.join(seen)}")
-    study.runs = list(runs.values())
-    study.failures = [run for key, run in failures.items() if key not in runs]
+    failed = [run for key, run in failures.items() if key not in runs]
+    study.everything = list(runs.values())
+    study.runs = [run for run in study.everything if _chosen(run, sections)]
+    study.failures = [run for run in failed if _chosen(run, sections)]
     return study
+
+
+def _chosen(run: Run, sections: Sequence[str]) -> bool:
+    return not sections or run["section"] in sections
 
 
 def _lines(path: Path, study: Study) -> Iterable[Run]:

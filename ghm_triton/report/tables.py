@@ -28,14 +28,15 @@ ANCHORS, CLASSES = 1000, 80
 PRIORS = (0.5, 1e-2, 1e-5, 1e-10)
 
 
-def methods(groups: Sequence[Group], baseline: str) -> str:
+def methods(groups: Sequence[Group], baseline: str, peers: Sequence[Group] = ()) -> str:
     """For every setting: AP by method over seeds, against the baseline, and the time a step.
 
     Args:
-        groups: Of a study.
+        groups: What is shown of a study.
         baseline: The method that the others are compared with, paired by seed.
+        peers: Where the baseline is looked for; empty for `groups`.
     """
-    return _by_setting(groups, lambda own: _methods(own, groups, baseline))
+    return _by_setting(groups, lambda own: _methods(own, peers or groups, baseline))
 
 
 def _methods(own: Sequence[Group], groups: Sequence[Group], baseline: str) -> str:

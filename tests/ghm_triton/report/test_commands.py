@@ -27,6 +27,31 @@ def test_several_files_and_sections(write, make, tmp_path, capsys):
     assert f"event files: {tmp_path / 'events'}, curves of 0 runs" in out
 
 
+def test_a_section_without_baseline_is_compared_with_another_sections(
+    write, make, tmp_path, capsys
+):
+    rows = [make("focal", ap=0.4), make("ghm", ap=0.5, bins=30)]
+    rows += [make("bins-5", ap=0.6, section="bins", bins=5, options={"bins": 5})]
+    rows += [make("s0", section="strength", strength=0.5)]
+    failed = {**make("asdn"), "error": "no"}
+    words = [str(write(*rows, failed)), "--out", str(tmp_path / "out"), "--section", "bins"]
+    assert cli.main(["report", *words]) == 0
+    out, err = capsys.readouterr()
+    assert "+0.200" in out
+    assert "focal is that of section methods" in out
+    assert "| ghm" not in out
+    assert "with 2 figures" in out
+    assert err == ""
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "1 trainings" in text
+    assert "methods:" not in text
+    assert "AP against strength" not in text
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
+        "ap_against_bins.png",
+        "initial_loss.png",
+    ]
+
+
 def test_what_cannot_be_reported_is_one_line(write, make, tmp_path, capsys):
     words = ["--out", str(tmp_path / "out")]
     assert cli.main(["report", str(tmp_path / "none.jsonl"), *words]) == 2

@@ -84,7 +84,9 @@ def test_the_axis_says_which_strengths_were_moved(groups, make, names, label):
     rows = [make("ghm", section="strength", strength=0.25)]
     rows += [make("ghm-s0.5", section="strength", strength=0.5, options=options)]
     found = groups(*rows, make("focal"))
-    (picture,) = (each for each in pictures(found, "focal") if each.name == "ap_against_strength")
+    (picture,) = (
+        each for each in pictures(found, found, "focal") if each.name == "ap_against_strength"
+    )
     assert picture.title == f"AP against {label}"
     assert picture.draw().axes[0].get_xlabel() == label
 

@@ -143,7 +143,11 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
 
 def test_sections_can_be_chosen(write, make):
     path = write(make(), make(section="bins"))
-    assert [run["section"] for run in read_study([path], ["bins"]).runs] == ["bins"]
+    study = read_study([path], ["bins"])
+    assert [run["section"] for run in study.runs] == ["bins"]
+    assert [group.setting.section for group in study.groups()] == ["bins"]
+    # The others are there to be compared with.
+    assert [group.setting.section for group in study.peers()] == ["methods", "bins"]
     with pytest.raises(RunFileError, match="section 'speed'; sections: methods, bins"):
         read_study([path], ["speed"])
 
