@@ -71,13 +71,13 @@ class FasterRCNNDetector(Learner, Detector):
         channels = int(self.backbone.out_channels)  # type: ignore[arg-type]
         self.pooled_strides = [s for s in strides if s <= COARSEST_STRIDE]
         self.background = int(config.classifier == "softmax")  # outputs before the first class
-        regions_guide = losses.guide if losses else None
-        guide = GuidedLoss(process_group=regions_guide.process_group) if regions_guide else None
+        group = losses.process_group if losses else None
+        guide = GuidedLoss(process_group=group) if losses and losses.guide else None
         if config.assigner == "cleanliness":
             objectness = losses.objectness if losses else None
-            self.rpn = CleanProposalNetwork(channels, strides, config, objectness, guide)
+            self.rpn = CleanProposalNetwork(channels, strides, config, objectness, guide, group)
         else:
-            self.rpn = ProposalNetwork(channels, strides, config, guide)
+            self.rpn = ProposalNetwork(channels, strides, config, guide, group)
         predictor = FastRCNNPredictor(WIDTH * channels, self.background + config.num_classes)
         if not self.background:
             nn.init.constant_(predictor.cls_score.bias, math.log(config.prior / (1 - config.prior)))

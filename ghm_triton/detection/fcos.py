@@ -23,6 +23,7 @@ from ghm_triton.detection.heads import (
     assigned_labels,
     start_loud,
 )
+from ghm_triton.detection.losses import Centerness
 from ghm_triton.detection.postprocess import clip_boxes
 
 CHANNELS_A_GROUP = 8  # of the head's group norms: 32 groups of 256 channels, as torchvision's
@@ -67,6 +68,7 @@ class HarmonizedFCOSHead(LearningHead, FCOSHead):  # type: ignore[misc]
         for branch in (self.classification_head, self.regression_head):
             start_loud(branch.conv)
         self.num_classes = num_classes
+        self.centre_loss = Centerness(process_group=losses.process_group if losses else None)
         self.hold(losses)
 
     def compute_loss(
@@ -90,10 +92,9 @@ class HarmonizedFCOSHead(LearningHead, FCOSHead):  # type: ignore[misc]
         codes = head_outputs["bbox_regression"][own].float()
         centre = head_outputs["bbox_ctrness"][own].squeeze(1).float()
         goal = centerness(self.box_coder.encode(points, boxes))
-        off_centre = nn.functional.binary_cross_entropy_with_logits(centre, goal, reduction="sum")
         predicted = self.box_coder.decode(codes, points)
         losses = self.dense_losses(head_outputs["cls_logits"], labels, predicted, boxes)
-        return {**losses, "bbox_ctrness": off_centre / max(1, len(boxes))}
+        return {**losses, "bbox_ctrness": self.centre_loss(centre, goal)}
 
 
 class FCOSDetector(Detector, FCOS):  # type: ignore[misc]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from ghm_triton.imbalance.adversarial import Adversary
@@ -35,6 +36,8 @@ class HeadLosses:
             soft labels and label weights of that shape; returns a scalar.
         adversary: Makes what hides and turns the features of regions while a two-stage detector
             learns, given their channels; see `ghm_triton.imbalance.adversarial`.
+        process_group: Ranks whose samples the losses count together; for those that a detector
+            adds of its own.
     """
 
     classification: nn.Module
@@ -44,6 +47,7 @@ class HeadLosses:
     guide: GuidedLoss | None = None
     objectness: nn.Module | None = None
     adversary: Callable[[int], Adversary] | None = None
+    process_group: ProcessGroup | None = None
 
 
 class Learner(nn.Module):

@@ -105,6 +105,15 @@ class GeneralizedIoU(BoxLoss):
         return loss
 
 
+class Centerness(Averaged):
+    """Cross entropy of how central points are, divided by points; as FCOS learns it."""
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Logits and targets in [0, 1], both `[P]`, to a scalar; 0 for no points."""
+        total = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+        return self.reduced(total, torch.full((), len(target), device=target.device))
+
+
 class SoftmaxCrossEntropy(Averaged):
     """Cross entropy of a softmax with background as its first class, as Faster R-CNN trains.
 

@@ -274,6 +274,7 @@ def build_losses(
         guide=GuidedLoss(options.cls_weight, process_group=group) if guided else None,
         objectness=objectness_loss(options, strength, group, architecture, assigner),
         adversary=adversary_maker(options, architecture),
+        process_group=group,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import (
@@ -20,12 +21,12 @@ from torchvision.models.detection.rpn import (
 from ghm_triton.detection.anchors import ASPECT_RATIOS, level_sizes, make_anchors
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.heads import start_loud
+from ghm_triton.detection.losses import SmoothL1
 from ghm_triton.detection.postprocess import OUT, decode_boxes, suppress
 from ghm_triton.imbalance.cleanliness import (
     assign_top_anchors,
     cleanliness,
     paired_iou,
-    regression_loss,
     soft_targets,
 )
 from ghm_triton.imbalance.sampling_free import GuidedLoss, prior_bias
@@ -70,6 +71,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         strides: Of its levels, finest first.
         config: The detector's.
         guide: Scales the objectness loss to the box loss; None samples.
+        process_group: Ranks whose positives are counted together, where none are sampled.
 
     Attributes:
         samples: Whether only a sample of the anchors is learnt from.
@@ -84,6 +86,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         strides: tuple[int, ...],
         config: DetectorConfig,
         guide: GuidedLoss | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         sizes = tuple((config.anchor_scale * s,) for s in strides)
         super().__init__(
@@ -99,6 +102,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         )
         self.config = config
         self.guide = guide
+        self.box_loss = SmoothL1(process_group=process_group)
         self.samples = guide is None
         self.level_anchors = [
             len(ASPECT_RATIOS) * h * w for h, w in level_sizes(config.image_size, strides)
@@ -209,7 +213,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
             objectness.squeeze(1)[counted], label[counted], reduction="sum"
         )
         goals = torch.cat(regression_targets)[positive]
-        box_loss = _mean_box_loss(pred_bbox_deltas[positive], goals)
+        box_loss = self.box_loss(pred_bbox_deltas[positive], goals)
         return entries / counted.sum().clamp(min=1), box_loss
 
     def assign_targets_to_anchors(
@@ -241,6 +245,7 @@ class CleanProposalNetwork(ProposalNetwork):
         classification_loss: Called with logits `[B * A, 1]`, soft labels and label weights of
             that shape; None for a network that will not be trained.
         guide: Scales the objectness loss to the box loss, or None.
+        process_group: Ranks whose positives are counted together.
     """
 
     def __init__(
@@ -250,8 +255,9 @@ class CleanProposalNetwork(ProposalNetwork):
         config: DetectorConfig,
         classification_loss: nn.Module | None = None,
         guide: GuidedLoss | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(channels, strides, config, guide)
+        super().__init__(channels, strides, config, guide, process_group)
         self.samples = False
         self.classification_loss = classification_loss
         self.start_at(config.prior)
@@ -304,11 +310,5 @@ class CleanProposalNetwork(ProposalNetwork):
         counted = (label >= 0).float().unsqueeze(1)
         return (
             self.classification_loss(objectness, target.unsqueeze(1), counted),
-            _mean_box_loss(predicted, goals),
+            self.box_loss(predicted, goals),
         )
-
-
-def _mean_box_loss(predicted: Tensor, goals: Tensor) -> Tensor:
-    """Smooth L1 of positives `[P, 4]`, divided by their number."""
-    total = regression_loss(predicted, goals, torch.ones_like(goals[:, 0]))
-    return total / max(1, len(goals))

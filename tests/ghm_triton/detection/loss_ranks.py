@@ -15,7 +15,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from ghm_triton.detection.config import DetectorConfig
+from ghm_triton.detection.detector import Detector
 from ghm_triton.detection.losses import Focal
+from ghm_triton.detection.model import build_detector
 from ghm_triton.detection.recipe import TrainOptions, build_losses
 
 ROWS, CLASSES, SIZE = 24, 3, 2
@@ -81,8 +84,37 @@ def soft_focal(group: dist.ProcessGroup | None, rows: slice) -> dict[str, Tensor
     return {"loss": loss.detach(), "logits": slope}
 
 
+def own(architecture: str, group: dist.ProcessGroup | None) -> Detector:
+    """A detector that has losses of its own beside those that it is given."""
+    config = DetectorConfig(("a", "b", "c"), (64, 64), architecture=architecture, channels=16)
+    options = TrainOptions(reg_loss="giou" if architecture == "fcos" else "sl1")
+    return build_detector(config, build_losses(options, group, architecture=architecture))
+
+
+def centerness(group: dist.ProcessGroup | None, rows: slice) -> dict[str, Tensor]:
+    logits, labels, *_ = (tensor[rows].clone() for tensor in batch())
+    logits.requires_grad_()
+    points = labels >= 0
+    goal = torch.sigmoid(logits.detach()[points, 1])
+    loss = own("fcos", group).head.centre_loss(logits[points, 0], goal)
+    (slope,) = torch.autograd.grad(loss, logits)
+    return {"loss": loss.detach(), "logits": slope}
+
+
+def proposals(group: dist.ProcessGroup | None, rows: slice) -> dict[str, Tensor]:
+    _, labels, predicted, expected = (tensor[rows].clone() for tensor in batch())
+    positive = labels >= 0
+    predicted.requires_grad_()
+    loss = own("faster-rcnn", group).rpn.box_loss(predicted[positive], expected[positive])
+    (slope,) = torch.autograd.grad(loss, predicted)
+    return {"loss": loss.detach(), "boxes": slope}
+
+
+ALONE = {"soft focal": soft_focal, "centerness": centerness, "proposals": proposals}
+
+
 def found(case: str, group: dist.ProcessGroup | None, rows: slice) -> dict[str, Tensor]:
-    return soft_focal(group, rows) if case == "soft focal" else learnt(case, group, rows)
+    return ALONE[case](group, rows) if case in ALONE else learnt(case, group, rows)
 
 
 def main(rank: int, folder: Path) -> None:
@@ -97,7 +129,7 @@ def main(rank: int, folder: Path) -> None:
     rows = {name: (slice(0, at), slice(at, ROWS))[rank] for name, at in BOUNDS.items()}
     results = {
         (case, name): found(case, dist.group.WORLD, rows[name])
-        for case in [*CASES, "soft focal"]
+        for case in [*CASES, *ALONE]
         for name in BOUNDS
     }
     torch.save(results, folder / f"{rank}.pt")

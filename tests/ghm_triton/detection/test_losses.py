@@ -98,7 +98,7 @@ def by_rank(tmp_path_factory):
 
 
 @pytest.mark.parametrize("share", loss_ranks.BOUNDS)
-@pytest.mark.parametrize("case", [*loss_ranks.CASES, "soft focal"])
+@pytest.mark.parametrize("case", [*loss_ranks.CASES, *loss_ranks.ALONE])
 def test_ranks_are_one_process_with_the_whole_batch(by_rank, case, share):
     """Averaged over ranks, as gradients are, whatever share of the boxes each has."""
     whole = loss_ranks.found(case, None, slice(None))
