@@ -43,6 +43,7 @@ LOSS_OPTIONS = (
 # the detector's, all others are the run's.
 METHOD_OPTIONS = {
     "mining": "none",
+    "sampling": True,
     "init": "prior",
     "guided_loss": False,
     "adversarial": "none",

@@ -93,7 +93,7 @@ def _add_detector_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--region-samples",
         type=int,
-        help="and those it learns from, an image (default: 128); neither mined nor guided",
+        help="and those it learns from, an image (default: 128), where they are sampled",
     )
 
 
@@ -122,8 +122,13 @@ def _add_loss_options(group: argparse._ArgumentGroup) -> None:
         "--guided-loss",
         action=argparse.BooleanOptionalAction,
         help="scale the classification loss to the regression loss (default: with ghm where nothing"
-        " is mined, of one-stage detectors); of faster-rcnn in both stages, which then sample"
-        " nothing",
+        " is mined); of faster-rcnn, its regions'",
+    )
+    add(
+        "--sampling",
+        action=argparse.BooleanOptionalAction,
+        help="whether faster-rcnn learns from samples of its anchors and regions (the default), or"
+        " from all of them, under a guided loss of both stages",
     )
     add("--strength", type=float, help="of GHM-C, 0 (CE) to 1 (paper); default: 0.25")
     add("--strength-end", type=float, help="of GHM-C at the last step (default: constant)")
@@ -213,12 +218,14 @@ UNFIT = {
     "retinanet": {
         "proposals": "it looks once, and proposes no regions",
         "region_samples": "it learns from every anchor",
+        "sampling": "it learns from every anchor",
         "adversarial_start": "it looks once, and has no regions to make harder",
     },
     "fcos": {
         "anchor_scale": "it has no anchors",
         "proposals": "it looks once, and proposes no regions",
         "region_samples": "it learns from every point",
+        "sampling": "it learns from every point",
         "adversarial_start": "it looks once, and has no regions to make harder",
     },
     "faster-rcnn": {},
@@ -256,11 +263,11 @@ def _fitted(given: dict[str, Any]) -> dict[str, Any]:
 def _require_regions_sampled(given: dict[str, Any]) -> None:
     """Refuse a number of regions to sample where none are sampled."""
     mined = given.get("mining", "none") != "none"
-    if "region_samples" in given and (mined or given.get("guided_loss")):
+    if "region_samples" in given and (mined or not given.get("sampling", True)):
         reason = (
             f"--mining {given['mining']}, which keeps --mining-keep of them all"
             if mined
-            else "--guided-loss, which learns from them all"
+            else "--no-sampling, which learns from them all"
         )
         raise ValueError(f"--region-samples means nothing with {reason}")
 

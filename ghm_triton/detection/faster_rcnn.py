@@ -47,11 +47,11 @@ class FasterRCNNDetector(Learner, Detector):
     What it learns from is up to the losses. As a rule that is torchvision's: `region_samples`
     regions of an image, a quarter of them positive where there are as many, and a sample of
     anchors. With `mining` (arXiv 1604.03540, 1705.02233) every region is looked at without
-    gradient, and the hardest are learnt from, whatever they are. With `guide` (arXiv 1909.04868)
-    nothing is sampled: every anchor and every region is learnt from, unless mining chooses among
-    regions, and each stage's classification loss is scaled to its regression loss; the released
-    code doubles the regions' then, as a guide of `cls_weight=2` does. An adversary meets those
-    positives that were chosen.
+    gradient, and the hardest are learnt from, whatever they are. A `guide` scales the regions'
+    classification loss to their regression loss. Without `samples` (arXiv 1909.04868) every anchor
+    and every region is learnt from, unless mining chooses among regions, and the proposals are
+    guided too; the released code doubles the regions' classification then, as a guide of
+    `cls_weight=2` does. An adversary meets those positives that were chosen.
 
     Args:
         config: What to build.
@@ -72,7 +72,8 @@ class FasterRCNNDetector(Learner, Detector):
         self.pooled_strides = [s for s in strides if s <= COARSEST_STRIDE]
         self.background = int(config.classifier == "softmax")  # outputs before the first class
         group = losses.process_group if losses else None
-        guide = GuidedLoss(process_group=group) if losses and losses.guide else None
+        samples = losses.samples if losses else True
+        guide = None if samples else GuidedLoss(process_group=group)
         if config.assigner == "cleanliness":
             objectness = losses.objectness if losses else None
             self.rpn = CleanProposalNetwork(channels, strides, config, objectness, guide, group)
@@ -97,7 +98,7 @@ class FasterRCNNDetector(Learner, Detector):
             config.max_detections,
         )
         self.hold(losses)
-        if self.mining is not None or self.guide is not None:
+        if self.mining is not None or not samples:
             self.roi_heads.fg_bg_sampler = every_region
         # The last to draw its weights: with or without, those of the detector start the same.
         self.adversary = losses.adversary(channels) if losses and losses.adversary else None

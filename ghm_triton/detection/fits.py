@@ -33,6 +33,7 @@ def require_fitting(
     """
     _require_regression(options.reg_loss, architecture)
     _require_classification(options.cls_loss, classifier)
+    _require_sampling(options, architecture)
     if options.mining != "none" and assigner == "cleanliness" and architecture != "faster-rcnn":
         raise ValueError(
             "mining must be none with assigner cleanliness, which learns from every anchor and"
@@ -42,6 +43,20 @@ def require_fitting(
         raise ValueError(
             "init must be prior or optimal with a softmax classifier, which has no such bias"
             f" (optimal is of the proposals); got {options.init!r}"
+        )
+
+
+def _require_sampling(options: TrainOptions, architecture: str) -> None:
+    if options.sampling:
+        return
+    if architecture != "faster-rcnn":
+        raise ValueError(
+            f"sampling must be True for {architecture}, which learns from every place whatever it"
+            " says; False is of faster-rcnn"
+        )
+    if not options.guides():
+        raise ValueError(
+            "sampling=False needs guided_loss: unguided, background drowns the objects and boxes"
         )
 
 

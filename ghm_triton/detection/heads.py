@@ -38,6 +38,7 @@ class HeadLosses:
             learns, given their channels; see `ghm_triton.imbalance.adversarial`.
         process_group: Ranks whose samples the losses count together; for those that a detector
             adds of its own.
+        samples: Whether a two-stage detector learns from a sample of its anchors and regions.
     """
 
     classification: nn.Module
@@ -48,6 +49,7 @@ class HeadLosses:
     objectness: nn.Module | None = None
     adversary: Callable[[int], Adversary] | None = None
     process_group: ProcessGroup | None = None
+    samples: bool = True
 
 
 class Learner(nn.Module):

@@ -45,7 +45,6 @@ OPTIMIZERS = ("adamw", "sgd")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The released RetinaNet configuration's. Faster R-CNN scales its deltas by 10 and 5 instead.
 GHM_R_WEIGHT = {"retinanet": 10.0, "faster-rcnn": 1.0}
-DENSE = ("retinanet", "fcos")
 
 
 @dataclass(frozen=True)
@@ -82,14 +81,17 @@ class TrainOptions:
             None keeps it constant.
         mining: What is learnt from: `none` (everything, and of a two-stage detector sampled
             regions), `ohem` or `s-ohem` (hard examples; of a two-stage detector, hard regions).
+        sampling: Whether a two-stage detector learns from a sample of its anchors and of its
+            regions that are not mined; False: from every one, and its proposals are guided as its
+            regions are (arXiv 1909.04868).
         mining_keep: Anchors, points or regions that mining keeps, an image.
         init: What the classifier's bias starts from: `prior`, the configuration's; `prior=0.01`,
             that one; or `optimal`, counted before training (arXiv 1909.04868). Of a two-stage
             detector `optimal` is about its proposals' objectness.
-        guided_loss: Scale the classification loss to the regression loss (arXiv 1909.04868). A
-            two-stage detector then samples neither anchors nor regions. None: where a dense
-            detector learns by GHM-C and nothing is mined, because harmonizing multiplies the
-            gradient of the classification, and unguided it would drown that of the boxes.
+        guided_loss: Scale the classification loss to the regression loss (arXiv 1909.04868); of a
+            two-stage detector that samples, its regions'. None: where a detector learns by GHM-C
+            and nothing is mined, because harmonizing multiplies the gradient of the
+            classification, and unguided it would drown that of the boxes.
         adversarial: What makes a two-stage detector's regions harder: `none`, `asdn`, `astn` or
             `asdn+astn` (A-Fast-RCNN).
         adversarial_start: Share of the steps after which it begins to, in [0, 1].
@@ -124,6 +126,7 @@ class TrainOptions:
     reg_strength_end: float | None = None
     mining: str = "none"
     mining_keep: int = KEEP
+    sampling: bool = True
     init: str = "prior"
     guided_loss: bool | None = None
     adversarial: str = "none"
@@ -163,17 +166,13 @@ class TrainOptions:
         self.chosen_prior()
 
     def _require_weight(self, name: str) -> None:
-        """Whether a guide is the default is known once the options are settled, and then checked.
-
-        Raises:
-            ValueError: A loss cannot have that weight.
-        """
+        """Raise a ValueError if a loss cannot have that weight."""
         weight = getattr(self, name)
         if weight is None:
             return
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"{name} must be finite and not negative, got {weight}")
-        if self.guided_loss and weight == 0:
+        if self.guides() and weight == 0:
             raise ValueError(
                 f"{name} must be positive with guided_loss, which scales one loss to the other;"
                 f" got {weight}. Without guided_loss it may be 0"
@@ -198,11 +197,11 @@ class TrainOptions:
             )
         return value
 
-    def guides(self, architecture: str) -> bool:
-        """Whether the losses of a detector are guided, as asked for or by default."""
+    def guides(self) -> bool:
+        """Whether the losses are guided, as asked for or by default."""
         if self.guided_loss is not None:
             return self.guided_loss
-        return self.cls_loss == "ghm" and architecture in DENSE and self.mining == "none"
+        return self.cls_loss == "ghm" and self.mining == "none"
 
     def box_weight(self, architecture: str) -> float:
         """Of a detector's regression loss, as asked for or by default."""
@@ -211,12 +210,8 @@ class TrainOptions:
         return GHM_R_WEIGHT[architecture] if self.reg_loss == "ghm" else 1.0
 
     def settled(self, architecture: str) -> Self:
-        """These options, with what was left open (None) filled in for a detector.
-
-        Raises:
-            ValueError: A loss has no weight, and the detector's losses are guided.
-        """
-        guided, weight = self.guides(architecture), self.box_weight(architecture)
+        """These options, with what was left open (None) filled in for a detector."""
+        guided, weight = self.guides(), self.box_weight(architecture)
         return replace(self, guided_loss=guided, reg_weight=weight)
 
     def to_dict(self) -> dict[str, Any]:
@@ -262,7 +257,7 @@ def build_losses(
     """
     require_fitting(options, architecture, classifier, assigner)
     options = options.settled(architecture)
-    guided = options.guides(architecture)
+    guided = options.guides()
     # Guided loss is to see the classification without its weight.
     cls_weight = 1.0 if guided else options.cls_weight
     strength = _strength(options.strength, options.strength_end, options.steps)
@@ -275,6 +270,7 @@ def build_losses(
         objectness=objectness_loss(options, strength, group, architecture, assigner),
         adversary=adversary_maker(options, architecture),
         process_group=group,
+        samples=options.sampling,
     )
 
 

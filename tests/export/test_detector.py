@@ -62,6 +62,8 @@ def test_the_card_says_what_the_checkpoint_holds(
         ({"mining": "s-ohem", "guided_loss": True}, {"mining": "s-ohem", "guided_loss": True}),
         ({"init": "optimal", "guided_loss": False}, {"init": "optimal"}),
         ({"guided_loss": False, "adversarial": "asdn"}, {"adversarial": "asdn"}),
+        ({"sampling": False}, {"sampling": False, "guided_loss": True}),
+        ({"sampling": True, "guided_loss": False}, {}),
         ({"mining": "none", "init": "prior", "guided_loss": False, "adversarial": "none"}, {}),
     ],
 )

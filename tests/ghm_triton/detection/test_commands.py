@@ -128,9 +128,14 @@ def test_thresholds_print_and_plot(trained, tmp_path, capsys):
             "--region-samples means nothing with --mining s-ohem, which keeps",
         ),
         (
-            ["train", *REGIONS, "--guided-loss", "--region-samples", "9"],
-            "--region-samples means nothing with --guided-loss, which learns from them all",
+            ["train", *REGIONS, "--no-sampling", "--region-samples", "9"],
+            "--region-samples means nothing with --no-sampling, which learns from them all",
         ),
+        (
+            ["train", *REGIONS, "--no-sampling", "--no-guided-loss", "--data", "faces"],
+            "sampling=False needs guided_loss: unguided, background drowns",
+        ),
+        (["train", "--no-sampling"], "--sampling does not fit --detector retinanet: it learns"),
         (
             ["train", *REGIONS, "--cls-loss", "ghm-softmax", "--init", "prior=0.1"],
             "--init prior=0.1 does not fit --cls-loss ghm-softmax: a softmax has no such bias",

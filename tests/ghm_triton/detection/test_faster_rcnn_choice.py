@@ -223,7 +223,7 @@ def test_guided_stages_learn_from_everything_and_weigh_as_their_boxes_do(
     assigner, config, monkeypatch
 ):
     config = dataclasses.replace(config, assigner=assigner)
-    detector = built(config, guided_loss=True, cls_weight=2.0, reg_weight=0.5)
+    detector = built(config, guided_loss=True, sampling=False, cls_weight=2.0, reg_weight=0.5)
     notes = Notes(detector, monkeypatch)
     result = detector(torch.randn(2, 3, *SIZE), [SCENE, NO_BOXES])
     found = {name: float(loss.detach()) for name, loss in result.items()}
@@ -250,6 +250,23 @@ def test_guided_stages_learn_from_everything_and_weigh_as_their_boxes_do(
     assert all(bool(torch.isfinite(p.grad).all()) for p in detector.parameters())
 
 
+@pytest.mark.parametrize("assigner", ["iou", "cleanliness"])
+def test_guided_regions_are_sampled_all_the_same_and_proposals_are_not_guided(
+    assigner, config, monkeypatch
+):
+    config = dataclasses.replace(config, assigner=assigner)
+    detector = built(config, guided_loss=True, cls_weight=2.0)
+    notes = Notes(detector, monkeypatch)
+    result = detector(torch.randn(2, 3, *SIZE), [SCENE, SCENE])
+    assert len(notes.looks[0][0]) <= 2 * config.region_samples
+    found = {name: float(loss.detach()) for name, loss in result.items()}
+    assert found["classification"] == pytest.approx(2 * found["bbox_regression"], rel=1e-6)
+    assert found["unguided_classification"] != pytest.approx(found["classification"])
+    assert "unguided_rpn_objectness" not in found
+    assert found["rpn_objectness"] != pytest.approx(found["rpn_box"])
+    assert detector.rpn.samples == (assigner == "iou")
+
+
 def test_guided_regions_can_be_mined(config, monkeypatch):
     detector = built(config, mining="ohem", guided_loss=True)
     notes = Notes(detector, monkeypatch)
@@ -260,7 +277,7 @@ def test_guided_regions_can_be_mined(config, monkeypatch):
 
 
 def test_a_guided_batch_without_boxes_learns_its_background(config):
-    detector = built(config, guided_loss=True)
+    detector = built(config, guided_loss=True, sampling=False)
     result = detector(torch.randn(2, 3, *SIZE), [NO_BOXES, NO_BOXES])
     found = {name: float(loss.detach()) for name, loss in result.items()}
     assert found["bbox_regression"] == found["rpn_box"] == 0.0

@@ -108,13 +108,9 @@ def test_an_option_out_of_range_is_named(field, value):
 def test_a_guide_refuses_a_loss_without_weight(field):
     message = f"{field} must be positive with guided_loss.*got 0"
     with pytest.raises(ValueError, match=message):
-        TrainOptions(guided_loss=True, **{field: 0.0})
-    by_default = TrainOptions(**{field: 0.0})  # of one-stage detectors only
+        TrainOptions(cls_loss="focal", guided_loss=True, **{field: 0.0})
     with pytest.raises(ValueError, match=message):
-        by_default.settled("retinanet")
-    with pytest.raises(ValueError, match=message):
-        build_losses(by_default)
-    build_losses(by_default, architecture="faster-rcnn")
+        TrainOptions(**{field: 0.0})  # guided by default
     build_losses(TrainOptions(guided_loss=False, **{field: 0.0}))
 
 
@@ -196,11 +192,12 @@ def test_generalised_iou_is_the_papers():
         ("retinanet", {"mining": "ohem"}, False),
         ("retinanet", {"cls_loss": "focal"}, False),
         ("retinanet", {"cls_loss": "focal", "guided_loss": True}, True),
-        ("faster-rcnn", {}, False),  # it would sample neither anchors nor regions
-        ("faster-rcnn", {"guided_loss": True}, True),
+        ("faster-rcnn", {}, True),
+        ("faster-rcnn", {"cls_loss": "focal", "guided_loss": True, "sampling": False}, True),
+        ("faster-rcnn", {"mining": "s-ohem"}, False),
     ],
 )
-def test_harmonized_dense_losses_are_guided_unless_told_otherwise(architecture, chosen, guided):
+def test_harmonized_losses_are_guided_unless_told_otherwise(architecture, chosen, guided):
     options = TrainOptions(cls_weight=3.0, **chosen)
     losses = build_losses(options, architecture=architecture)
     assert (losses.guide is not None) == guided

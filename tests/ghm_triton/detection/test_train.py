@@ -63,6 +63,7 @@ def test_a_line_that_was_damaged_is_named(damaged, tmp_path):
         ("retinanet", {"mining": "s-ohem", "cls_loss": "ce", "reg_loss": "iou", "init": "optimal"}),
         ("fcos", {"mining": "ohem", "reg_loss": "giou", "guided_loss": True, "init": "prior=0.02"}),
         ("faster-rcnn", {"mining": "s-ohem", "guided_loss": True, "init": "optimal"}),
+        ("faster-rcnn", {"mining": "ohem", "guided_loss": True, "sampling": False}),
     ],
 )
 def test_mined_and_guided_runs_resume_bit_for_bit(chosen, architecture, options, config, tmp_path):
@@ -87,7 +88,7 @@ def test_a_checkpoint_of_before_the_methods_resumes(options, config, tmp_path):
     quietly(options, config, tmp_path / "whole")
     quietly(options, config, tmp_path / "old", stop_after=4)
     saved = Checkpoint.load(tmp_path / "old" / CHECKPOINT)
-    for name in ("mining", "mining_keep", "init", "guided_loss"):
+    for name in ("mining", "mining_keep", "sampling", "init", "guided_loss"):
         del saved.training[name]
     saved.save(tmp_path / "old" / CHECKPOINT)
     assert TrainOptions.of_run(saved.training) == options.settled("retinanet")

@@ -113,6 +113,6 @@ def test_the_losses_fall(options, config, tmp_path):
     quietly(options, config, tmp_path)
     lines = metrics(tmp_path)
     # Not the objectness: its labels rise as boxes get better.
-    for name in ("rpn_box", "classification"):
+    for name in ("rpn_box", "unguided_classification"):
         first, last = ([line[name] for line in rows] for rows in (lines[:4], lines[-8:]))
         assert sum(last) / 8 < 0.95 * sum(first) / 4, name
