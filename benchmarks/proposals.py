@@ -87,7 +87,6 @@ def measure(network: str, seed: int, arguments: argparse.Namespace) -> dict[str,
         seed=seed,
         hflip=arguments.flips,
         vflip=arguments.flips,
-        guided_loss=False,  # as the committed rows were trained; it is about the proposals
     )
     names = open_dataset(options.data, options.train_split).class_names
     config = DetectorConfig(
