@@ -71,7 +71,9 @@ def test_a_few_steps_lower_the_loss_and_count_what_was_learnt(kind, config, opti
     train(options, config, tmp_path, device="cpu", progress=False)
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     first, last = lines[0], lines[-5:]
-    assert sum(x["classification"] for x in last) / 5 < 0.7 * first["classification"]
+    # A guided classification is as large as the boxes' loss.
+    name = "unguided_classification" if "unguided_classification" in first else "classification"
+    assert sum(x[name] for x in last) / 5 < 0.7 * first[name]
     if kind == "fcos":  # whose boxes start as points
         assert sum(x["bbox_regression"] for x in last) / 5 < 0.7 * first["bbox_regression"]
     statistics = Checkpoint.load(tmp_path / CHECKPOINT).statistics

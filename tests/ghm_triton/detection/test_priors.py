@@ -157,14 +157,14 @@ def start_of(options, config, dataset, out):
 
 
 @pytest.mark.parametrize(
-    ("guided", "assigner"), [(False, "iou"), (True, "iou"), (False, "cleanliness")]
+    ("sampling", "assigner"), [(True, "iou"), (False, "iou"), (True, "cleanliness")]
 )
 def test_proposals_start_at_the_share_of_positives(
-    guided, assigner, options, config, dataset, tmp_path
+    sampling, assigner, options, config, dataset, tmp_path
 ):
     """Of the anchors that they learn from: 256 of an image where they are sampled."""
     config = regions(config, assigner=assigner)
-    chosen = optimal(options, guided_loss=guided)
+    chosen = optimal(options, sampling=sampling)
     start, rpn = start_of(chosen, config, dataset, tmp_path)
     view = TrainingView(dataset, config, (0.0, 0.0))
     rows, _ = rpn.assign_targets_to_anchors(
@@ -172,7 +172,7 @@ def test_proposals_start_at_the_share_of_positives(
     )
     rows = torch.stack(rows)
     positives, counted = (rows == 1).sum(1), (rows >= 0).sum(1)
-    if assigner == "iou" and not guided:
+    if assigner == "iou" and sampling:
         positives = positives.clamp(max=128)
         counted = (positives + (rows == 0).sum(1)).clamp(max=256)
         assert counted.tolist() == [256] * len(dataset)
@@ -196,11 +196,11 @@ def test_sampled_proposals_start_as_they_did_unless_asked(options, config, datas
     assert start_of(options, clean, dataset, tmp_path)[0] != pytest.approx(0.01, rel=0.1)
 
 
-def test_sampled_and_guided_proposals_are_counted_apart(options, config, dataset, tmp_path):
+def test_proposals_that_sample_are_counted_apart(options, config, dataset, tmp_path):
     config = regions(config)
     starts = {
-        start_of(optimal(options, guided_loss=guided), config, dataset, tmp_path)[0]
-        for guided in (False, True)
+        start_of(optimal(options, sampling=sampling), config, dataset, tmp_path)[0]
+        for sampling in (False, True)
     }
     assert len(starts) == 2
 
