@@ -194,7 +194,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         options, config = TrainOptions.of_run(saved.training), saved.config
     else:
         options = TrainOptions.from_dict(given)
-        _require_settled(options, given)
+        _require_fitting(options, given)
         dataset = open_split(options, options.train_split)
         report_problems(dataset)
         config = _config(given, dataset.class_names)
@@ -272,15 +272,12 @@ def _require_regions_sampled(given: dict[str, Any]) -> None:
         raise ValueError(f"--region-samples means nothing with {reason}")
 
 
-def _require_settled(options: TrainOptions, given: dict[str, Any]) -> None:
+def _require_fitting(options: TrainOptions, given: dict[str, Any]) -> None:
     """Refuse what the detector cannot learn by before any data is opened."""
     from ghm_triton.detection.fits import require_fitting
 
-    architecture = given["architecture"]
-    require_fitting(
-        options, architecture, given.get("classifier", "sigmoid"), given.get("assigner", "iou")
-    )
-    options.settled(architecture)
+    classifier, assigner = given.get("classifier", "sigmoid"), given.get("assigner", "iou")
+    require_fitting(options, given["architecture"], classifier, assigner)
 
 
 def _config(given: dict[str, Any], class_names: tuple[str, ...]) -> Any:
