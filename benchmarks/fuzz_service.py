@@ -32,7 +32,7 @@ from benchmarks.fuzz_intake import (
     read_json,
 )
 from benchmarks.fuzz_json import mutate_json
-from export.contract import DetectorCard, Preprocessing, StatisticsCard, TrainingCard
+from export.card import DetectorCard, Preprocessing, StatisticsCard, TrainingCard
 from service.problems import ProblemError
 from service.settings import Settings
 from service.v2.bodies import Inflater

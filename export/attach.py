@@ -21,7 +21,7 @@ from onnx.version_converter import convert_version
 from torch import Tensor, nn
 
 from export.attach_card import AttachCard
-from export.contract import INPUT, OUTPUTS, DetectorCard
+from export.card import INPUT, OUTPUTS, DetectorCard
 from export.file import write_detector
 from export.graph import IR_VERSION, OPSET, trace
 from ghm_triton.detection.checkpoint import sha256_of

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from export.contract import (
+from export.card import (
     CardError,
     DetectorCard,
     Preprocessing,

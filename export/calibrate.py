@@ -16,7 +16,7 @@ from onnx import ModelProto
 from onnx.utils import Extractor
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
 
-from export.contract import INPUT
+from export.card import INPUT
 from export.core import Core
 
 Image = npt.NDArray[np.float32]

@@ -14,7 +14,7 @@ from math import prod
 
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper, shape_inference
 
-from export.contract import INPUT
+from export.card import INPUT
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # What may stand between two layers of the core, and where its activations come in.

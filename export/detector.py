@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from onnx import ModelProto
 
-from export.contract import (
+from export.card import (
     DetectorCard,
     Preprocessing,
     StatisticsCard,

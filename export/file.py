@@ -28,7 +28,7 @@ from onnx import (
 )
 
 from export.atomic import write_atomically
-from export.contract import (
+from export.card import (
     CARD_KEY,
     INPUT,
     IOU_INPUT,

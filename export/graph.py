@@ -16,7 +16,7 @@ from google.protobuf.message import Message  # type: ignore[import-untyped]
 from onnx import ModelProto, numpy_helper
 from onnxscript import opset18 as op
 
-from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
+from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
 from ghm_triton.detection.detector import Detector
 from ghm_triton.detection.postprocess import OUT, DeployedDetector
 

@@ -9,7 +9,7 @@ from textwrap import wrap
 import onnx
 from onnx import ModelProto, helper
 
-from export.contract import DetectorCard, Preprocessing, QuantizationCard
+from export.card import DetectorCard, Preprocessing, QuantizationCard
 from export.file import DetectorFile
 from ghm_triton.tables import threshold_table
 

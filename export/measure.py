@@ -15,7 +15,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from export.contract import INPUT, OUTPUTS, THRESHOLDS_INPUT
+from export.card import INPUT, OUTPUTS, THRESHOLDS_INPUT
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset, Sample
 from ghm_triton.detection.evaluate import (

@@ -17,7 +17,7 @@ from itertools import chain
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, parser
 
-from export.contract import FORMAT_VERSION, INPUT, DetectorCard, Preprocessing
+from export.card import FORMAT_VERSION, INPUT, DetectorCard, Preprocessing
 
 BOXES = "boxes"
 PREPARED, FRAMED = "prepared", "framed"

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from export.contract import DetectorCard
+    from export.card import DetectorCard
 
 IMAGES = 64
 TEST_SPLIT = "test"

@@ -12,7 +12,7 @@ from typing import Literal
 from onnx import ModelProto
 
 from export.calibrate import Image
-from export.contract import (
+from export.card import (
     FORMAT_VERSION,
     THRESHOLDS_INPUT,
     DetectorCard,

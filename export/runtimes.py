@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from export.contract import INPUT, OUTPUTS
+from export.card import INPUT, OUTPUTS
 from export.file import DetectorFile
 from export.thresholds import set_default
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from export.card import IOU_INPUT, THRESHOLDS_INPUT, as_float32
 from export.compare import Comparison, Detections, Proposals, Rules, Tolerance, compare
-from export.contract import IOU_INPUT, THRESHOLDS_INPUT, as_float32
 from export.file import DetectorFile
 from export.runtimes import Runtime, UnrunnableError
 from ghm_triton.detection import evaluate

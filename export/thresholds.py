@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, numpy_helper
 
-from export.contract import (
+from export.card import (
     FORMAT_VERSION,
     IOU_INPUT,
     THRESHOLDS_INPUT,

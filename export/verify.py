@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from export.card import DetectorCard
 from export.compare import Comparison, Tolerance
-from export.contract import DetectorCard
 from export.detector import make_card
 from export.file import read_detector
 from export.runtimes import Runtime, find_runtimes, how_to_install

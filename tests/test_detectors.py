@@ -14,7 +14,7 @@ import torch
 from starlette.testclient import TestClient
 from torch import Tensor
 
-from export.contract import INPUT, OUTPUTS
+from export.card import INPUT, OUTPUTS
 from export.file import read_detector
 from export.side_by_side import _proposals
 from ghm_triton import cli

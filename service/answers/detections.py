@@ -5,7 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
-from export.contract import DetectorCard
+from export.card import DetectorCard
 from service.intake.images import Geometry
 from service.intake.options import Wanted
 from service.models.model import Detections

@@ -178,7 +178,7 @@ class ModelCard:
         sha256: The digest of its file.
         providers: What runs it, by onnxruntime's names.
         card: The file's card as JSON has it; `DetectorCard.model_validate(card)` of
-            `export.contract` gives it types.
+            `export.card` gives it types.
     """
 
     name: str

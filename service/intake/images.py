@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from export.contract import DetectorCard, Preprocessing
+from export.card import DetectorCard, Preprocessing
 from service.intake.headers import (
     FORMATS,
     DamagedImageError,

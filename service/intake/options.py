@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from export.contract import DetectorCard
+from export.card import DetectorCard
 from service.models.model import OFF
 from service.problems import ProblemError, short
 

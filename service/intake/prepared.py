@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fastapi import Request
 from PIL import Image
 
-from export.contract import DetectorCard
+from export.card import DetectorCard
 from service.intake.body import Upload, read_upload
 from service.intake.images import (
     DamagedImageError,

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
+from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
 from export.file import DetectorFile
 
 logger = logging.getLogger("ghm.service")

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from export.contract import CardError
+from export.card import CardError
 from export.file import read_detector
 from service.models.catalogue import CatalogueError, Listed, Signature, list_models, version_key
 from service.models.model import ModelError, ServedModel

@@ -45,7 +45,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from export.contract import DetectorCard
+from export.card import DetectorCard
 
 CLASS_WINDOW = 1_000
 MIX_WINDOW = 10_000

@@ -15,7 +15,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from export.contract import CardError
+from export.card import CardError
 from ghm_triton.tables import threshold_table
 from service.app import create_app
 from service.models.catalogue import CatalogueError

@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from export.contract import DetectorCard
+from export.card import DetectorCard
 from service.answers.detections import image_answer
 from service.answers.schemas import PreviewResponse
 from service.answers.timer import Timer

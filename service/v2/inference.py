@@ -10,7 +10,7 @@ from time import perf_counter
 import numpy as np
 from fastapi import Request, Response
 
-from export.contract import INPUT, IOU_INPUT, THRESHOLDS_INPUT, DetectorCard
+from export.card import INPUT, IOU_INPUT, THRESHOLDS_INPUT, DetectorCard
 from service.intake.options import Wanted
 from service.intake.prepared import counted
 from service.models.deadline import while_wanted

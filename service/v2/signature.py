@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
+from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
 from service.models.model import CPU, ServedModel
 from service.settings import LARGEST_BATCH
 from service.v2.tensors import TensorSpec

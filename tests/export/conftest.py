@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import nn
 
-from export.contract import (
+from export.card import (
     CARD_KEY,
     DetectorCard,
     Preprocessing,

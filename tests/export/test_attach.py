@@ -13,7 +13,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from export.attach import AttachError, Reading, _outputs, attach
-from export.contract import CARD_KEY, IOU_INPUT, THRESHOLDS_INPUT
+from export.card import CARD_KEY, IOU_INPUT, THRESHOLDS_INPUT
 from export.file import read_detector
 from export.runtimes import RUNTIMES, OnnxRuntime
 from export.seal import SEAL_KEY

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from export.attach_card import AttachCard
-from export.contract import CardError
+from export.card import CardError
 
 TOLD = {"name": "x", "class_names": ["a", "b"], "thresholds": 0.3, "size": [320, 480]}
 

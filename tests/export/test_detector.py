@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import export.detector
-from export.contract import IOU_INPUT, THRESHOLDS_INPUT
+from export.card import IOU_INPUT, THRESHOLDS_INPUT
 from export.detector import (
     LOSS_OPTIONS,
     METHOD_OPTIONS,

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from export.contract import (
+from export.card import (
     CARD_KEY,
     CardError,
     DetectorCard,

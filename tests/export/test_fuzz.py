@@ -16,7 +16,7 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from export.contract import CARD_KEY, CardError, DetectorCard
+from export.card import CARD_KEY, CardError, DetectorCard
 from export.file import DetectorFile, detector_bytes, read_detector
 from export.inspect import describe
 from service.models.model import ModelError, ServedModel

@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 import torch
 
+from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
 from export.compare import Detections, Proposals, Rules, Tolerance, compare
-from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
 from export.graph import IR_VERSION, MAX_BATCH, OPSET, build_graph
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig

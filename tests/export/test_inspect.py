@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from export.contract import QuantizationCard
+from export.card import QuantizationCard
 from export.file import DetectorFile, read_detector, write_detector
 from export.inspect import LINE, describe
 from export.preprocess import accept_uint8

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 import export.measure
-from export.contract import CARD_KEY, INPUT, DetectorCard
+from export.card import CARD_KEY, INPUT, DetectorCard
 from export.measure import ROUNDS, detect_all, measure, prepared, race, spread
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig

@@ -14,8 +14,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
 
+from export.card import IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard, Preprocessing
 from export.compare import Detections, Proposals, Rules, Tolerance, compare
-from export.contract import IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard, Preprocessing
 from export.file import read_detector
 from export.preprocess import PREFIX, accept_uint8
 from ghm_triton.detection.data import open_dataset

@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, parser
 
-from export.contract import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
+from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
 from export.core import find_core
 from export.file import read_detector, write_detector
 from export.graph import build_graph

@@ -8,7 +8,7 @@ import torch
 
 import export.measure
 import export.quantized
-from export.contract import DetectorCard
+from export.card import DetectorCard
 from export.file import read_detector
 from export.measure import Measured
 from export.quantized import AccuracyLossError, Tradeoff

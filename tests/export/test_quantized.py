@@ -15,7 +15,7 @@ from onnx import ModelProto, numpy_helper
 
 import export.measure
 import export.quantized
-from export.contract import THRESHOLDS_INPUT, DetectorCard
+from export.card import THRESHOLDS_INPUT, DetectorCard
 from export.file import read_detector
 from export.measure import detect_all, prepared
 from export.quantize import Int8Recipe

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from export import runtimes
-from export.contract import IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
+from export.card import IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
 from export.file import read_detector
 from export.runtimes import (
     RUNTIMES,

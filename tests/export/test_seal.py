@@ -5,7 +5,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from export.contract import OUTPUTS, CardError
+from export.card import OUTPUTS, CardError
 from export.file import detector_bytes, read_detector
 from export.runtimes import RUNTIMES
 from export.seal import SEAL_KEY, is_broken, seal

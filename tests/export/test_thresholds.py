@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from export.contract import (
+from export.card import (
     CARD_KEY,
     IOU_INPUT,
     OUTPUTS,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from onnx import ModelProto
 
-from export.contract import CARD_KEY, IOU_INPUT, THRESHOLDS_INPUT, CardError, DetectorCard
+from export.card import CARD_KEY, IOU_INPUT, THRESHOLDS_INPUT, CardError, DetectorCard
 from export.thresholds import set_default
 from export.verify import verify
 from ghm_triton.detection.checkpoint import Checkpoint

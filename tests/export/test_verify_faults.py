@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import ModelProto, numpy_helper
 
-from export.contract import THRESHOLDS_INPUT
+from export.card import THRESHOLDS_INPUT
 from export.verify import Samples, verify
 from ghm_triton.detection.data import Sample
 

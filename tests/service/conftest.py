@@ -24,7 +24,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import export.file
-from export.contract import (
+from export.card import (
     CARD_KEY,
     INPUT,
     IOU_INPUT,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from export.contract import CardError
+from export.card import CardError
 from service.app import create_app
 from service.models.model import ModelError
 from service.settings import Settings, SettingsError

@@ -16,7 +16,7 @@ import pytest
 from fastapi import FastAPI
 from PIL import Image
 
-from export.contract import DetectorCard
+from export.card import DetectorCard
 from export.file import read_detector
 from service.app import create_app
 from service.client import AsyncClient, Client, ServiceError

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
-from export.contract import Preprocessing
+from export.card import Preprocessing
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.transforms import Letterbox
 from service.intake.images import (

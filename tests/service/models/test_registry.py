@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from export.contract import CardError
+from export.card import CardError
 from service.models.catalogue import CatalogueError
 from service.models.model import ModelError
 from service.models.registry import Registry

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from export.contract import StatisticsCard, ThresholdCard, as_float32
+from export.card import StatisticsCard, ThresholdCard, as_float32
 from service.operations.drift import (
     CHANCE,
     CLASS_WINDOW,

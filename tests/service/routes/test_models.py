@@ -2,7 +2,7 @@ import hashlib
 
 from starlette.testclient import TestClient
 
-from export.contract import DetectorCard
+from export.card import DetectorCard
 from service.answers.schemas import ModelDetail, ModelList, ProblemDetails
 from service.app import create_app
 

@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from export.contract import ThresholdCard
+from export.card import ThresholdCard
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from playwright.sync_api import Error, expect
 
-from export.contract import ThresholdCard
+from export.card import ThresholdCard
 from service.app import create_app
 from service.settings import Settings
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import expect
 
-from export.contract import StatisticsCard, ThresholdCard, as_float32
+from export.card import StatisticsCard, ThresholdCard, as_float32
 from export.thresholds import evidence
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from export.contract import (
+from export.card import (
     FORMAT_VERSION,
     CardError,
     DetectorCard,
