@@ -7,7 +7,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ghm_triton import reference
+from ghm_triton import cpu
 from ghm_triton._inputs import require_choice
 
 BACKENDS = ("auto", "triton", "torch")
@@ -32,14 +32,14 @@ def select_backend(backend: str, tensor: Tensor) -> ModuleType:
     """
     require_choice("backend", backend, BACKENDS)
     if backend == "torch":
-        return reference
+        return cpu
     try:
         return _kernels(tensor)
     except (ValueError, ModuleNotFoundError) as obstacle:
         foreign = isinstance(obstacle, ModuleNotFoundError) and obstacle.name != "triton"
         if backend == "triton" or foreign:
             raise
-        return reference
+        return cpu
 
 
 def _kernels(tensor: Tensor) -> ModuleType:

@@ -40,10 +40,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def kernels(backend: str) -> ModuleType:
     """Either implementation, as its module."""
-    from ghm_triton import reference
+    from ghm_triton import cpu
 
     if backend == "torch":
-        return reference
+        return cpu
     from ghm_triton import ops
 
     return ops

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from ghm_triton import reference
+from ghm_triton import cpu
 from ghm_triton.backend import select_backend
 
 
@@ -18,8 +18,8 @@ def compiling(monkeypatch):
 
 
 def test_on_the_cpu_it_is_torch(compiling):
-    assert select_backend("auto", torch.zeros(1)) is reference
-    assert select_backend("torch", torch.zeros(1)) is reference
+    assert select_backend("auto", torch.zeros(1)) is cpu
+    assert select_backend("torch", torch.zeros(1)) is cpu
 
 
 def test_asking_for_triton_on_the_cpu_says_what_is_missing(compiling):
@@ -35,7 +35,7 @@ def test_where_kernels_run_it_is_triton(kernels_run, device):
         assert select_backend("auto", torch.zeros(1, dtype=dtype, device=device)) is ops
         assert select_backend("triton", torch.zeros(1, dtype=dtype, device=device)) is ops
     double = torch.zeros(1, dtype=torch.float64, device=device)
-    assert select_backend("auto", double) is reference
+    assert select_backend("auto", double) is cpu
     with pytest.raises(ValueError, match=r"torch.float64 tensor"):
         select_backend("triton", double)
 

@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from ghm_triton.reference.blockwise.scratch import MOST_VIEWS, Scratch, here, walk
+from ghm_triton.cpu.scratch import MOST_VIEWS, Scratch, here, walk
 
 
 def elsewhere(function):
@@ -34,7 +34,7 @@ def test_what_inference_mode_left_is_usable():
 def test_it_grows_with_the_block(monkeypatch):
     before = here()
     more = before.entries + 1
-    monkeypatch.setattr("ghm_triton.reference.blockwise.scratch.block_entries", lambda: more)
+    monkeypatch.setattr("ghm_triton.cpu.scratch.block_entries", lambda: more)
     assert here().entries == more
     assert here() is here()
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from ghm_triton.cpu.regions import MOST_PAIRED, RegionCounter, RegionTable
+from ghm_triton.cpu.scratch import here
 from ghm_triton.reference.binning import unit_region
-from ghm_triton.reference.blockwise.regions import MOST_PAIRED, RegionCounter, RegionTable
-from ghm_triton.reference.blockwise.scratch import here
 
 BINS = [1, 2, 3, 30, 126, 127, 200, 1024]
 

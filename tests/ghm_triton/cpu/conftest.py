@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from ghm_triton.reference.blockwise import blocks, scratch
+from ghm_triton.cpu import blocks, scratch
 
 SMALL = 45  # odd, so that pairs of entries meet the end of a block; no multiple of a vector
 

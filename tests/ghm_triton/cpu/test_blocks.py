@@ -6,7 +6,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ghm_triton._inputs import classification_inputs, regression_inputs
-from ghm_triton.reference.blockwise.blocks import (
+from ghm_triton.cpu.blocks import (
     ENTRIES,
     Selection,
     Source,

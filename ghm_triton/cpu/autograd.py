@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghm_triton.reference.blockwise.blocks import Span, hold_numbers
-from ghm_triton.reference.blockwise.scratch import Views, walk
+from ghm_triton.cpu.blocks import Span, hold_numbers
+from ghm_triton.cpu.scratch import Views, walk
 
 # Whether this backward pass leaves the graph for another one. Where torch cannot tell: always.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from ghm_triton import cpu
 from ghm_triton._inputs import ClassificationInputs
-from ghm_triton.reference import bce, binning, blockwise
+from ghm_triton.reference import bce, binning
 
 BINS = 8
 TABLE = torch.tensor([3.0, 0.0, 1e4, 1e-4, 0.5, 7.0, 1.0, 2.0])
@@ -57,7 +58,7 @@ def test_counts(paper, generator, shape, kind, weights):
     logits, target = draw(paper, shape, kind, generator)
     inputs = classification(logits, target, draw_weight(weights, shape, generator))
     for bins in (1, BINS, 128):
-        ours, theirs = blockwise.count_bce(inputs, bins), binning.count_bce(inputs, bins)
+        ours, theirs = cpu.count_bce(inputs, bins), binning.count_bce(inputs, bins)
         assert torch.equal(ours.regions, theirs.regions)
         assert ours.invalid == theirs.invalid == 0
         # Targets are added up in float32 within a block.
@@ -80,7 +81,7 @@ def test_loss_and_gradient(paper, generator, shape, kind, weights, weighted, red
 
     x = logits.requires_grad_()
     inputs = classification(x, target, weight)
-    loss = blockwise.weighted_bce(inputs, TABLE, SCALE, **options)
+    loss = cpu.weighted_bce(inputs, TABLE, SCALE, **options)
     loss.backward(outer)
     # Dense targets cancel; at most the largest weight, twice over, multiplies what they lose.
     lost = paper.cancellation(logits, target) * float(TABLE.max() * SCALE) * 2
@@ -98,7 +99,7 @@ def test_16_bit_logits(paper, generator, dtype, kind, reduce):
     options = {"weighted": False, "reduce": reduce}
     truth, slopes = specification(logits, target, None, outer=outer, **options)
     x = logits.requires_grad_()
-    loss = blockwise.weighted_bce(classification(x, target), TABLE, SCALE, **options)
+    loss = cpu.weighted_bce(classification(x, target), TABLE, SCALE, **options)
     loss.backward(outer)
     lost = paper.cancellation(logits, target) * float(TABLE.max() * SCALE) * 2
     paper.assert_close(loss, truth, lost.sum() if reduce else lost)
@@ -121,10 +122,10 @@ def test_strides(paper, generator, kind, layout):
     _, slopes = specification(logits, target, None, outer=outer, **options)
     x = viewed.detach().requires_grad_()
     inputs = classification(x, target)
-    (blockwise.weighted_bce(inputs, TABLE, SCALE, **options) * outer).backward()
+    (cpu.weighted_bce(inputs, TABLE, SCALE, **options) * outer).backward()
     lost = paper.cancellation(logits, target) * float(TABLE.max() * SCALE) * 5
     paper.assert_close(x.grad, slopes, lost)
-    counts = blockwise.count_bce(inputs, BINS)
+    counts = cpu.count_bce(inputs, BINS)
     assert torch.equal(counts.regions, binning.count_bce(inputs, BINS).regions)
 
 
@@ -139,10 +140,10 @@ def test_an_entry_is_counted_in_the_region_whose_weight_it_gets(generator, kind,
     inputs = classification(logits, target)
     options = {"weighted": False, "reduce": False}
     one = torch.ones(())
-    plain = blockwise.weighted_bce(inputs, torch.ones(bins), one, **options)
-    named = blockwise.weighted_bce(inputs, torch.arange(1.0, bins + 1), one, **options)
+    plain = cpu.weighted_bce(inputs, torch.ones(bins), one, **options)
+    named = cpu.weighted_bce(inputs, torch.arange(1.0, bins + 1), one, **options)
     region = (named / plain).round().long() - 1
-    counts = blockwise.count_bce(inputs, bins)
+    counts = cpu.count_bce(inputs, bins)
     assert torch.equal(region.flatten().bincount(minlength=bins), counts.regions)
 
 
@@ -150,7 +151,7 @@ def test_exact_edges_and_ends():
     # p = 1/2 exactly, so g = p* is 0 and 1/4, 1/2, 3/4 are edges: an edge opens its region.
     logits = torch.tensor([[0.0, 0.0, 0.0, 1e4, -1e4, 1e4, -1e4]]).t()
     target = torch.tensor([[0.5, 0.25, 0.0, 1.0, 0.0, 0.0, 1.0]]).t()
-    counts = blockwise.count_bce(classification(logits, target), 4)
+    counts = cpu.count_bce(classification(logits, target), 4)
     assert counts.regions.tolist() == [3, 1, 1, 2]
 
 
@@ -171,7 +172,7 @@ def test_unsound_entries_are_counted_apart(generator, poison, where, shape, weig
     if weight is not None:
         weight[0, 1] = 0
     inputs = classification(logits, target, weight)
-    ours, theirs = blockwise.count_bce(inputs, BINS), binning.count_bce(inputs, BINS)
+    ours, theirs = cpu.count_bce(inputs, BINS), binning.count_bce(inputs, BINS)
     assert ours.invalid == theirs.invalid
     assert torch.equal(ours.regions, theirs.regions)
     assert ours.positives.sum().isnan() == theirs.positives.sum().isnan()
@@ -186,20 +187,20 @@ def test_what_is_ignored_may_be_anything(paper, generator, kind, reduce):
     options = {"weighted": True, "reduce": reduce}
     clean = logits.clone().requires_grad_()
     given = classification(clean, target, weight)
-    expected = blockwise.weighted_bce(given, TABLE, SCALE, **options)
+    expected = cpu.weighted_bce(given, TABLE, SCALE, **options)
     expected.sum().backward()
-    counts = blockwise.count_bce(given, BINS)
+    counts = cpu.count_bce(given, BINS)
     logits[5:12, 2] = torch.tensor([torch.nan, torch.inf, -torch.inf] * 2 + [torch.nan])
     if kind == "soft":
         target = target.clone()
         target[5:12, 2] = torch.tensor([torch.inf, 5.0, -1.0, torch.nan] * 2)[:7]
     x = logits.requires_grad_()
     given = classification(x, target, weight)
-    loss = blockwise.weighted_bce(given, TABLE, SCALE, **options)
+    loss = cpu.weighted_bce(given, TABLE, SCALE, **options)
     loss.sum().backward()
     assert torch.equal(loss, expected)
     assert torch.equal(x.grad, clean.grad)
-    assert torch.equal(blockwise.count_bce(given, BINS).regions, counts.regions)
+    assert torch.equal(cpu.count_bce(given, BINS).regions, counts.regions)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -212,12 +213,12 @@ def test_nan_weights_make_everything_nan(generator, dtype, reduce):
         logits[11, 3] = poison
         x = logits.requires_grad_()
         inputs = classification(x, torch.full((23,), 7))
-        loss = blockwise.weighted_bce(inputs, nan, nan[0], weighted=False, reduce=reduce)
+        loss = cpu.weighted_bce(inputs, nan, nan[0], weighted=False, reduce=reduce)
         loss.sum().backward()
         assert loss.isnan().all()
         assert x.grad.isnan().all()
     none = classification(x[:0], torch.zeros(0, dtype=torch.int64))
-    assert blockwise.weighted_bce(none, nan, nan[0], weighted=False, reduce=True).isnan()
+    assert cpu.weighted_bce(none, nan, nan[0], weighted=False, reduce=True).isnan()
 
 
 @pytest.mark.parametrize("wrong", [5.0, -300.0, torch.nan, torch.inf])
@@ -228,7 +229,7 @@ def test_nan_weights_with_any_target(generator, wrong):
     target[11, 3] = wrong
     nan = torch.full((BINS,), torch.nan)
     given = {"weighted": False, "reduce": True}
-    loss = blockwise.weighted_bce(classification(x, target), nan, nan[0], **given)
+    loss = cpu.weighted_bce(classification(x, target), nan, nan[0], **given)
     loss.backward()
     assert loss.isnan()
     assert x.grad.isnan().all()
@@ -248,7 +249,7 @@ def test_what_lies_beside_an_unsound_entry_gets_its_gradient(paper, generator, d
     if kind == "index":
         target[11] = 0
     x = logits.requires_grad_()
-    loss = blockwise.weighted_bce(classification(x, target, weight), TABLE, SCALE, **options)
+    loss = cpu.weighted_bce(classification(x, target, weight), TABLE, SCALE, **options)
     loss.backward(outer)
     assert loss.isnan().any()
     assert x.grad[11, 3].isnan()
@@ -265,8 +266,8 @@ def test_inputs_are_left_as_they_are(generator):
     )
     before = [tensor.detach().clone() for tensor in given]
     inputs = classification(*given)
-    blockwise.count_bce(inputs, BINS)
-    blockwise.weighted_bce(inputs, TABLE, SCALE, weighted=True, reduce=True).backward()
+    cpu.count_bce(inputs, BINS)
+    cpu.weighted_bce(inputs, TABLE, SCALE, weighted=True, reduce=True).backward()
     for tensor, was in zip(given, before, strict=True):
         assert torch.equal(tensor.detach(), was)
 
@@ -274,14 +275,14 @@ def test_inputs_are_left_as_they_are(generator):
 def test_other_defaults_of_torch_change_nothing(generator):
     logits, target = torch.randn(23, 7, generator=generator), torch.randint(0, 8, (23,))
     inputs = classification(logits, target)
-    expected = blockwise.weighted_bce(inputs, TABLE, SCALE, weighted=False, reduce=True)
-    regions = blockwise.count_bce(inputs, BINS).regions
+    expected = cpu.weighted_bce(inputs, TABLE, SCALE, weighted=False, reduce=True)
+    regions = cpu.count_bce(inputs, BINS).regions
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
             inputs = dataclasses.replace(inputs)
-            loss = blockwise.weighted_bce(inputs, TABLE, SCALE, weighted=False, reduce=True)
-            counts = blockwise.count_bce(inputs, BINS)
+            loss = cpu.weighted_bce(inputs, TABLE, SCALE, weighted=False, reduce=True)
+            counts = cpu.count_bce(inputs, BINS)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(loss, expected)

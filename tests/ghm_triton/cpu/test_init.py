@@ -1,9 +1,9 @@
-"""Which implementation stands behind the names of `reference`."""
+"""Which implementation stands behind the names of `cpu`."""
 
 import pytest
 import torch
 
-from ghm_triton import reference
+from ghm_triton import cpu, reference
 from ghm_triton._inputs import (
     ClassificationInputs,
     RegressionInputs,
@@ -18,12 +18,12 @@ TABLE, ONE = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(1.0)
 def by_class(x):
     target = torch.full((6,), 1, device=x.device)
     inputs = classification_inputs(x, target, None, False)
-    return reference.weighted_bce(inputs, TABLE, ONE, weighted=False, reduce=True)
+    return cpu.weighted_bce(inputs, TABLE, ONE, weighted=False, reduce=True)
 
 
 def by_box(x):
     inputs = regression_inputs(x, torch.zeros_like(x), None, False)
-    return reference.weighted_asl1(inputs, TABLE, ONE, mu=0.02, weighted=False, reduce=True)
+    return cpu.weighted_asl1(inputs, TABLE, ONE, mu=0.02, weighted=False, reduce=True)
 
 
 @pytest.mark.parametrize("loss", [by_class, by_box])
@@ -55,8 +55,8 @@ def test_within_transforms(loss):
 def test_without_data():
     x = torch.randn(6, 4, device="meta")
     inputs = classification_inputs(x, torch.zeros(6, 4, device="meta"), None, None)
-    assert reference.count_bce(inputs, 4).regions.shape == (4,)
-    counts = reference.count_asl1(regression_inputs(x, x, None, None), 4, 0.02)
+    assert cpu.count_bce(inputs, 4).regions.shape == (4,)
+    counts = cpu.count_asl1(regression_inputs(x, x, None, None), 4, 0.02)
     assert counts.regions.shape == (4,)
 
 
@@ -73,16 +73,16 @@ def test_one_graph_when_compiled(kind):
         weight = torch.ones(40, 3)
         if kind == "box":
             given = RegressionInputs(x, target, weight, x.shape)
-            counts = reference.count_asl1(given, 4, 0.02)
+            counts = cpu.count_asl1(given, 4, 0.02)
             table = counts.regions.float()
-            return counts.regions, reference.weighted_asl1(
+            return counts.regions, cpu.weighted_asl1(
                 given, table, ONE, mu=0.02, weighted=True, reduce=True
             )
         index, dense = (target, None) if kind == "index" else (None, target)
         given = ClassificationInputs(x, index, dense, weight, x.shape)
-        counts = reference.count_bce(given, 4)
+        counts = cpu.count_bce(given, 4)
         table = counts.regions.float()
-        return counts.regions, reference.weighted_bce(given, table, ONE, weighted=True, reduce=True)
+        return counts.regions, cpu.weighted_bce(given, table, ONE, weighted=True, reduce=True)
 
     torch.compiler.reset()
     compiled = torch.compile(train, fullgraph=True, backend="aot_eager")
@@ -106,6 +106,6 @@ def test_the_specification_and_the_public_names_agree_on_what_they_take():
         ("weighted_bce", bce),
         ("weighted_asl1", asl1),
     ):
-        public = inspect.signature(getattr(reference, name), eval_str=True)
-        for module in (home, reference.blockwise):
+        public = inspect.signature(getattr(cpu, name), eval_str=True)
+        for module in (home, reference):
             assert inspect.signature(getattr(module, name), eval_str=True) == public

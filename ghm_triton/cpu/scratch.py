@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ghm_triton.reference.blockwise.blocks import Span, block_entries, spans
+from ghm_triton.cpu.blocks import Span, block_entries, spans
 
 MOST_VIEWS = 16  # block sizes whose views are kept
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from ghm_triton import cpu
 from ghm_triton._inputs import RegressionInputs
-from ghm_triton.reference import asl1, binning, blockwise
+from ghm_triton.reference import asl1, binning
 
 BINS = 5
 TABLE = torch.tensor([3.0, 0.0, 1e4, 1e-4, 0.5])
@@ -48,7 +49,7 @@ def test_counts(paper, generator, shape, weights, mu):
     pred, target = draw(paper, shape, generator, mu=mu)
     inputs = regression(pred, target, draw_weight(weights, shape, generator))
     for bins in (1, BINS, 128):
-        ours, theirs = blockwise.count_asl1(inputs, bins, mu), binning.count_asl1(inputs, bins, mu)
+        ours, theirs = cpu.count_asl1(inputs, bins, mu), binning.count_asl1(inputs, bins, mu)
         assert torch.equal(ours.regions, theirs.regions)
         assert ours.positives.tolist() == theirs.positives.tolist()
         assert ours.invalid == theirs.invalid == 0
@@ -62,12 +63,12 @@ def test_regions_are_those_of_the_specification_to_the_bit(generator, bins, mu):
     # 3-4-5 triangles: g is 3/5 and 4/5 exactly, or nearly.
     pred[:2] = torch.tensor([[0.75 * mu], [4 / 3 * mu]])
     inputs = regression(pred, torch.zeros(500, 7))
-    ours, theirs = blockwise.count_asl1(inputs, bins, mu), binning.count_asl1(inputs, bins, mu)
+    ours, theirs = cpu.count_asl1(inputs, bins, mu), binning.count_asl1(inputs, bins, mu)
     assert torch.equal(ours.regions, theirs.regions)
     given = {"mu": mu, "weighted": False, "reduce": False}
     table, one = torch.arange(1.0, bins + 1), torch.ones(())
     torch.testing.assert_close(  # weights of whole numbers: an ulp of the loss, times two
-        blockwise.weighted_asl1(inputs, table, one, **given),
+        cpu.weighted_asl1(inputs, table, one, **given),
         asl1.weighted_asl1(inputs, table, one, **given),
         rtol=4 * torch.finfo(torch.float32).eps,
         atol=0.0,
@@ -86,7 +87,7 @@ def test_loss_and_gradient(paper, generator, shape, weights, weighted, reduce, d
     options = {"mu": 0.02, "weighted": weighted, "reduce": reduce}
     truth, slopes = specification(pred, target, weight, outer=outer, **options)
     x = pred.requires_grad_()
-    loss = blockwise.weighted_asl1(regression(x, target, weight), TABLE, SCALE, **options)
+    loss = cpu.weighted_asl1(regression(x, target, weight), TABLE, SCALE, **options)
     loss.backward(outer)
     paper.assert_close(loss, truth)
     paper.assert_close(x.grad, slopes)
@@ -103,7 +104,7 @@ def test_strides_and_a_target_in_double_precision(paper, generator, layout):
         viewed = torch.full((60, 12), torch.nan)[::2, ::3].copy_(pred)
     x = viewed.detach().requires_grad_()
     inputs = regression(x, target.double())
-    loss = blockwise.weighted_asl1(inputs, TABLE, SCALE, **options)
+    loss = cpu.weighted_asl1(inputs, TABLE, SCALE, **options)
     loss.backward(outer)
     paper.assert_close(loss, truth)
     paper.assert_close(x.grad, slopes)
@@ -119,7 +120,7 @@ def test_unsound_entries_are_counted_apart(generator, poison, weights):
         weight[0, 1] = 0
         weight[2, 3] = 1
     inputs = regression(pred, torch.zeros(30, 4), weight)
-    ours = blockwise.count_asl1(inputs, BINS, 0.02)
+    ours = cpu.count_asl1(inputs, BINS, 0.02)
     theirs = binning.count_asl1(inputs, BINS, 0.02)
     assert ours.invalid == theirs.invalid == (2 if weight is None else 1)
     assert torch.equal(ours.regions, theirs.regions)
@@ -133,17 +134,17 @@ def test_what_is_ignored_may_be_anything(paper, generator):
     options = {"mu": 0.02, "weighted": True, "reduce": True}
     clean = pred.clone().requires_grad_()
     given = regression(clean, target, weight)
-    expected = blockwise.weighted_asl1(given, TABLE, SCALE, **options)
+    expected = cpu.weighted_asl1(given, TABLE, SCALE, **options)
     expected.backward()
-    counts = blockwise.count_asl1(given, BINS, 0.02)
+    counts = cpu.count_asl1(given, BINS, 0.02)
     pred[5:9, 1] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30])
     x = pred.requires_grad_()
     given = regression(x, target, weight)
-    loss = blockwise.weighted_asl1(given, TABLE, SCALE, **options)
+    loss = cpu.weighted_asl1(given, TABLE, SCALE, **options)
     loss.backward()
     assert torch.equal(loss, expected)
     assert torch.equal(x.grad, clean.grad)
-    assert torch.equal(blockwise.count_asl1(given, BINS, 0.02).regions, counts.regions)
+    assert torch.equal(cpu.count_asl1(given, BINS, 0.02).regions, counts.regions)
 
 
 @pytest.mark.parametrize("mu", [1e-30, 0.02, 1e10])
@@ -152,10 +153,10 @@ def test_differences_of_any_size(paper, mu):
     d = torch.tensor([0.0, 1e-20, 1e-6, 1e-3, 1.0, 1e10, 1e17, 1e19, -1e25, 1e38])
     x = d[:, None].clone().requires_grad_()
     inputs = regression(x, torch.zeros(10, 1))
-    assert blockwise.count_asl1(inputs, 4, mu).invalid == 0
+    assert cpu.count_asl1(inputs, 4, mu).invalid == 0
     one = torch.ones(1)
     given = {"mu": mu, "weighted": False, "reduce": False}
-    loss = blockwise.weighted_asl1(inputs, one, one[0], **given)
+    loss = cpu.weighted_asl1(inputs, one, one[0], **given)
     loss.backward(torch.ones(10, 1))
     losses, slopes = paper.asl1_parts(paper.as_numpy(d)[:, None], mu)
     # Below 1e-18, what `mu` is counts for nothing but the smallest differences.
@@ -174,10 +175,10 @@ def test_nan_weights_make_everything_nan(generator):
         x[17, 2] = poison
         x.requires_grad_()
         inputs = regression(x, torch.zeros(30, 4))
-        loss = blockwise.weighted_asl1(inputs, nan, nan[0], **given)
+        loss = cpu.weighted_asl1(inputs, nan, nan[0], **given)
         loss.backward()
         assert loss.isnan()
         assert x.grad.isnan().all()
     none = regression(x[:0], x[:0])
-    assert blockwise.weighted_asl1(none, nan, nan[0], **given).isnan()
-    assert np.isfinite(float(blockwise.weighted_asl1(none, TABLE, SCALE, **given).detach()))
+    assert cpu.weighted_asl1(none, nan, nan[0], **given).isnan()
+    assert np.isfinite(float(cpu.weighted_asl1(none, TABLE, SCALE, **given).detach()))

@@ -10,11 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghm_triton._inputs import RegressionInputs
-from ghm_triton.reference import asl1 as specification
-from ghm_triton.reference import binning
-from ghm_triton.reference.binning import RegionCounts
-from ghm_triton.reference.blockwise.autograd import by_definition, differentiable, write
-from ghm_triton.reference.blockwise.blocks import (
+from ghm_triton.cpu.autograd import by_definition, differentiable, write
+from ghm_triton.cpu.blocks import (
     Selection,
     Source,
     Span,
@@ -23,8 +20,11 @@ from ghm_triton.reference.blockwise.blocks import (
     finite,
     scalar,
 )
-from ghm_triton.reference.blockwise.regions import RegionCounter, RegionTable
-from ghm_triton.reference.blockwise.scratch import Views, here, walk
+from ghm_triton.cpu.regions import RegionCounter, RegionTable
+from ghm_triton.cpu.scratch import Views, here, walk
+from ghm_triton.reference import asl1 as specification
+from ghm_triton.reference import binning
+from ghm_triton.reference.binning import RegionCounts
 
 
 def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ghm_triton import ghm_c_loss, ghm_r_loss
+from ghm_triton import cpu, ghm_c_loss, ghm_r_loss
 from ghm_triton._inputs import ClassificationInputs
-from ghm_triton.reference import blockwise
-from ghm_triton.reference.blockwise import blocks, scratch
+from ghm_triton.cpu import blocks, scratch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TABLE = torch.tensor([3.0, 0.5, 1.0, 7.0])
@@ -30,7 +29,7 @@ def classification(logits, target, weight=None):
 def loss_of(x, target, reduce=True):
     inputs = classification(x, target)
     given = {"weighted": False, "reduce": reduce}
-    return blockwise.weighted_bce(inputs, TABLE, torch.tensor(0.125), **given)
+    return cpu.weighted_bce(inputs, TABLE, torch.tensor(0.125), **given)
 
 
 def draw(generator, dtype=torch.float32):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghm_triton._inputs import ClassificationInputs
-from ghm_triton.reference.blockwise.blocks import (
+from ghm_triton.cpu.blocks import (
     Selection,
     Source,
     Span,

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghm_triton.reference.blockwise.blocks import block_entries, scalar
-from ghm_triton.reference.blockwise.scratch import Views
+from ghm_triton.cpu.blocks import block_entries, scalar
+from ghm_triton.cpu.scratch import Views
 
 # An index runs to M (g = 1, before it joins the last region) and M + 1 (what is not counted), in a
 # signed byte. The first of two bytes is the lower one.
