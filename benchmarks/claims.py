@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.rows import BOTH, Row, current, latest, matches, read
+from benchmarks.result_file import BOTH, Row, current, latest, matches, read
 
 RESULTS = Path(__file__).parent / "results"
 KEYS = ("gpu", "device", "task", "entries", "dtype", "target", "loss", "stage", "shape")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.provenance import provenance
-from benchmarks.rows import Row, Rows, latest, read
+from benchmarks.result_file import Row, Rows, latest, read
 from export.graph import build_graph
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig

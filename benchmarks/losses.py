@@ -13,8 +13,8 @@ One JSON line a case, loss and stage, each with its provenance. The losses of a 
     copy                      the predictions read once and written once
     roof                      copying what no cache holds: the bandwidth that there is
 
-`share_of_copy` is the rate of the bytes that must move (`benchmarks.cases.Case.traffic`) by that of
-the better of the two copies; `peak_ratio` what forward and backward allocate, the gradient
+`share_of_copy` is the rate of the bytes that must move (`benchmarks.loss_cases.Case.traffic`) by
+that of the better of the two copies; `peak_ratio` what forward and backward allocate, the gradient
 included, by the bytes of the predictions. Cases that the file has already, of this code on this
 machine, are not measured again.
 """
@@ -30,10 +30,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import DTYPES, QUICK, Case, plan
+from benchmarks.loss_cases import DTYPES, QUICK, Case, plan
 from benchmarks.measure import ANCHORS, Settings, measure
 from benchmarks.provenance import provenance
-from benchmarks.rows import BOTH, GRAPH, SCALED, Row, Rows
+from benchmarks.result_file import BOTH, GRAPH, SCALED, Row, Rows
 from benchmarks.timing import copy_rate, device_is_well
 
 RESULTS = Path(__file__).parent / "results"

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.cases import SMALL, Case, Contender, Loss, contenders
+from benchmarks.loss_cases import SMALL, Case, Contender, Loss, contenders
 from benchmarks.peers import dense_targets
-from benchmarks.rows import BOTH, COPY, FORWARD, GRAPH, SCALED, Row
+from benchmarks.result_file import BOTH, COPY, FORWARD, GRAPH, SCALED, Row
 from benchmarks.timing import Timing, Work, capture, input_sets, peak_bytes, race
 
 FIRST = "first"  # the call before any stage

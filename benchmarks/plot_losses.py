@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.claims import ROOF
-from benchmarks.rows import BOTH, COPY, GRAPH, Row, current, latest, matches, read
+from benchmarks.result_file import BOTH, COPY, GRAPH, Row, current, latest, matches, read
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "losses_gpu.jsonl"

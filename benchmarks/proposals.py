@@ -28,7 +28,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from benchmarks.provenance import provenance
-from benchmarks.rows import Row, Rows, current, read
+from benchmarks.result_file import Row, Rows, current, read
 from benchmarks.trainings import training_parser
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig

@@ -24,7 +24,7 @@ import torch
 from onnx import ModelProto
 
 from benchmarks.provenance import provenance
-from benchmarks.rows import Row, Rows, latest, read
+from benchmarks.result_file import Row, Rows, latest, read
 from export.graph import build_graph
 from export.measure import Image, measure, prepared, race, spread
 from export.quantize import Int8Recipe, to_float16, to_int8

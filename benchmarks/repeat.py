@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 import ghm_triton
-from benchmarks.cases import DTYPES
+from benchmarks.loss_cases import DTYPES
 from benchmarks.provenance import provenance
-from benchmarks.rows import Row, Rows
+from benchmarks.result_file import Row, Rows
 
 RESULTS = Path(__file__).parent / "results"
 # One less than a power of two, the power, one more; narrow, usual and wide rows.

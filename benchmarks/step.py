@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.measure import figures
 from benchmarks.peers import ReleasedGHMC, ReleasedGHMR, dense_targets, focal_entries
 from benchmarks.provenance import provenance
-from benchmarks.rows import Row, Rows
+from benchmarks.result_file import Row, Rows
 from benchmarks.timing import race
 
 RESULTS = Path(__file__).parent / "results"

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.cases import DTYPES
+from benchmarks.loss_cases import DTYPES
 from benchmarks.provenance import provenance
-from benchmarks.rows import Row, Rows
+from benchmarks.result_file import Row, Rows
 from benchmarks.timing import Work, copy_rate, race
 from ghm_triton.ops import bce, binning, tiles
 

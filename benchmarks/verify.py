@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.provenance import provenance
-from benchmarks.rows import Row, Rows, latest, read
+from benchmarks.result_file import Row, Rows, latest, read
 from export.detector import export_detector
 from export.runtimes import RUNTIME_NAMES, RUNTIMES
 from export.side_by_side import CHECKPOINT

@@ -13,9 +13,8 @@ from ghm_triton import __version__
 from ghm_triton.command import Command
 from ghm_triton.demo import DEMO
 from ghm_triton.detection.commands import EVAL, THRESHOLDS, TRAIN
-from ghm_triton.report.commands import REPORT
 
-COMMANDS = (TRAIN, EVAL, THRESHOLDS, REPORT, DEMO)
+COMMANDS = (TRAIN, EVAL, THRESHOLDS, DEMO)
 
 GROUP = "ghm.commands"
 ORDER = (
@@ -29,7 +28,6 @@ ORDER = (
     "verify",
     "predict",
     "serve",
-    "report",
     "demo",
 )
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import provenance
-from benchmarks.rows import Row, Rows, latest, read
+from benchmarks.result_file import Row, Rows, latest, read
 from benchmarks.serving.load import Load, ask, form_request, raw_request
 from benchmarks.serving.processes import (
     cpu_seconds,

@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch
 
 from benchmarks.provenance import provenance
-from benchmarks.rows import Row, read
+from benchmarks.result_file import Row, read
 from benchmarks.study.grid import Grid, GridError, distinct
 from benchmarks.study.ledger import BusyError, Ledger, lookup
 from benchmarks.study.plan import Run

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.rows import Row, Rows, matches, read
+from benchmarks.result_file import Row, Rows, matches, read
 from benchmarks.study.plan import SETTING, Run, key_of
 
 RECENT = 10  # runs that an estimate is made of

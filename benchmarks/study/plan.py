@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from benchmarks.rows import Row
+from benchmarks.result_file import Row
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.recipe import TrainOptions
 

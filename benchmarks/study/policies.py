@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.rows import Row
+from benchmarks.result_file import Row
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.evaluate import Detections, observe
 from ghm_triton.statistics import SCORE_BINS, ClassStatistics

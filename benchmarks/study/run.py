@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.provenance import provenance
-from benchmarks.rows import Row
+from benchmarks.result_file import Row
 from benchmarks.study.plan import Run
 from benchmarks.study.policies import choose, score, standing
+from benchmarks.study.report.gradients import focal_negative, focal_positive
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.detector import Detector
@@ -32,7 +33,6 @@ from ghm_triton.detection.evaluate import (
 from ghm_triton.detection.plots import gradient_norms_by_target
 from ghm_triton.detection.postprocess import DeployedDetector
 from ghm_triton.detection.train import METRICS, TrainResult, open_split, train
-from ghm_triton.report.gradients import focal_negative, focal_positive
 from ghm_triton.statistics import SCORE_FLOOR, ClassStatistics
 
 TEST = "test"

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import losses
-from benchmarks.cases import Case
+from benchmarks.loss_cases import Case
 from benchmarks.measure import Settings
-from benchmarks.rows import BOTH, GRAPH, SCALED, Rows, read
+from benchmarks.result_file import BOTH, GRAPH, SCALED, Rows, read
 
 ORIGIN = {"device": "cpu", "gpu": None, "cpu": "this", "source": "abc"}
 SETTINGS = Settings(0.001, 1, None)

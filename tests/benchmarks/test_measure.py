@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from benchmarks import measure as module
-from benchmarks.cases import Case, Contender
+from benchmarks.loss_cases import Case, Contender
 from benchmarks.measure import Runner, Settings, measure
-from benchmarks.rows import BOTH, FORWARD, SCALED
+from benchmarks.result_file import BOTH, FORWARD, SCALED
 from benchmarks.timing import Timing
 
 CASE = Case("classification", 4000, "float32", "index", "cpu")

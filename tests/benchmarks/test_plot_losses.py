@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks import plot_losses
-from benchmarks.cases import plan
+from benchmarks.loss_cases import plan
 
 BOTH = "forward+backward"
 

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import proposals
 from benchmarks.proposals import COUNTS, MEASURED, RESULTS, best_overlaps, recall, run_key, table
-from benchmarks.rows import read
+from benchmarks.result_file import read
 from benchmarks.trainings import training_parser
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import quantize
 from benchmarks.quantize import BEFORE, KEY, RECIPES, has_vnni, origin, table, trained, untrained
-from benchmarks.rows import latest
+from benchmarks.result_file import latest
 from export.quantize import Int8Recipe
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import repeat
-from benchmarks.rows import Rows, read
+from benchmarks.result_file import Rows, read
 
 ORIGIN = {"device": "cpu", "gpu": None, "cpu": "this", "source": "abc"}
 

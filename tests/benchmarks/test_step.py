@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks import step
 from benchmarks.peers import ReleasedGHMC
-from benchmarks.rows import Rows, read
+from benchmarks.result_file import Rows, read
 
 ORIGIN = {"device": "cpu", "gpu": None, "cpu": "this", "source": "abc"}
 

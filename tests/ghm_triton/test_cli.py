@@ -8,7 +8,7 @@ from ghm_triton import __version__, cli
 from ghm_triton.command import Command
 
 NAMES = ["train", "eval", "thresholds", "export", "attach", "inspect", "thresholds set"]
-NAMES += ["verify", "predict", "serve", "report", "demo"]
+NAMES += ["verify", "predict", "serve", "demo"]
 
 
 def test_every_package_offers_its_commands_in_the_order_of_the_road():

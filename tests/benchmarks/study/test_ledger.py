@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.rows import read
+from benchmarks.result_file import read
 from benchmarks.study.ledger import MARGIN, BusyError, Ledger, lookup
 from benchmarks.study.plan import Run
 

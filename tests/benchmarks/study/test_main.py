@@ -9,7 +9,7 @@ import torch
 
 import benchmarks.study.__main__ as command
 from benchmarks.provenance import provenance
-from benchmarks.rows import read
+from benchmarks.result_file import read
 from benchmarks.study.__main__ import Study, cores, main
 from benchmarks.study.ledger import Ledger
 from benchmarks.study.pool import Failure

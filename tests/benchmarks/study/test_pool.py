@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.rows import read
+from benchmarks.result_file import read
 from benchmarks.study.pool import Failure, work_off
 
 ROOT = Path(__file__).parents[3]

@@ -64,6 +64,6 @@ def write(tmp_path):
 @pytest.fixture
 def groups(write):
     """Rows as a study's groups, baseline first."""
-    from ghm_triton.report.runs import read_study
+    from benchmarks.study.report.runs import read_study
 
     return lambda *rows: read_study([write(*rows)]).groups(first="focal")

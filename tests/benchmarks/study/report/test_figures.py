@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from ghm_triton.report import figures
-from ghm_triton.report.style import NothingToDrawError, styles_of
+from benchmarks.study.report import figures
+from benchmarks.study.report.style import NothingToDrawError, styles_of
 
 
 def titles(figure):

@@ -1,7 +1,7 @@
 import pytest
 
-from ghm_triton.report.style import NothingToDrawError, styles_of
-from ghm_triton.report.sweeps import sweep, sweeps_of
+from benchmarks.study.report.style import NothingToDrawError, styles_of
+from benchmarks.study.report.sweeps import sweep, sweeps_of
 
 
 def bins(make, count, ap, seed=0, **fields):

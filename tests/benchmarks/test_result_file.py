@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from benchmarks.rows import Rows, current, latest, read
+from benchmarks.result_file import Rows, current, latest, read
 
 HERE = {"source": "a", "gpu": None, "cpu": "one", "device": "cpu", "commit": "c"}
 

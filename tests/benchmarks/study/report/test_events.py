@@ -1,9 +1,9 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.study.report.events import write_events
+from benchmarks.study.report.runs import read_study
 from ghm_triton.detection import telemetry
-from ghm_triton.report.events import write_events
-from ghm_triton.report.runs import read_study
 
 
 def curves(losses):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from ghm_triton.report.gradients import (
+from benchmarks.study.report.gradients import (
     Histogram,
     contributions,
     focal_negative,
@@ -15,8 +15,8 @@ from ghm_triton.report.gradients import (
     harmonizing_weights,
     histogram_of,
 )
-from ghm_triton.report.runs import Group, Setting, by_setting, number, titles
-from ghm_triton.report.style import (
+from benchmarks.study.report.runs import Group, Setting, by_setting, number, titles
+from benchmarks.study.report.style import (
     BLUE,
     GREY,
     ORANGE,

@@ -1,4 +1,4 @@
-from ghm_triton.report.style import legend_below, log_scale, panels, styles_of
+from benchmarks.study.report.style import legend_below, log_scale, panels, styles_of
 
 
 def test_styles_are_of_methods_alone_and_all_different(groups, make):

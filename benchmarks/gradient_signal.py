@@ -15,8 +15,8 @@ same network and the same batches, so that only the weights of the entries diffe
 
 One JSON line a loss, with provenance.
 
-    python -m benchmarks.signal
-    python -m benchmarks.signal --data digits:noise=0.3 --steps 1600
+    python -m benchmarks.gradient_signal
+    python -m benchmarks.gradient_signal --data digits:noise=0.3 --steps 1600
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.provenance import provenance
-from benchmarks.rows import Row, Rows, latest, read
+from benchmarks.result_file import Row, Rows, latest, read
 from benchmarks.trainings import training_parser
 from ghm_triton.density import GradientDensity
 from ghm_triton.detection.checkpoint import Checkpoint
@@ -46,7 +46,7 @@ from ghm_triton.detection.retinanet import RetinaNetDetector
 from ghm_triton.detection.train import train
 from ghm_triton.functional import focal_loss, ghm_c_loss
 
-RESULTS = Path(__file__).parent / "results" / "signal.jsonl"
+RESULTS = Path(__file__).parent / "results" / "gradient_signal.jsonl"
 KEY = ("data", "train_split", "image_size", "channels", "steps", "seed", "batch_size", "loss")
 BATCHES = 32
 WARM = 8  # batches that only move the averages

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.cases import CLASSES, QUICK, TASKS, Case, contenders, plan
+from benchmarks.loss_cases import CLASSES, QUICK, TASKS, Case, contenders, plan
 
 
 def case(task="classification", entries=QUICK, dtype="float32", target="index", device="cpu"):

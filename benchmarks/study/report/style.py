@@ -9,7 +9,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ghm_triton.report.runs import Group
+from benchmarks.study.report.runs import Group
 
 Dash = str | tuple[int, tuple[float, ...]]
 

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ghm_triton import focal_loss, ghm_c_loss
-from ghm_triton.report.gradients import (
+from benchmarks.study.report.gradients import (
     Histogram,
     contributions,
     focal_negative,
@@ -11,6 +10,7 @@ from ghm_triton.report.gradients import (
     harmonizing_weights,
     histogram_of,
 )
+from ghm_triton import focal_loss, ghm_c_loss
 
 
 @pytest.mark.parametrize(("target", "formula"), [(1.0, focal_positive), (0.0, focal_negative)])

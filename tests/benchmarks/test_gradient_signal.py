@@ -4,8 +4,17 @@ import sys
 import pytest
 import torch
 
-from benchmarks import signal
-from benchmarks.signal import BATCHES, WARM, Gradients, by_level, look, losses, shares, table
+from benchmarks import gradient_signal
+from benchmarks.gradient_signal import (
+    BATCHES,
+    WARM,
+    Gradients,
+    by_level,
+    look,
+    losses,
+    shares,
+    table,
+)
 from benchmarks.trainings import training_parser
 from ghm_triton import ghm_c_loss
 
@@ -56,18 +65,18 @@ def test_levels_count_apart():
 
 def test_each_network_and_split_has_rows_of_its_own(monkeypatch, tmp_path, capsys):
     names = ("agreement", "cls_to_reg", "rms_to_reg", "positives", "easy", "hard", "thin")
-    monkeypatch.setattr(signal, "look", lambda *_: {"focal": dict.fromkeys(names, 0.5)})
+    monkeypatch.setattr(gradient_signal, "look", lambda *_: {"focal": dict.fromkeys(names, 0.5)})
     changes = ([], ["--image-size", "96x96"], ["--channels", "16"], ["--train-split", "trainval"])
     for words in (*changes, []):
-        monkeypatch.setattr(sys, "argv", ["signal", "--out", str(tmp_path / "rows"), *words])
-        signal.main()
+        monkeypatch.setattr(sys, "argv", ["main", "--out", str(tmp_path / "rows"), *words])
+        gradient_signal.main()
     # The table after the last call: a row a change, and what was done twice once.
     assert capsys.readouterr().out.split("| data")[-1].count("| focal |") == len(changes)
 
 
 def test_every_loss_looks_at_one_network(monkeypatch, tmp_path):
-    monkeypatch.setattr("benchmarks.signal.BATCHES", 2)
-    monkeypatch.setattr("benchmarks.signal.WARM", 1)
+    monkeypatch.setattr("benchmarks.gradient_signal.BATCHES", 2)
+    monkeypatch.setattr("benchmarks.gradient_signal.WARM", 1)
     assert (BATCHES, WARM) == (32, 8)
     words = "--data digits:images=16,held_out_images=4 --steps 1 --batch-size 4 --channels 16"
     found = look(training_parser("", tmp_path / "x").parse_args(words.split()), 0)

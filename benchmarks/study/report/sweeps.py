@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ghm_triton.report.runs import (
+from benchmarks.study.report.runs import (
     Group,
     Run,
     baseline_of,
@@ -19,7 +19,7 @@ from ghm_triton.report.runs import (
     shown,
     titles,
 )
-from ghm_triton.report.style import (
+from benchmarks.study.report.style import (
     BLUE,
     MARKERS,
     OTHERS,
@@ -29,7 +29,7 @@ from ghm_triton.report.style import (
     legend_below,
     panels,
 )
-from ghm_triton.report.tables import field
+from benchmarks.study.report.tables import field
 
 AP = field("ap")
 Points = dict[float, dict[int, float]]  # AP by seed, by the value that was changed

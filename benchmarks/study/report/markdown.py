@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ghm_triton.report.runs import Summary
+from benchmarks.study.report.runs import Summary
 
 NOTHING = "-"
 

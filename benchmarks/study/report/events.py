@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ghm_triton.report.runs import Run, Study, number, setting_of
+from benchmarks.study.report.runs import Run, Study, number, setting_of
 
 TAGS = {
     "classification": "loss/classification",

@@ -1,7 +1,7 @@
 import pytest
 
-from ghm_triton.report import tables
-from ghm_triton.report.runs import read_study
+from benchmarks.study.report import tables
+from benchmarks.study.report.runs import read_study
 
 
 def cells(text):

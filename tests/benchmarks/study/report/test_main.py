@@ -1,10 +1,10 @@
-from ghm_triton import cli
+from benchmarks.study.report.__main__ import main
 
 
 def test_the_command_prints_the_methods_and_writes_the_report(write, make, tmp_path, capsys):
     failed = {**make("asdn"), "error": "no"}
     path = write(make("ghm", ap=0.6), make("focal", ap=0.4), make("ce"), failed, '{"', end="")
-    assert cli.main(["report", str(path), "--out", str(tmp_path / "out"), "--baseline", "ce"]) == 0
+    assert main([str(path), "--out", str(tmp_path / "out"), "--baseline", "ce"]) == 0
     out, err = capsys.readouterr()
     table = [line for line in out.splitlines() if line.startswith("|")]
     assert "AP against ce" in table[0]
@@ -18,9 +18,9 @@ def test_the_command_prints_the_methods_and_writes_the_report(write, make, tmp_p
 def test_several_files_and_sections(write, make, tmp_path, capsys):
     first = write(make("focal", 0, 0.4), make("focal", section="bins"), name="a.jsonl")
     second = write(make("focal", 1, 0.6), name="b.jsonl")
-    words = ["report", str(first), str(second), "--out", str(tmp_path / "out")]
+    words = [str(first), str(second), "--out", str(tmp_path / "out")]
     words += ["--tensorboard", str(tmp_path / "events")]
-    assert cli.main([*words, "--section", "methods"]) == 0
+    assert main([*words, "--section", "methods"]) == 0
     out = capsys.readouterr().out
     assert "0.500 ± 0.141" in out
     assert "bins" not in out
@@ -35,7 +35,7 @@ def test_a_section_without_baseline_is_compared_with_another_sections(
     rows += [make("s0", section="strength", strength=0.5)]
     failed = {**make("asdn"), "error": "no"}
     words = [str(write(*rows, failed)), "--out", str(tmp_path / "out"), "--section", "bins"]
-    assert cli.main(["report", *words]) == 0
+    assert main(words) == 0
     out, err = capsys.readouterr()
     assert "+0.200" in out
     assert "focal is that of section methods" in out
@@ -54,7 +54,7 @@ def test_a_section_without_baseline_is_compared_with_another_sections(
 
 def test_what_cannot_be_reported_is_one_line(write, make, tmp_path, capsys):
     words = ["--out", str(tmp_path / "out")]
-    assert cli.main(["report", str(tmp_path / "none.jsonl"), *words]) == 2
+    assert main([str(tmp_path / "none.jsonl"), *words]) == 2
     assert "none.jsonl" in capsys.readouterr().err
-    assert cli.main(["report", str(write(make(), "{")), *words]) == 2
+    assert main([str(write(make(), "{")), *words]) == 2
     assert "study.jsonl, line 2 is damaged" in capsys.readouterr().err

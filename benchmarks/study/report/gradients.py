@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ghm_triton.report.runs import Run
+from benchmarks.study.report.runs import Run
 
 Array = NDArray[np.float64]
 ALPHA, GAMMA = 0.25, 2.0  # of focal loss

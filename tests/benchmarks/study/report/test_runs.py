@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ghm_triton.report.runs import (
+from benchmarks.study.report.runs import (
     RunFileError,
     Setting,
     baseline_of,
@@ -223,8 +223,8 @@ def test_titles_tell_settings_apart():
 
 def test_reading_and_tables_load_neither_torch_nor_matplotlib(write, make):
     code = (
-        "import sys; from pathlib import Path; from ghm_triton.report import tables;"
-        "from ghm_triton.report.runs import read_study;"
+        "import sys; from pathlib import Path; from benchmarks.study.report import tables;"
+        "from benchmarks.study.report.runs import read_study;"
         "groups = read_study([Path(sys.argv[1])]).groups();"
         "print(tables.methods(groups, 'focal'), tables.policies(groups));"
         "print(sorted({'torch', 'matplotlib', 'numpy'} & set(sys.modules)))"

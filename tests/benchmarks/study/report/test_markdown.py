@@ -1,7 +1,7 @@
 import pytest
 
-from ghm_triton.report.markdown import bold_best, difference, spread, table
-from ghm_triton.report.runs import Summary
+from benchmarks.study.report.markdown import bold_best, difference, spread, table
+from benchmarks.study.report.runs import Summary
 
 
 def test_a_table_lines_up_and_escapes_bars():

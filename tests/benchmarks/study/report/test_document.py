@@ -3,8 +3,8 @@ import re
 import pytest
 from PIL import Image
 
-from ghm_triton.report.document import pictures, write_report
-from ghm_triton.report.runs import read_study
+from benchmarks.study.report.document import pictures, write_report
+from benchmarks.study.report.runs import read_study
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ghm_triton.report.runs import (
+from benchmarks.study.report.runs import (
     CLASSIFICATION,
     REGRESSION,
     UNGUIDED,
@@ -23,7 +23,7 @@ from ghm_triton.report.runs import (
     number,
     titles,
 )
-from ghm_triton.report.style import (
+from benchmarks.study.report.style import (
     BLUE,
     GREY,
     RED,
@@ -35,7 +35,7 @@ from ghm_triton.report.style import (
     log_scale,
     panels,
 )
-from ghm_triton.report.tables import (
+from benchmarks.study.report.tables import (
     ANCHORS,
     CLASSES,
     SINGLE,

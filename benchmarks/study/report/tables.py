@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ghm_triton.report import markdown
-from ghm_triton.report.runs import (
+from benchmarks.study.report import markdown
+from benchmarks.study.report.runs import (
     Group,
     Run,
     Setting,

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from ghm_triton.report import figures, gradient_figures, sweeps, tables
-from ghm_triton.report.runs import Group, Study, trainings
-from ghm_triton.report.style import NothingToDrawError, Style, styles_of
+from benchmarks.study.report import figures, gradient_figures, sweeps, tables
+from benchmarks.study.report.runs import Group, Study, trainings
+from benchmarks.study.report.style import NothingToDrawError, Style, styles_of
 
 FILE = "report.md"
 # Sections of a grid that vary one option, a field of rows of the same name: they have figures of

@@ -1,0 +1,1 @@
+"""Tables and figures of a study's result files; see `python -m benchmarks.study.report --help`."""

@@ -1,1 +1,0 @@
-"""A study's result files as tables and pictures; see `ghm report --help`."""
