@@ -10,11 +10,11 @@ import zlib
 from collections.abc import Callable
 
 from benchmarks.fuzz_json import mutate_json
-from service.intake.body import _read_json
-from service.intake.forms import parse_form
-from service.intake.images import ImageError, decode
-from service.intake.options import DetectOptions, read_options
-from service.problems import ProblemError
+from service.core.errors import ProblemError
+from service.core.params import DetectOptions, read_options
+from service.http.forms import parse_form
+from service.http.uploads import _read_json
+from service.images.decode import ImageError, decode
 
 MAX_PIXELS = 2**20
 _PNG = b"\x89PNG\r\n\x1a\n"

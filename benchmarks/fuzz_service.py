@@ -33,9 +33,9 @@ from benchmarks.fuzz_intake import (
 )
 from benchmarks.fuzz_json import mutate_json
 from export.card import DetectorCard, Preprocessing, StatisticsCard, TrainingCard
-from service.problems import ProblemError
-from service.settings import Settings
-from service.v2.bodies import Inflater
+from service.core.errors import ProblemError
+from service.core.settings import Settings
+from service.http.bodies import Inflater
 from service.v2.inference import read
 
 CORPUS = Path(__file__).parents[1] / "tests" / "service"

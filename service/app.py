@@ -10,12 +10,15 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from export.file import read_detector
-from service import openapi, problems
-from service.gate import chain, direct
-from service.models.model import ServedModel
-from service.routes import detect, health, metrics, models, page, preview, v2
-from service.settings import Settings, load_settings
-from service.state import ServiceState
+from service.api import openapi
+from service.api.routes import detect, health, metrics, models, page, preview
+from service.api.state import ServiceState
+from service.core import errors as problems
+from service.core.settings import Settings, load_settings
+from service.engine.session import ServedModel
+from service.http import direct
+from service.http import middleware as chain
+from service.v2 import routes as v2
 
 _DESCRIPTION = """Object detection with a threshold of its own for each class.
 

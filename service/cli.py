@@ -13,7 +13,7 @@ from ghm_triton.command import Command
 from service.predict import PREDICT
 
 if TYPE_CHECKING:
-    from service.settings import Settings
+    from service.core.settings import Settings
 
 logger = logging.getLogger("ghm.service")
 
@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         0 after a normal stop, 2 when the service could not start; the reason is on stderr.
     """
-    from service.settings import SettingsError
+    from service.core.settings import SettingsError
 
     try:
         settings = _settings(arguments)
@@ -177,8 +177,8 @@ _PLAIN = (
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    from service.operations import logs
-    from service.settings import load_settings, unknown_variables
+    from service.core.settings import load_settings, unknown_variables
+    from service.observability import logs
 
     def scaled(value: float | None, unit: int) -> int | None:
         return None if value is None else round(value * unit)
@@ -198,7 +198,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _serve(settings: Settings) -> None:
-    from service.process.server import DrainingServer, banner, prepare
+    from service.server import DrainingServer, banner, prepare
 
     app = prepare(settings)  # before we listen, so that what cannot run is an error of the start
     with _listen(settings.host, settings.port) as listener:
@@ -207,8 +207,8 @@ def _serve(settings: Settings) -> None:
 
 
 def _serve_with_workers(settings: Settings) -> None:
-    from service.process.workers import Supervisor
-    from service.settings import SettingsError
+    from service.core.settings import SettingsError
+    from service.workers import Supervisor
 
     if sys.platform == "win32":
         raise SettingsError(f"workers is {settings.workers}: Windows can have only 1")

@@ -13,8 +13,8 @@ from ghm_triton.command import Command
 if TYPE_CHECKING:
     from PIL import Image
 
-    from service.intake.options import Wanted
-    from service.models.model import ServedModel
+    from service.core.params import Wanted
+    from service.engine.session import ServedModel
 
 _DESCRIPTION = """Find objects in images with a detector's file, by the thresholds it carries.
 
@@ -75,10 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run_model(arguments: argparse.Namespace, given: dict[str, str]) -> None:
     from export.file import read_detector
-    from service.intake.options import parse_options, resolve
-    from service.models.model import ModelError, ServedModel
-    from service.problems import ProblemError
-    from service.process.cpus import available_cpus
+    from service.core.cpus import available_cpus
+    from service.core.errors import ProblemError
+    from service.core.params import parse_options, resolve
+    from service.engine.session import ModelError, ServedModel
 
     if not arguments.images:
         raise ValueError(f"no image is named after {arguments.model}")
@@ -124,8 +124,8 @@ def _read_thresholds(text: str) -> dict[str, Any]:
 def _predict_one(
     model: ServedModel, wanted: Wanted, path: Path
 ) -> tuple[Image.Image, dict[str, Any]]:
-    from service.answers.detections import image_answer
-    from service.intake.images import prepare
+    from service.api.responses import image_answer
+    from service.images.decode import prepare
 
     image = _decode(path)
     row, geometry = prepare(image, model.card)
@@ -134,8 +134,8 @@ def _predict_one(
 
 
 def _decode(path: Path) -> Image.Image:
-    from service.intake.images import ImageError, decode
-    from service.settings import MOST_PIXELS
+    from service.core.settings import MOST_PIXELS
+    from service.images.decode import ImageError, decode
 
     try:
         return decode(path.read_bytes(), MOST_PIXELS)

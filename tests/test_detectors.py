@@ -24,8 +24,8 @@ from ghm_triton.detection.detector import Predictions
 from ghm_triton.detection.evaluate import Detections, detect, torch_predictor
 from ghm_triton.detection.postprocess import DeployedDetector
 from service.app import create_app
-from service.models.model import ServedModel
-from service.settings import Settings
+from service.core.settings import Settings
+from service.engine.session import ServedModel
 
 # The contract's: boxes in pixels, scores. Runtimes sum convolutions in different orders.
 BOX, SCORE = 0.1, 1e-4

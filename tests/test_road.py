@@ -20,8 +20,8 @@ from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import DetectionDataset, open_dataset
 from ghm_triton.detection.evaluate import Detections, Predict, detect, torch_predictor
 from ghm_triton.detection.postprocess import DeployedDetector
-from service.intake.images import decode, letterbox
-from service.models.model import ServedModel
+from service.engine.session import ServedModel
+from service.images.decode import decode, letterbox
 
 # The contract's: boxes in pixels, scores. Runtimes sum convolutions in different orders.
 BOX, SCORE = 0.1, 1e-4

@@ -16,11 +16,11 @@ import numpy as np
 
 from benchmarks.serving.processes import resident_bytes
 from export.file import read_detector
-from service.answers.detections import image_answer
-from service.intake.images import decode, prepare
-from service.intake.options import DetectOptions, resolve
-from service.models.model import ServedModel
-from service.settings import MOST_PIXELS
+from service.api.responses import image_answer
+from service.core.params import DetectOptions, resolve
+from service.core.settings import MOST_PIXELS
+from service.engine.session import ServedModel
+from service.images.decode import decode, prepare
 
 
 class Pipeline:

@@ -11,14 +11,14 @@ import numpy as np
 from fastapi import Request, Response
 
 from export.card import INPUT, IOU_INPUT, THRESHOLDS_INPUT, DetectorCard
-from service.intake.options import Wanted
-from service.intake.prepared import counted
-from service.models.deadline import while_wanted
-from service.models.model import Outputs, ServedModel
-from service.problems import ProblemError
-from service.settings import LARGEST_BATCH, Settings
-from service.state import ServiceState, service_state
-from service.v2.bodies import compress, read_body
+from service.api.pipeline import counted
+from service.api.state import ServiceState, service_state
+from service.core.errors import ProblemError
+from service.core.params import Wanted
+from service.core.settings import LARGEST_BATCH, Settings
+from service.engine.deadline import while_wanted
+from service.engine.session import Outputs, ServedModel
+from service.http.bodies import compress, read_body
 from service.v2.codec import HEADER, InferRequest, encode_answer, parse_request
 from service.v2.signature import Signature
 from service.v2.statistics import ModelStatistics, statistics_of

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
-from service.models.model import CPU, ServedModel
-from service.settings import LARGEST_BATCH
+from service.core.settings import LARGEST_BATCH
+from service.engine.session import CPU, ServedModel
 from service.v2.tensors import TensorSpec
 
 PLATFORM = "onnxruntime_onnx"  # what other inference servers call such a file

@@ -9,7 +9,7 @@ from time import perf_counter_ns, time
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from service.models.model import ServedModel
+from service.engine.session import ServedModel
 
 
 @dataclass

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.problems import ProblemError
+from service.core.errors import ProblemError
 
 Array = npt.NDArray[Any]
 

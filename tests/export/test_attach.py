@@ -20,8 +20,8 @@ from export.seal import SEAL_KEY
 from export.thresholds import rewrite_thresholds
 from ghm_triton.cli import main
 from service.app import create_app
-from service.models.model import ServedModel
-from service.settings import Settings
+from service.core.settings import Settings
+from service.engine.session import ServedModel
 
 HEIGHT, WIDTH = 40, 60  # no multiples of 32: another's model may have any size
 CARD = {

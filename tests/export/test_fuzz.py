@@ -19,7 +19,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from export.card import CARD_KEY, CardError, DetectorCard
 from export.file import DetectorFile, detector_bytes, read_detector
 from export.inspect import describe
-from service.models.model import ModelError, ServedModel
+from service.engine.session import ModelError, ServedModel
 
 FILES = 400  # of each kind, eight kinds
 MEMORY = 200 * 2**20  # bytes that reading a thousand files of 3 kB may leave the process larger by

@@ -19,7 +19,7 @@ from export.compare import Detections, Proposals, Rules, Tolerance, compare
 from export.file import read_detector
 from export.preprocess import PREFIX, accept_uint8
 from ghm_triton.detection.data import open_dataset
-from service.intake.images import letterbox
+from service.images.decode import letterbox
 
 Feeds = dict[str, np.ndarray]
 

@@ -38,10 +38,10 @@ from export.card import (
 )
 from export.file import read_detector
 from export.preprocess import accept_uint8
-from service.answers.schemas import ProblemDetails
 from service.app import create_app, load_model
-from service.models.model import ServedModel
-from service.settings import Settings
+from service.core.schema import ProblemDetails
+from service.core.settings import Settings
+from service.engine.session import ServedModel
 
 HEIGHT, WIDTH, CELL, STRIDE = 64, 96, 16, 8
 CLASSES = ["red", "green", "blue"]

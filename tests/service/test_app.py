@@ -7,8 +7,8 @@ from starlette.testclient import TestClient
 
 from export.card import CardError
 from service.app import create_app
-from service.models.model import ModelError
-from service.settings import Settings, SettingsError
+from service.core.settings import Settings, SettingsError
+from service.engine.session import ModelError
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +62,7 @@ def test_the_start_fails_with_a_file_that_breaks_the_contract(tmp_path):
 
 
 def test_the_start_fails_where_the_provider_does_not_work(detector, monkeypatch):
-    monkeypatch.setattr("service.models.model._has_cuda_device", lambda: False)
+    monkeypatch.setattr("service.engine.session._has_cuda_device", lambda: False)
     app = create_app(Settings(model=detector, provider="cuda"))
     with pytest.raises(ModelError, match="cuda does not work here"), TestClient(app):
         pass

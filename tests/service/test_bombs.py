@@ -11,7 +11,7 @@ import base64, gzip, json, sys, zlib
 from pathlib import Path
 from starlette.testclient import TestClient
 from service.app import create_app
-from service.settings import Settings
+from service.core.settings import Settings
 
 def kilobytes(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from export.file import read_detector
 from service.cli import COMMANDS
-from service.models.model import ServedModel
+from service.engine.session import ServedModel
 
 ROOT = Path(__file__).parents[2]
 RUN = (

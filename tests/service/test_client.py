@@ -20,8 +20,8 @@ from export.card import DetectorCard
 from export.file import read_detector
 from service.app import create_app
 from service.client import AsyncClient, Client, ServiceError
-from service.models.model import ModelError, ServedModel
-from service.settings import Settings
+from service.core.settings import Settings
+from service.engine.session import ModelError, ServedModel
 
 KINDS = ("sync", "async")
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz_service import CORPUS, TARGETS
-from service.problems import ProblemError
+from service.core.errors import ProblemError
 
 BODIES = sorted(path for path in (CORPUS / "corpus").iterdir() if not path.name[0].isdigit())
 

@@ -5,7 +5,7 @@ from PIL import Image
 
 from ghm_triton import cli
 from service.app import create_app
-from service.settings import Settings
+from service.core.settings import Settings
 
 
 def predict(*words: object) -> int:

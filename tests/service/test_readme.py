@@ -11,10 +11,10 @@ from starlette.testclient import TestClient
 from export.file import read_detector
 from service.app import create_app
 from service.cli import SERVE
-from service.models.model import ServedModel
-from service.operations.metrics import Metrics
-from service.process.cpus import available_cpus
-from service.settings import Settings
+from service.core.cpus import available_cpus
+from service.core.settings import Settings
+from service.engine.session import ServedModel
+from service.observability.metrics import Metrics
 
 README = Path(__file__).parents[2] / "README.md"
 MIB = 2**20

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ghm_triton import cli
 from service.app import create_app, load_model
-from service.settings import Settings
+from service.core.settings import Settings
 
 README = Path(__file__).parents[2] / "README.md"
 ADDRESS = "http://127.0.0.1:8000"

@@ -17,7 +17,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from service.app import create_app, load_model
-from service.settings import Settings
+from service.core.settings import Settings
 
 Row = tuple[str, str, str]  # of the table: class, score and threshold, box
 

@@ -11,7 +11,7 @@ from playwright.sync_api import Error, expect
 
 from export.card import ThresholdCard
 from service.app import create_app
-from service.settings import Settings
+from service.core.settings import Settings
 
 BLUE = (0x00, 0x72, 0xB2)  # the first of the colours: of class "red"
 

@@ -9,9 +9,9 @@ from fastapi import Request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.problems import ProblemError
-from service.v2 import bodies
-from service.v2.bodies import Inflater, compress, read_body
+from service.core.errors import ProblemError
+from service.http import bodies
+from service.http.bodies import Inflater, compress, read_body
 
 CODINGS = {"gzip": gzip.compress, "x-gzip": gzip.compress, "deflate": zlib.compress}
 

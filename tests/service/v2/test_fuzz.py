@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz_service import CORPUS, TARGETS
-from service.problems import ProblemError
+from service.core.errors import ProblemError
 
 CASES = sorted((CORPUS / "v2" / "corpus").iterdir())
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from service.settings import Settings
+from service.core.settings import Settings
 from service.v2.inference import LARGEST_PIXEL, read
 
 SETTINGS = Settings(model="none.onnx", max_pixels=1000)

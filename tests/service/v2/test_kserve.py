@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 import pytest
 
-from service.intake.images import decode, prepare
+from service.images.decode import decode, prepare
 
 SENT = {"accept": "*/*", "accept-encoding": "gzip, deflate", "user-agent": "python-httpx/0.28.1"}
 OUTPUTS = ["boxes", "scores", "labels", "num_detections"]

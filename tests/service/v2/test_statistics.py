@@ -4,7 +4,7 @@ import weakref
 import pytest
 
 from export.file import read_detector
-from service.models.model import ServedModel
+from service.engine.session import ServedModel
 from service.v2.schemas import ModelStatistics as Shown
 from service.v2.statistics import ModelStatistics, statistics_of
 

@@ -9,7 +9,7 @@ import tritonclient.http as sync
 from tritonclient.http import aio
 from tritonclient.utils import InferenceServerException
 
-from service.intake.images import decode, prepare
+from service.images.decode import decode, prepare
 from service.v2.statistics import statistics_of
 
 OUTPUTS = ["boxes", "scores", "labels", "num_detections"]

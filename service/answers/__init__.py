@@ -1,1 +1,0 @@
-"""What the service says: boxes in the image's own pixels, each with its threshold."""

@@ -1,0 +1,1 @@
+"""The ground of the service: errors, settings, request parameters, schema, budgets."""

@@ -1,0 +1,1 @@
+"""Sessions, batching and the model repository."""

@@ -1,1 +1,0 @@
-"""From a request to rows of a model's input: bodies, options, images."""

@@ -1,1 +1,0 @@
-"""The models that are served, and who runs them when: files, sessions, queue, deadline."""

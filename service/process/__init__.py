@@ -1,1 +1,0 @@
-"""How the service runs: the processors it may use, one process that serves, and several."""

@@ -1,0 +1,308 @@
+"""The Open Inference Protocol, for clients that exist: Triton Inference Server's and KServe's.
+
+Of the protocol's extensions there are binary tensors, model configuration, statistics, and the
+repository's index and load. The others answer 404 and say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version as installed_version
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Path, Request, Response
+
+from service.api.state import service_state
+from service.core.errors import ProblemError, documented
+from service.engine.repository import Entry
+from service.engine.session import ServedModel
+from service.http.bodies import read_body
+from service.v2 import inference
+from service.v2.codec import HEADER, read_json
+from service.v2.schemas import (
+    InferenceAnswer,
+    InferenceRequest,
+    ModelConfig,
+    ModelMetadata,
+    ModelReady,
+    RepositoryModel,
+    RepositoryQuery,
+    ServerLive,
+    ServerMetadata,
+    ServerReady,
+    Statistics,
+    inlined,
+)
+from service.v2.signature import config, metadata
+from service.v2.statistics import statistics_of
+from service.v2.tensors import brief, malformed
+
+router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+
+EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
+
+# A question to the repository is a line or two.
+_MOST_QUESTION_BYTES = 64 * 1024
+
+Name = Annotated[str, Path(description="A model's name", examples=["pets"])]
+Version = Annotated[str, Path(description="One of its versions", examples=["1"])]
+
+_BYTES = {"schema": {"type": "string", "format": "binary"}}
+_LENGTH = {
+    "description": "Bytes of JSON at the begin of the body; the bytes of tensors follow."
+    " 0: the body is images and nothing else",
+    "schema": {"type": "integer", "minimum": 0},
+}
+_REQUEST = {
+    "parameters": [{"name": HEADER, "in": "header", "required": False, **_LENGTH}],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": inlined(InferenceRequest)},
+            "application/octet-stream": _BYTES,
+        },
+    },
+}
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {"application/octet-stream": _BYTES},
+        "headers": {HEADER: _LENGTH},
+        "description": "The outputs: JSON, or JSON and bytes where any was asked for as bytes",
+    },
+    **documented(400, 404, 408, 413, 415, 429, 500, 503, 504),
+}
+
+
+Handler = Callable[[Request, str, str | None], Awaitable[Response]]
+
+
+def _json(content: object) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json")
+
+
+def _model_route(method: str, suffix: str, summary: str, **options: Any) -> Callable[..., Handler]:
+    """Register a handler twice: for a model's newest version, and for one that is named."""
+
+    def register(handler: Handler) -> Handler:
+        async def newest(request: Request, name: Name) -> Response:
+            return await handler(request, name, None)
+
+        async def one_version(request: Request, name: Name, version: Version) -> Response:
+            return await handler(request, name, version)
+
+        for path, endpoint in (("", newest), ("/versions/{version}", one_version)):
+            router.add_api_route(
+                f"/models/{{name}}{path}{suffix}",
+                endpoint,
+                methods=[method],
+                summary=summary + (" of one version" if path else ""),
+                description=handler.__doc__,
+                name=f"{handler.__name__}_{endpoint.__name__}",
+                **options,
+            )
+        return handler
+
+    return register
+
+
+@router.get("/", include_in_schema=False)
+@router.get("", summary="What the service is", response_model=ServerMetadata)
+async def server() -> Response:
+    """Its name, its version, and the protocol's extensions that it has."""
+    own = {"name": "ghm-triton", "version": installed_version("ghm-triton")}
+    return _json({**own, "extensions": EXTENSIONS})
+
+
+@router.get("/health/live", summary="Whether the process lives", response_model=ServerLive)
+async def server_live() -> Response:
+    """Answers as long as the process does."""
+    return _json({"live": True})
+
+
+@router.get(
+    "/health/ready",
+    summary="Whether requests can be answered",
+    response_model=ServerReady,
+    responses=documented(500, 503),
+)
+async def server_ready(request: Request) -> Response:
+    """As `/health/ready`."""
+    service = service_state(request)
+    if service.draining:
+        raise ProblemError(503, "not ready: the service is stopping", {"Retry-After": "1"})
+    service.registry.check_ready()
+    return _json({"ready": True})
+
+
+@router.get(
+    "/models/stats",
+    summary="What all models have answered",
+    response_model=Statistics,
+    responses=documented(500),
+)
+async def all_statistics(request: Request) -> Response:
+    """Counts and times of every model that is loaded."""
+    entries = service_state(request).registry.entries()
+    return _statistics([entry.model for entry in entries if entry.model])
+
+
+def _statistics(models: list[ServedModel]) -> Response:
+    return _json({"model_stats": [statistics_of(model).shown(model) for model in models]})
+
+
+@_model_route(
+    "GET", "", "The tensors", response_model=ModelMetadata, responses=documented(404, 500, 503)
+)
+async def model_metadata(request: Request, name: str, version: str | None) -> Response:
+    """What the model takes and gives."""
+    registry = service_state(request).registry
+    model = registry.loaded(name, version).served
+    versions = [entry.version for entry in registry.entries() if entry.name == name and entry.model]
+    return _json(metadata(model, versions))
+
+
+@_model_route(
+    "GET",
+    "/ready",
+    "Whether requests can be answered",
+    response_model=ModelReady,
+    responses=documented(404, 500, 503),
+)
+async def model_ready(request: Request, name: str, version: str | None) -> Response:
+    """Answers 200 once the model is loaded and has run."""
+    model = service_state(request).registry.get(name, version)
+    return _json({"name": model.name, "ready": True})
+
+
+@_model_route(
+    "GET",
+    "/config",
+    "The configuration",
+    response_model=ModelConfig,
+    responses=documented(404, 500, 503),
+)
+async def model_config(request: Request, name: str, version: str | None) -> Response:
+    """The model's configuration, in the form of Triton Inference Server's."""
+    service = service_state(request)
+    model = service.registry.loaded(name, version).served
+    return _json(
+        config(
+            model,
+            inferences=service.settings.inferences,
+            batch_size=service.scheduler._batch_size(model),
+            batch_wait_ms=service.settings.batch_wait_ms,
+        )
+    )
+
+
+@_model_route(
+    "GET",
+    "/stats",
+    "What has been answered",
+    response_model=Statistics,
+    responses=documented(404, 500, 503),
+)
+async def model_statistics(request: Request, name: str, version: str | None) -> Response:
+    """Counts and times of the model, through this protocol and in this process."""
+    registry = service_state(request).registry
+    newest = registry.loaded(name, version).served
+    if version is not None:
+        return _statistics([newest])
+    return _statistics(
+        [entry.model for entry in registry.entries() if entry.name == name and entry.model]
+    )
+
+
+@_model_route(
+    "POST",
+    "/infer",
+    "Run on tensors",
+    response_model=InferenceAnswer,
+    responses=_ANSWERS,
+    openapi_extra=_REQUEST,
+)
+async def model_infer(request: Request, name: str, version: str | None) -> Response:
+    """Run the model on a batch of images, given as tensors.
+
+    The body may be compressed (`Content-Encoding: gzip` or `deflate`), and so is the answer where
+    `Accept-Encoding` allows.
+    """
+    return await inference.infer(request, service_state(request).registry.get(name, version))
+
+
+@router.post(
+    "/repository/index",
+    summary="List the models",
+    response_model=list[RepositoryModel],
+    responses=documented(400, 408, 413, 415, 429, 500),
+    openapi_extra={
+        "requestBody": {"content": {"application/json": {"schema": inlined(RepositoryQuery)}}}
+    },
+)
+async def repository_index(request: Request) -> Response:
+    """Every model that the service knows of, and whether it is ready."""
+    only_ready = (await _question(request)).get("ready", False)
+    if not isinstance(only_ready, bool):
+        raise malformed(f"ready must be true or false, got {brief(only_ready)}")
+    entries = service_state(request).registry.entries()
+    return _json([_listed(entry) for entry in entries if entry.ready or not only_ready])
+
+
+def _listed(entry: Entry) -> dict[str, str]:
+    state = "READY" if entry.ready else "LOADING" if entry.warming else "UNAVAILABLE"
+    reason = entry.problem or ""
+    return {"name": entry.name, "version": entry.version, "state": state, "reason": reason}
+
+
+@router.post(
+    "/repository/models/{name}/load",
+    summary="Read a model's file again",
+    response_model=list[RepositoryModel],
+    responses=documented(400, 404, 408, 409, 413, 415, 429, 500),
+    openapi_extra={
+        "requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}
+    },
+)
+async def load_model(request: Request, name: Name) -> Response:
+    """As `POST /v1/models/{name}/reload`. A file or configuration in the request is refused."""
+    parameters = (await _question(request)).get("parameters")
+    if parameters:
+        raise malformed(f"parameters are {brief(parameters)}; models are loaded from their files")
+    entries = await service_state(request).registry.reload(name)
+    problems = [f"{entry.path.name}: {entry.problem}" for entry in entries if entry.problem]
+    if problems:
+        raise ProblemError(409, "; ".join(problems))
+    return _json([_listed(entry) for entry in entries])
+
+
+async def _question(request: Request) -> dict[str, Any]:
+    """The JSON object that a request to the repository may have."""
+    decode = service_state(request).scheduler.decode
+    body = await read_body(request, _MOST_QUESTION_BYTES, decode)
+    return read_json(body) if body.strip() else {}
+
+
+_ABSENT = {
+    "/logging": "logging",
+    "/trace/setting": "trace",
+    "/models/{name}/trace/setting": "trace",
+    "/systemsharedmemory/{rest:path}": "system_shared_memory",
+    "/cudasharedmemory/{rest:path}": "cuda_shared_memory",
+    "/models/{name}/generate": "generate",
+    "/models/{name}/generate_stream": "generate",
+    "/repository/models/{name}/unload": "unloading of models, which stay as long as their files,",
+}
+
+
+def _absent(extension: str) -> Callable[[], Awaitable[Response]]:
+    async def refuse() -> Response:
+        raise ProblemError(404, f"{extension} is not among this service's extensions: GET /v2")
+
+    return refuse
+
+
+for _path, _extension in _ABSENT.items():
+    router.add_api_route(
+        _path, _absent(_extension), methods=["GET", "POST"], include_in_schema=False
+    )

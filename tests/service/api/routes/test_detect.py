@@ -1,0 +1,274 @@
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.core.schema import DetectManyResponse, DetectResponse
+from service.core.settings import Settings
+from service.images.decode import decode, letterbox
+
+URL = "/v1/detect"
+
+
+def send(client, png, **options):
+    """One image with options in the query."""
+    response = client.post(URL, content=png, params=options)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def boxes(body) -> dict[str, list[float]]:
+    return {found["class"]: found["box"] for found in body["detections"]}
+
+
+def test_raw_body(client, png):
+    response = client.post(URL, content=png, headers={"Content-Type": "image/png"})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    DetectResponse.model_validate(body)
+    assert body["model"] == "colours"
+    assert body["image"] == {"width": 192, "height": 128}
+    assert boxes(body) == {
+        "red": [32, 32, 64, 64],
+        "green": [128, 32, 160, 64],
+        "blue": [64, 80, 96, 112],
+    }
+
+
+def test_every_detection_names_the_threshold_that_it_passed(client, png, card):
+    for found in send(client, png)["detections"]:
+        assert found["threshold"] == card.class_thresholds[found["label"]]
+        assert found["class"] == card.class_names[found["label"]]
+        assert found["score"] >= found["threshold"]
+
+
+def test_the_service_answers_what_the_model_says(client, model, png, card):
+    row, geometry = letterbox(decode(png, 10**6), card.preprocessing)
+    truth = model.detect(row[None])[0]
+    found = send(client, png)["detections"]
+    assert [one["score"] for one in found] == truth.scores.tolist()
+    assert [one["label"] for one in found] == truth.labels.tolist()
+    expected = geometry.to_image(truth.boxes)
+    # Boxes are answered to a thousandth of a pixel.
+    np.testing.assert_allclose([one["box"] for one in found], expected, atol=0.0005 + 1e-12)
+
+
+def test_one_file_is_one_object(client, png):
+    body = client.post(URL, files={"file": ("a.png", png)}).json()
+    DetectResponse.model_validate(body)
+    assert boxes(body) == boxes(send(client, png))
+
+
+def test_files_are_a_list_in_order(client, encode, scene, png):
+    other = encode(scene(96, 64, {(0, 0, 16, 16): "#ff0000"}), "JPEG", quality=95)
+    files = [("files", ("a.png", png)), ("files", ("b.jpg", other)), ("files", ("c.png", png))]
+    body = client.post(URL, files=files).json()
+    DetectManyResponse.model_validate(body)
+    first, second, third = body["results"]
+    assert boxes(first) == boxes(third) == boxes(send(client, png))
+    assert second["image"] == {"width": 96, "height": 64}
+    assert boxes(second) == {"red": [0, 0, 16, 16]}
+
+
+def test_one_of_files_is_a_list_too(client, png):
+    body = client.post(URL, files={"files": ("a.png", png)}).json()
+    assert len(DetectManyResponse.model_validate(body).results) == 1
+
+
+def test_upright_pixels_are_answered_in(client, encode, image):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encode(image.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    body = send(client, turned)
+    assert body["image"] == {"width": 192, "height": 128}
+    assert boxes(body)["red"] == [32, 32, 64, 64]
+
+
+def test_nothing_found_is_an_empty_list(client, encode, scene):
+    assert send(client, encode(scene(50, 50, {})))["detections"] == []
+
+
+def test_timings_add_up(client, png):
+    timings = send(client, png)["timings"]
+    parts = timings["read_ms"] + timings["decode_ms"] + timings["inference_ms"]
+    # Each of the four is rounded to a thousandth.
+    assert 0 < parts <= timings["total_ms"] + 0.002
+
+
+def test_an_image_that_cannot_be_read_has_an_error_in_its_place(client, png):
+    files = [("files", ("a.png", png)), ("files", ("b.png", b"nonsense")), ("files", ("c", png))]
+    response = client.post(URL, files=files)
+    assert response.status_code == 200
+    DetectManyResponse.model_validate(response.json())
+    first, second, third = response.json()["results"]
+    assert boxes(first) == boxes(third) == boxes(send(client, png))
+    assert second["error"]["status"] == 415
+    assert second["error"]["title"] == "Unsupported Media Type"
+    assert second["error"]["detail"].startswith("files[1] 'b.png': not an image")
+
+
+def test_where_no_image_can_be_read_the_request_fails_as_the_first(client, png, problem):
+    files = [("files", ("a.png", png[:99])), ("files", ("b.png", b"nonsense"))]
+    assert "files[0] 'a.png': the PNG image" in problem(client.post(URL, files=files), 400)
+    assert "files[0] 'b.png'" in problem(client.post(URL, files=files[1:]), 415)
+
+
+def test_an_image_has_the_same_answer_beside_damaged_ones(client, png, encode, image):
+    other = encode(image.rotate(180))
+    alone = [boxes(send(client, one)) for one in (png, other)]
+    files = [("files", one) for one in (b"x", png, png[:99], other, b"")]
+    results = client.post(URL, files=files).json()["results"]
+    assert [boxes(results[1]), boxes(results[3])] == alone
+    assert [results[place]["error"]["status"] for place in (0, 2, 4)] == [415, 400, 400]
+
+
+def test_the_model_may_be_named(client, png, problem):
+    assert send(client, png, model="colours", version="1")["version"] == "1"
+    assert "'x'" in problem(client.post(URL, content=png, params={"model": "x"}), 404)
+    response = client.post(URL, content=png, params={"version": "2"})
+    assert "no version '2'" in problem(response, 404)
+
+
+def test_of_several_models_one_is_named(tmp_path, detector, settings, png, problem):
+    (tmp_path / "a.onnx").write_bytes(detector.read_bytes())
+    (tmp_path / "b").mkdir()
+    for version in ("1", "2"):
+        (tmp_path / "b" / f"{version}.onnx").write_bytes(detector.read_bytes())
+    told = settings.model_copy(update={"model": None, "models": tmp_path})
+    with TestClient(create_app(told)) as client:
+        while client.get("/health/ready").status_code != 200:
+            pass
+        assert "a, b" in problem(client.post(URL, content=png), 422)
+        body = send(client, png, model="b")
+        assert (body["model"], body["version"]) == ("b", "2")
+        form = {"model": "b", "version": "1"}
+        body = client.post(URL, files={"file": png}, data=form).json()
+        assert (body["model"], body["version"]) == ("b", "1")
+        assert send(client, png, model="a")["model"] == "a"
+
+
+def test_coco_results(client, png):
+    files = [("files", png), ("files", png)]
+    body = client.post(URL, files=files, data={"format": "coco"}).json()
+    (first, *_), number = send(client, png)["detections"], 3
+    x1, y1, x2, y2 = first["box"]
+    expected = {
+        "image_id": 0,
+        "category_id": first["label"] + 1,
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "score": first["score"],
+    }
+    assert body[0] == expected
+    assert [one["image_id"] for one in body] == [0] * number + [1] * number
+    named = send(client, png, format="coco", image_ids='["photo"]')
+    assert [one["image_id"] for one in named] == ["photo"] * number
+
+
+def test_coco_results_of_a_damaged_image_are_none(client, png, problem):
+    files = [("files", ("a", png)), ("files", ("b", png[:99]))]
+    detail = problem(client.post(URL, files=files, params={"format": "coco"}), 400)
+    assert detail.startswith("files[1] 'b'")
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [("*/*", "PNG"), ("image/jpeg", "JPEG"), ("image/png;q=0.5, image/*", "JPEG"), ("", "PNG")],
+)
+def test_a_drawn_image(client, png, image, accept, kind):
+    headers = {"Accept": accept}
+    response = client.post(URL, content=png, params={"format": "image"}, headers=headers)
+    assert response.headers["content-type"] == f"image/{kind.lower()}"
+    assert response.headers["x-detections"] == "3"
+    drawing = Image.open(io.BytesIO(response.content))
+    assert (drawing.format, drawing.size) == (kind, (576, 384))  # small ones are enlarged
+    none = client.post(URL, content=png, params={"format": "image", "threshold": "1"})
+    assert none.headers["x-detections"] == "0"
+    assert none.content != response.content
+
+
+def test_a_list_is_not_drawn(client, png, problem):
+    response = client.post(URL, files={"files": png}, params={"format": "image"})
+    assert "format is 'image'" in problem(response, 422)
+
+
+def test_what_takes_more_memory_than_there_is_is_413(settings, model, png, problem):
+    limits = settings.model_copy(update={"max_decoded_bytes": 2 * 2**20 + 1000})
+    with TestClient(create_app(limits, model)) as client:
+        detail = problem(client.post(URL, content=png), 413)
+    assert detail.startswith("the body: decoding its 192 x 128 pixels takes")
+
+
+def test_images_that_fit_one_by_one_are_answered_together(settings, model, png, encode):
+    # Each needs some 2.4 MB, and there are 3: they are decoded one after the other.
+    limits = settings.model_copy(update={"max_decoded_bytes": 3 * 2**20, "threads": 2})
+    app = create_app(limits, model)
+    with TestClient(app) as client:
+        body = client.post(URL, files=[("files", png)] * 8).json()
+    assert len({str(result) for result in body["results"]}) == 1
+    assert "error" not in body["results"][0]
+    assert app.state.service.decoded.free == 3 * 2**20
+
+
+def test_what_is_no_image_is_415(client, problem):
+    headers = {"Content-Type": "image/png"}
+    detail = problem(client.post(URL, content=b"%PDF-1.7", headers=headers), 415)
+    assert "JPEG, PNG, WebP, BMP, TIFF, GIF" in detail
+
+
+def test_an_image_of_too_many_pixels_is_413(settings, model, encode, problem):
+    limits = settings.model_copy(update={"max_pixels": 5000})
+    with TestClient(create_app(limits, model)) as client:
+        detail = problem(client.post(URL, content=encode(Image.new("L", (100, 51)))), 413)
+    assert "the body: the image is 100 x 51 pixels; at most 5000" in detail
+
+
+def test_another_method_is_405(client, problem):
+    response = client.get(URL)
+    problem(response, 405)
+    assert response.headers["allow"] == "POST"
+
+
+def test_before_the_model_is_ready_503(settings, problem):
+    client = TestClient(create_app(settings))  # without its start, no model is loaded
+    response = client.post(URL, content=b"x")
+    assert "not ready: the model is not loaded" in problem(response, 503)
+    assert response.headers["retry-after"] == "1"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    head=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"II*\0"]),
+    tail=st.binary(max_size=200),
+    query=st.dictionaries(
+        st.sampled_from(["threshold", "thresholds", "classes", "iou", "max_detections", "x"]),
+        st.text(max_size=20),
+        max_size=2,
+    ),
+)
+def test_no_bytes_and_no_options_break_the_service(client, head, tail, query):
+    response = client.post(URL, content=head + tail, params=query)
+    assert response.status_code in (200, 400, 413, 415, 422), response.text
+
+
+def test_both_variants_of_a_detector_answer_alike(
+    client, uint8_detector, uint8_model, encode, image
+):
+    told = Settings(model=uint8_detector, threads=1, provider="cpu")
+    sizes = [(192, 128), (96, 64), (77, 233), (640, 480), (50, 40)]
+    files = [("files", encode(image.resize(size))) for size in sizes]  # of many sizes, one batch
+    options = {"threshold": "0.05", "iou": "0.9"}
+    with TestClient(create_app(told, uint8_model)) as other:
+        answers = [one.post("/v1/detect", files=files, data=options) for one in (client, other)]
+    ours, theirs = (answer.json()["results"] for answer in answers)
+    assert sum(len(result["detections"]) for result in ours) > 20
+    for mine, its in zip(ours, theirs, strict=True):
+        assert mine["image"] == its["image"]
+        for a, b in zip(mine["detections"], its["detections"], strict=True):
+            assert a.pop("score") == pytest.approx(b.pop("score"), abs=1e-6)  # float32
+            assert a == b

@@ -1,0 +1,81 @@
+import hashlib
+
+from starlette.testclient import TestClient
+
+from export.card import DetectorCard
+from service.app import create_app
+from service.core.schema import ModelDetail, ModelList, ProblemDetails
+
+
+def test_list(client, detector, card):
+    response = client.get("/v1/models")
+    assert response.status_code == 200
+    (model,) = ModelList.model_validate(response.json()).models
+    assert model.name == "colours"
+    assert model.sha256 == hashlib.sha256(detector.read_bytes()).hexdigest()
+    assert model.class_names == ["red", "green", "blue"]
+    assert model.thresholds == dict(zip(card.class_names, card.class_thresholds, strict=True))
+    assert model.threshold_policy == "f1"
+
+
+def test_detail_has_the_whole_card(client, card):
+    response = client.get("/v1/models/colours")
+    assert response.status_code == 200
+    detail = ModelDetail.model_validate(response.json())
+    assert DetectorCard.model_validate(response.json()["card"]) == card
+    assert detail.threshold_policy == card.threshold_policy
+    assert detail.providers == ["CPUExecutionProvider"]
+
+
+def test_an_unknown_model_is_404_and_the_known_one_named(client):
+    response = client.get("/v1/models/shapes")
+    assert response.status_code == 404
+    assert response.headers["content-type"] == "application/problem+json"
+    detail = ProblemDetails.model_validate(response.json()).detail
+    assert "'shapes'" in detail
+    assert "there is colours" in detail
+
+
+def test_before_the_model_is_loaded_503(settings):
+    client = TestClient(create_app(settings))
+    for path in ("/v1/models", "/v1/models/colours"):
+        response = client.get(path)
+        assert response.status_code == 503
+        assert "not loaded" in response.json()["error"]
+
+
+def test_a_version_that_is_there_and_one_that_is_not(client):
+    assert client.get("/v1/models/colours?version=1").json()["version"] == "1"
+    response = client.get("/v1/models/colours?version=7")
+    assert response.status_code == 404
+    assert response.json()["error"] == "no version '7' of 'colours'; there is 1"
+
+
+def test_reload_takes_what_the_file_holds_now(tmp_path, write_detector, settings):
+    path = tmp_path / "served.onnx"
+    path.write_bytes(write_detector().read_bytes())
+    with TestClient(create_app(settings.model_copy(update={"model": path}))) as client:
+        before = client.get("/v1/models/colours").json()
+        path.write_bytes(write_detector(backbone="another").read_bytes())
+        (after,) = ModelList.model_validate(client.post("/v1/models/colours/reload").json()).models
+        assert after.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != before["sha256"]
+        assert client.get("/v1/models/colours").json()["card"]["backbone"] == "another"
+
+
+def test_a_bad_file_is_409_and_its_predecessor_serves(tmp_path, detector, settings, png):
+    path = tmp_path / "served.onnx"
+    path.write_bytes(detector.read_bytes())
+    told = settings.model_copy(update={"model": path, "reload_seconds": 0})
+    app = create_app(told)
+    with TestClient(app) as client:
+        path.write_bytes(b"not a model")
+        response = client.post("/v1/models/colours/reload")
+        assert response.status_code == 409
+        assert "served.onnx" in response.json()["error"]
+        app.state.service.registry.get().warm_up()
+        assert client.post("/v1/detect", content=png).status_code == 200
+        ready = client.get("/health/ready").json()
+        assert ready["models"][0]["ready"]
+        assert "served.onnx" in ready["problems"][0]
+        assert "served.onnx" in client.get("/v1/models/colours").json()["problem"]
+        assert client.post("/v1/models/shapes/reload").status_code == 404

@@ -1,0 +1,243 @@
+import base64
+import hmac
+import logging
+
+import pytest
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.core.settings import Settings, SettingsError
+from service.http import auth
+from service.http.auth import LOOK_AGAIN, TokenStore, is_public, parse_tokens
+
+ALICE, BOB = "alice-Token_1.~+/==", "bob-token"
+
+
+@pytest.fixture
+def told(detector):
+    """Settings with some changed."""
+
+    def make(**changes) -> Settings:
+        return Settings(model=detector, threads=1, provider="cpu", **changes)
+
+    return make
+
+
+@pytest.fixture
+def guarded(told, model):
+    """A client of a service with these settings."""
+
+    def make(**changes) -> TestClient:
+        return TestClient(create_app(told(**changes), model))
+
+    return make
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def names(tokens) -> list[str]:
+    return [token.name for token in tokens]
+
+
+def test_tokens_with_and_without_names():
+    assert names(parse_tokens([f"alice:{ALICE}", " ", "# old:x", f" {BOB} "], "here")) == [
+        "alice",
+        "token-2",
+    ]
+
+
+def test_a_token_itself_is_not_kept():
+    (token,) = parse_tokens([ALICE], "here")
+    assert ALICE not in repr(token)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("a b:secret-x", "here: the name of token 1 may have"),
+        ("x" * 65 + ":secret-x", "the name of token 1"),
+        (":secret-x", "the name of token 1"),
+        ("me:", r"token 1 \(me\) is empty or has signs"),
+        ("me:secret-x y", r"token 1 \(me\)"),
+        ("me:secret-xé", r"token 1 \(me\)"),
+        ("me:secret:x", r"token 1 \(me\)"),
+    ],
+)
+def test_a_token_that_cannot_be_is_named_by_its_place(entry, message):
+    with pytest.raises(SettingsError, match=message) as error:
+        parse_tokens([entry], "here")
+    assert "secret" not in str(error.value)
+
+
+def test_one_token_under_two_names_is_an_error_and_one_name_for_two_tokens_is_not():
+    with pytest.raises(SettingsError, match="here: a and b are the same token"):
+        parse_tokens([f"a:{BOB}", f"b:{BOB}"], "here")
+    assert names(parse_tokens([f"a:{BOB}", f"a:{ALICE}"], "here")) == ["a", "a"]  # to change it
+
+
+def test_tokens_that_are_ours_and_others(guarded, png, problem):
+    with guarded(tokens=f"alice:{ALICE},{BOB}") as client:
+        for token in (ALICE, BOB):
+            assert client.post("/v1/detect", content=png, headers=bearer(token)).is_success
+        for scheme in ("bearer", "BEARER"):
+            headers = {"Authorization": f"{scheme} {BOB}"}
+            assert client.get("/v1/models", headers=headers).is_success
+        for token in (BOB[:-1], BOB + "x", BOB.upper(), "", "é".encode().decode("latin-1")):
+            refused = client.get(
+                "/v1/models", headers={"Authorization": f"Bearer {token}".encode("latin-1")}
+            )
+            assert problem(refused, 401) == "this token is not known"
+            assert refused.headers["www-authenticate"] == (
+                'Bearer realm="ghm", error="invalid_token"'
+            )
+        basic = base64.b64encode(f"x:{BOB}".encode()).decode()
+        for headers in ({}, {"Authorization": f"Basic {basic}"}, {"Authorization": BOB}):
+            refused = client.get("/v1/models", headers=headers)
+            assert "Authorization: Bearer TOKEN" in problem(refused, 401)
+            assert refused.headers["www-authenticate"] == 'Bearer realm="ghm"'
+
+
+def test_every_token_is_compared_whichever_is_right(told, monkeypatch):
+    compared, real = [], hmac.compare_digest
+
+    def compare(one, other):
+        compared.append(one)
+        return real(one, other)
+
+    monkeypatch.setattr(auth.hmac, "compare_digest", compare)
+    store = TokenStore(told(tokens="a:first,b:second,c:third"))
+    for presented, name in (("first", "a"), ("third", "c"), ("none", None)):
+        compared.clear()
+        found = store.find(presented)
+        assert (found.name if found else None) == name
+        assert len(compared) == 3
+
+
+OPEN = ["/", "/static/app.js", "/docs", "/redoc", "/openapi.json"]
+HEALTH = ["/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"]
+GUARDED = ["/v1/detect", "/v1/models", "/v2", "/v2/", "/v2/models/x", "/nowhere", "/static", "//"]
+
+
+def test_what_is_public(told):
+    default = told()
+    assert all(is_public(path, default) for path in OPEN + HEALTH)
+    assert not any(is_public(path, default) for path in [*GUARDED, "/metrics", "/healthy"])
+    other = told(public_health=False, public_metrics=True)
+    assert not any(is_public(path, other) for path in HEALTH)
+    assert is_public("/metrics", other)
+    assert not is_public("/metrics/../v1/models", other)
+
+
+def test_the_public_is_answered_without_a_token(guarded):
+    with guarded(tokens=BOB) as client:
+        for path in ("/health/live", "/docs", "/openapi.json"):
+            assert client.get(path).status_code == 200, path
+        for path in ("/metrics", "/v1/models", "/nowhere"):
+            assert client.get(path).status_code == 401, path
+        assert client.get("/metrics", headers=bearer(BOB)).is_success
+    with guarded(tokens=BOB, public_health=False, public_metrics=True) as client:
+        assert client.get("/health/live").status_code == 401
+        assert client.get("/metrics").is_success
+
+
+def test_a_refusal_is_counted(guarded):
+    with guarded(tokens=BOB, public_metrics=True) as client:
+        client.get("/v1/models")
+        assert (
+            'ghm_rejected_requests_total{reason="unauthorized"} 1.0' in client.get("/metrics").text
+        )
+
+
+def test_without_tokens_everybody_may_ask_and_openapi_knows_no_401(client):
+    assert client.get("/v1/models").is_success
+    document = client.get("/openapi.json").json()
+    assert "securitySchemes" not in document["components"]
+    assert "401" not in str(document["paths"])
+
+
+def test_with_tokens_openapi_says_so_where_it_is_so(guarded):
+    with guarded(tokens=BOB) as client:
+        document = client.get("/openapi.json").json()
+        assert document["components"]["securitySchemes"] == {
+            "bearer": {"type": "http", "scheme": "bearer"}
+        }
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                answered = client.request(method, path).status_code
+                assert ("401" in operation["responses"]) == (answered == 401), path
+                assert ("security" in operation) == (answered == 401), path
+
+
+@pytest.fixture
+def clock():
+    class Clock:
+        now = 0.0
+
+        def __call__(self):
+            return self.now
+
+    return Clock()
+
+
+def test_a_file_is_read_again_when_it_changes(told, tmp_path, clock, caplog):
+    path = tmp_path / "tokens"
+    path.write_text(f"# ours\nalice:{ALICE}\n\n")
+    store = TokenStore(told(tokens_file=path, tokens=f"bob:{BOB}"), clock)
+    assert store.find(ALICE).name == "alice"
+    assert store.find(BOB).name == "bob"
+    clock.now += LOOK_AGAIN
+    with caplog.at_level(logging.INFO, logger="ghm.service"):
+        store.find(BOB)
+    assert "read" not in caplog.text  # it has not changed
+    path.write_text("carol:carols-token\n")
+    clock.now += LOOK_AGAIN / 2
+    assert store.find("carols-token") is None  # not at every request
+    clock.now += LOOK_AGAIN
+    assert store.find("carols-token").name == "carol"
+    assert store.find(ALICE) is None
+    assert store.find(BOB).name == "bob"
+    path.write_text("")
+    clock.now += LOOK_AGAIN
+    assert store.find("carols-token") is None  # whoever empties it means it
+
+
+@pytest.mark.parametrize("damage", ["bad name:x", b"\xff\xfe", None])
+def test_a_file_that_got_damaged_leaves_the_tokens_as_they_were(
+    told, tmp_path, clock, caplog, damage
+):
+    path = tmp_path / "tokens"
+    path.write_text(f"alice:{ALICE}\n")
+    store = TokenStore(told(tokens_file=path), clock)
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+    clock.now += LOOK_AGAIN
+    with caplog.at_level(logging.ERROR, logger="ghm.service"):
+        assert store.find(ALICE).name == "alice"
+        clock.now += LOOK_AGAIN
+        store.find(ALICE)
+    assert "the tokens stay as they were" in caplog.text
+    path.write_text(f"bob:{BOB}\n")
+    clock.now += LOOK_AGAIN
+    assert store.find(BOB).name == "bob"
+
+
+def test_a_start_without_any_token_is_refused(told, tmp_path):
+    path = tmp_path / "tokens"
+    with pytest.raises(SettingsError, match=r"tokens_file .*tokens: No such file"):
+        TokenStore(told(tokens_file=path))
+    path.write_text("# none yet\n")
+    with pytest.raises(SettingsError, match="tokens holds no token, so nobody"):
+        TokenStore(told(tokens_file=path))
+    with pytest.raises(SettingsError, match="GHM_TOKENS holds no token"):
+        TokenStore(told(tokens=" , "))
+    assert TokenStore(told(tokens=BOB, tokens_file=path)).required
+
+
+def test_settings_do_not_show_tokens(told):
+    settings = told(tokens=BOB)
+    assert BOB not in repr(settings)
+    assert BOB not in str(settings.model_dump())

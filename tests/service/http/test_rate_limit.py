@@ -1,0 +1,161 @@
+import asyncio
+import subprocess
+import sys
+
+import pytest
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.core.settings import Settings
+from service.http.rate_limit import SETS, WAYS, Limiter, RateLimitMiddleware
+from service.observability.metrics import Metrics
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def test_a_burst_and_then_the_rate(clock):
+    limiter = Limiter(rate=2, burst=3, clock=clock)
+    assert [limiter.wait("a") for _ in range(3)] == [0, 0, 0]
+    assert limiter.wait("a") == 0.5
+    clock.now += 0.25
+    assert limiter.wait("a") == 0.25  # asking too early costs nothing
+    clock.now += 0.25
+    assert limiter.wait("a") == 0
+    assert limiter.wait("a") == 0.5
+
+
+def test_waiting_as_long_as_it_says_is_enough(clock):
+    limiter = Limiter(rate=8, burst=1, clock=clock)  # eighths are exact in binary
+    for _ in range(50):
+        assert limiter.wait("a") == 0
+        clock.now += limiter.wait("a")
+
+
+def test_a_bucket_holds_no_more_than_its_burst(clock):
+    limiter = Limiter(rate=1, burst=2, clock=clock)
+    clock.now += 1000
+    assert [limiter.wait("a") > 0 for _ in range(3)] == [False, False, True]
+    clock.now += 1000
+    assert [limiter.wait("a") > 0 for _ in range(3)] == [False, False, True]
+
+
+def test_clients_do_not_share(clock):
+    limiter = Limiter(rate=1, burst=1, clock=clock)
+    assert limiter.wait("a") == limiter.wait("b") == 0
+    assert limiter.wait("a") == limiter.wait("b") == 1
+
+
+def test_as_many_clients_as_may_be_the_longest_unseen_forgotten(clock):
+    limiter = Limiter(rate=1e-6, burst=1, sets=1, clock=clock)
+    for client in [*range(WAYS), 0, "one more"]:
+        clock.now += 1
+        limiter.wait(str(client))
+    remembered = [0, *range(2, WAYS), "one more"]
+    assert all(limiter.wait(str(client)) > 0 for client in remembered)
+    assert limiter.wait("1") == 0
+
+
+def test_many_clients_find_room(clock):
+    limiter = Limiter(rate=1e-6, burst=1, clock=clock)
+    for _ in range(2):
+        clock.now += 1
+        again = [limiter.wait(f"10.0.{i // 256}.{i % 256}") for i in range(SETS)]
+    # A set that more than its WAYS fall in forgets some: with one a set on average, once in 10^6.
+    assert sum(wait > 0 for wait in again) >= SETS - 2
+
+
+TAKER = """
+import sys
+from pathlib import Path
+from service.http.rate_limit import SETS, WAYS, Limiter
+limiter = Limiter(rate=1e-6, burst=9_600, file=Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.read()
+print(sum(limiter.wait("a") == 0 for _ in range(8_000)))
+"""
+
+
+def test_workers_take_from_the_same_buckets(tmp_path):
+    command = [sys.executable, "-c", TAKER, tmp_path / "rates"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    assert [one.stdout.readline() for one in running] == ["ready\n"] * 2
+    for one in running:
+        one.stdin.close()
+    taken = [int(one.stdout.read()) for one in running]
+    assert [one.wait(60) for one in running] == [0, 0]
+    assert sum(taken) == 9_600  # not one more, though both take at once
+
+
+@pytest.fixture
+def limited(detector, model):
+    def make(**changes) -> TestClient:
+        settings = Settings(
+            model=detector, threads=1, provider="cpu", rate_limit=1e-3, rate_burst=2, **changes
+        )
+        return TestClient(create_app(settings, model))
+
+    return make
+
+
+def test_too_often_is_a_429_with_a_time_to_wait(limited, png, problem):
+    with limited() as client:
+        assert [client.post("/v1/detect", content=png).status_code for _ in range(2)] == [200, 200]
+        refused = client.post("/v1/detect", content=png)
+        assert problem(refused, 429).startswith("more than 0.001 requests a second; ask again in")
+        assert 990 <= int(refused.headers["retry-after"]) <= 1000
+        assert [client.get("/health/live").status_code for _ in range(5)] == [200] * 5
+        assert client.get("/v1/models").status_code == 429
+
+
+def test_retry_after_is_whole_seconds_and_never_too_few(settings, clock):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    told = settings.model_copy(update={"rate_limit": 0.8, "rate_burst": 1})
+    middleware = RateLimitMiddleware(None, told, Metrics())
+    middleware.limiter = Limiter(0.8, 1, clock=clock)
+    middleware.limiter.wait("unknown")
+    clock.now += 0.25
+    scope = {"type": "http", "path": "/v1/models", "state": {}}
+    asyncio.run(middleware(scope, None, send))
+    assert dict(sent[0]["headers"])[b"retry-after"] == b"1"  # 1 / 0.8 - 0.25 is 1 exactly
+    clock.now -= 0.125
+    asyncio.run(middleware(scope, None, send))
+    assert dict(sent[2]["headers"])[b"retry-after"] == b"2"
+
+
+def test_each_token_has_its_own_bucket_and_wrong_ones_take_from_none(limited):
+    with limited(tokens="a:first,b:second", public_metrics=True) as client:
+
+        def ask(token):
+            headers = {"Authorization": f"Bearer {token}"}
+            return client.get("/v1/models", headers=headers).status_code
+
+        assert [ask("wrong") for _ in range(3)] == [401] * 3
+        assert [ask("first") for _ in range(3)] == [200, 200, 429]
+        assert ask("second") == 200
+        counted = client.get("/metrics").text
+    assert 'ghm_rejected_requests_total{reason="rate_limit"} 1.0' in counted
+
+
+def test_openapi_knows_the_429_where_there_is_a_limit(limited, client):
+    with limited() as other:
+        paths = other.get("/openapi.json").json()["paths"]
+    assert "429" in paths["/v1/models"]["get"]["responses"]
+    assert "429" not in paths["/health/live"]["get"]["responses"]
+    assert (
+        "429" not in client.get("/openapi.json").json()["paths"]["/v1/models"]["get"]["responses"]
+    )

@@ -1,0 +1,169 @@
+import asyncio
+import contextvars
+import json
+import logging
+import sys
+import threading
+import warnings
+from datetime import UTC, datetime
+
+import pytest
+
+from service.observability import logs
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """The loggers as they were: the configuration is the process's."""
+    names = (None, "ghm", "uvicorn", "uvicorn.error", "uvicorn.access", "py.warnings")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(one.level, list(one.handlers), one.propagate, one.disabled) for one in loggers]
+    yield
+    logging.captureWarnings(capture=False)
+    for one, (level, handlers, propagate, disabled) in zip(loggers, before, strict=True):
+        one.setLevel(level)
+        one.handlers[:] = handlers
+        one.propagate, one.disabled = propagate, disabled
+
+
+@pytest.fixture
+def lines(capsys):
+    """Configures, lets something happen in a context of its own, and returns the lines."""
+
+    def log(happens, level="info", kind="json") -> list:
+        logs.configure(level, kind)
+        contextvars.copy_context().run(happens)
+        text = capsys.readouterr().err
+        return [json.loads(line) for line in text.splitlines()] if kind == "json" else text
+
+    return log
+
+
+def test_a_line_of_json(lines):
+    (line,) = lines(lambda: logging.getLogger("ghm.service").warning("so %s", "it is"))
+    assert list(line) == ["ts", "level", "logger", "pid", "msg"]
+    assert line["level"] == "warning"
+    assert line["logger"] == "ghm.service"
+    assert line["msg"] == "so it is"
+    moment = datetime.fromisoformat(line["ts"])
+    assert moment.tzinfo == UTC
+    assert line["ts"].endswith("Z")
+    assert len(line["ts"]) == len("2026-01-01T00:00:00.000Z")
+    assert abs((datetime.now(UTC) - moment).total_seconds()) < 60
+
+
+def test_the_time_to_the_millisecond():
+    record = logging.makeLogRecord({"created": 1_700_000_000.25, "msg": "x"})
+    line = json.loads(logs.JsonFormatter().format(record))
+    assert line["ts"] == "2023-11-14T22:13:20.250Z"
+
+
+def test_a_line_of_text(lines):
+    def happens():
+        logs.begin_request("abc")
+        logging.getLogger("ghm.service").info("read %d tokens", 2)
+
+    text = lines(happens, kind="text")
+    assert text.endswith("Z info     ghm.service: read 2 tokens request_id=abc\n")
+
+
+def test_records_of_a_request_carry_its_id_in_tasks_and_threads_too(lines):
+    logger = logging.getLogger("ghm.service")
+
+    async def request(name):
+        logs.begin_request(name)
+        logger.info("begins")
+        await asyncio.create_task(part(name))
+        await asyncio.to_thread(logger.info, "in a thread")
+
+    async def part(name):
+        await asyncio.sleep(0)
+        logger.info("in a task")
+
+    async def both():
+        await asyncio.gather(request("one"), request("other"))
+
+    found = lines(lambda: asyncio.run(both()))
+    for name in ("one", "other"):
+        said = [line["msg"] for line in found if line["request_id"] == name]
+        assert said == ["begins", "in a task", "in a thread"]
+
+
+def test_outside_of_a_request_there_is_no_id(lines):
+    (line,) = lines(lambda: logging.getLogger("ghm.service").info("x"))
+    assert "request_id" not in line
+
+
+def test_uvicorns_loggers_and_warnings_take_the_same_way(lines):
+    def happens():
+        logging.getLogger("uvicorn.error").info("Started")
+        logging.getLogger("uvicorn.access").info("said twice")
+        logging.getLogger("somebody").info("chatter")
+        logging.getLogger("somebody").warning("trouble")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("old", DeprecationWarning, stacklevel=1)
+
+    found = lines(happens)
+    assert [line["logger"] for line in found] == ["uvicorn.error", "somebody", "py.warnings"]
+
+
+@pytest.mark.parametrize("name", ["uvicorn", "uvicorn.error"])
+def test_uvicorns_own_handlers_do_not_say_it_again(lines, name):
+    logging.getLogger(name).addHandler(logging.StreamHandler(sys.stderr))
+    found = lines(lambda: logging.getLogger("uvicorn.error").info("once"))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(("level", "shown"), [("debug", 3), ("info", 2), ("error", 1)])
+def test_levels(lines, level, shown):
+    def happens():
+        for one in (logging.DEBUG, logging.INFO, logging.ERROR):
+            logging.getLogger("ghm.service").log(one, "x")
+
+    assert len(lines(happens, level)) == shown
+
+
+def test_a_traceback_stays_on_its_line(lines):
+    def happens():
+        try:
+            raise ValueError("why")
+        except ValueError:
+            logging.getLogger("ghm.service").exception("failed")
+
+    (line,) = lines(happens)
+    assert line["msg"] == "failed"
+    assert line["exception"].startswith("Traceback")
+    assert line["exception"].endswith("ValueError: why")
+
+
+def test_nothing_that_a_client_sends_makes_a_line_of_its_own(lines):
+    forged = '/a\n{"level":"critical"}\x1b[2J\ud800'
+
+    def happens():
+        logging.getLogger("ghm.access").info("request", extra={"facts": {"path": forged}})
+        logging.getLogger("ghm.service").info("at %s", forged)
+
+    assert len(lines(happens)) == 2
+    text = lines(happens, kind="text")
+    assert text.count("\n") == 2
+    assert "\x1b" not in text
+
+
+def test_notes_add_up_and_names_stay():
+    def happens():
+        notes = logs.begin_request("abc")
+        logs.note(model="a", images=2)
+        thread = threading.Thread(
+            target=contextvars.copy_context().run, args=(lambda: logs.note(model="b", images=3),)
+        )
+        thread.start()
+        thread.join()
+        return notes
+
+    notes = contextvars.copy_context().run(happens)
+    assert notes == {"request_id": "abc", "model": "b", "images": 5}
+
+
+def test_notes_outside_of_a_request_are_dropped():
+    contextvars.Context().run(logs.note, model="a")
