@@ -35,7 +35,6 @@ from torch import Tensor
 from benchmarks.provenance import provenance
 from benchmarks.result_file import Row, Rows, latest, read
 from benchmarks.trainings import training_parser
-from ghm_triton.density import GradientDensity
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import open_dataset
@@ -44,7 +43,8 @@ from ghm_triton.detection.losses import SmoothL1
 from ghm_triton.detection.recipe import TrainOptions
 from ghm_triton.detection.retinanet import RetinaNetDetector
 from ghm_triton.detection.train import train
-from ghm_triton.functional import focal_loss, ghm_c_loss
+from ghm_triton.losses import focal_loss, ghm_c_loss
+from ghm_triton.losses.density import GradientDensity
 
 RESULTS = Path(__file__).parent / "results" / "gradient_signal.jsonl"
 KEY = ("data", "train_split", "image_size", "channels", "steps", "seed", "batch_size", "loss")

@@ -4,14 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ghm_triton.density import GradientDensity
-    from ghm_triton.functional import (
-        focal_loss,
-        ghm_c_loss,
-        ghm_r_loss,
-        ghm_softmax_loss,
-        gradient_density,
-    )
     from ghm_triton.imbalance.ohem import OHEM, hard_examples
     from ghm_triton.imbalance.s_ohem import StratifiedOHEM
     from ghm_triton.imbalance.sampling_free import (
@@ -20,8 +12,19 @@ if TYPE_CHECKING:
         initial_loss,
         optimal_prior,
     )
-    from ghm_triton.losses import FocalLoss, GHMCLoss, GHMRLoss, GHMSoftmaxLoss
-    from ghm_triton.schedule import StrengthSchedule
+    from ghm_triton.losses import (
+        FocalLoss,
+        GHMCLoss,
+        GHMRLoss,
+        GHMSoftmaxLoss,
+        focal_loss,
+        ghm_c_loss,
+        ghm_r_loss,
+        ghm_softmax_loss,
+        gradient_density,
+    )
+    from ghm_triton.losses.density import GradientDensity
+    from ghm_triton.losses.schedule import StrengthSchedule
     from ghm_triton.statistics import ClassStatistics
     from ghm_triton.thresholds import ClassThreshold, ClassThresholds, ThresholdWarning
 
@@ -37,17 +40,17 @@ _HOMES = {
     "GHMCLoss": "losses",
     "GHMRLoss": "losses",
     "GHMSoftmaxLoss": "losses",
-    "GradientDensity": "density",
+    "GradientDensity": "losses",
     "GuidedLoss": "imbalance.sampling_free",
     "OHEM": "imbalance.ohem",
     "StratifiedOHEM": "imbalance.s_ohem",
-    "StrengthSchedule": "schedule",
+    "StrengthSchedule": "losses",
     "ThresholdWarning": "thresholds",
-    "focal_loss": "functional",
-    "ghm_c_loss": "functional",
-    "ghm_r_loss": "functional",
-    "ghm_softmax_loss": "functional",
-    "gradient_density": "functional",
+    "focal_loss": "losses",
+    "ghm_c_loss": "losses",
+    "ghm_r_loss": "losses",
+    "ghm_softmax_loss": "losses",
+    "gradient_density": "losses",
     "guided": "imbalance.sampling_free",
     "hard_examples": "imbalance.ohem",
     "initial_loss": "imbalance.sampling_free",

@@ -13,7 +13,7 @@ from ghm_triton.reference.density import stream_density
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ghm_triton.density import GradientDensity
+    from ghm_triton.losses.density import GradientDensity
 
 FORGOTTEN = 0.01  # entries a batch; a region with fewer was not hit for long, and weighs on nobody
 UNSURE = 0.5  # standard deviation of a weight, in shares of it, from which its region is too thin

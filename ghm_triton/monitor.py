@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ghm_triton.density import GradientDensity
 from ghm_triton.diagnosis import FORGOTTEN, Regions, problems_of, regions_of
+from ghm_triton.losses.density import GradientDensity
 
 # Of the gradient norm: what was learnt long ago, what is being learnt, what contradicts its label.
 BANDS = {"easy": (0.0, 0.1), "middle": (0.1, 0.9), "hard": (0.9, 1.0)}

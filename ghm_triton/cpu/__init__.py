@@ -16,10 +16,10 @@ Tensors that it does not take (see `applies_to`) go to the specification.
 from torch import Tensor
 
 from ghm_triton import reference
-from ghm_triton._inputs import ClassificationInputs, RegressionInputs
 from ghm_triton.cpu import asl1, bce, density
 from ghm_triton.cpu.blocks import applies_to, hold_numbers
 from ghm_triton.reference import RegionCounts, count_softmax, weighted_focal, weighted_softmax
+from ghm_triton.reference.interface import ClassificationInputs, RegressionInputs
 
 __all__ = [
     "RegionCounts",

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghm_triton._inputs import RegressionInputs
 from ghm_triton.cpu.autograd import by_definition, differentiable, write
 from ghm_triton.cpu.blocks import (
     Selection,
@@ -24,7 +23,7 @@ from ghm_triton.cpu.regions import RegionCounter, RegionTable
 from ghm_triton.cpu.scratch import Views, here, walk
 from ghm_triton.reference import asl1 as specification
 from ghm_triton.reference import binning
-from ghm_triton.reference.binning import RegionCounts
+from ghm_triton.reference.interface import RegionCounts, RegressionInputs
 
 
 def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghm_triton._inputs import ClassificationInputs
 from ghm_triton.cpu.autograd import by_definition, differentiable, write
 from ghm_triton.cpu.blocks import Span, scalar
 from ghm_triton.cpu.regions import RegionCounter, RegionTable
@@ -17,7 +16,7 @@ from ghm_triton.cpu.scratch import Views, walk
 from ghm_triton.cpu.targets import reader
 from ghm_triton.reference import bce as specification
 from ghm_triton.reference import binning
-from ghm_triton.reference.binning import RegionCounts
+from ghm_triton.reference.interface import ClassificationInputs, RegionCounts
 
 
 def count_bce(inputs: ClassificationInputs, bins: int) -> RegionCounts:

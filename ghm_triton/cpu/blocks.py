@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from ghm_triton._inputs import ClassificationInputs, RegressionInputs
+from ghm_triton.reference.interface import ClassificationInputs, RegressionInputs
 
 # Entries a block and thread: 1 MiB a float32 buffer, of which three or four are in use. More do not
 # stay in the caches; with fewer, calls cost as much as arithmetic.

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghm_triton.reference.binning import RegionCounts
+from ghm_triton.reference.interface import RegionCounts
 
 Floats = NDArray[np.float32]
 

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghm_triton._inputs import ClassificationInputs
 from ghm_triton.cpu.blocks import (
     Selection,
     Source,
@@ -20,6 +19,7 @@ from ghm_triton.cpu.blocks import (
     finite,
     scalar,
 )
+from ghm_triton.reference.interface import ClassificationInputs
 
 BITS_OF_ONE = 0x3F800000  # of float32
 WINDOW = 65536  # rows whose class indices are looked at together

@@ -14,7 +14,7 @@ from ghm_triton.detection.detector import Detector
 from ghm_triton.detection.fcos import FCOSDetector
 from ghm_triton.detection.loader import TrainingView, collate
 from ghm_triton.detection.retinanet import RetinaNetDetector
-from ghm_triton.functional import gradient_density
+from ghm_triton.losses import gradient_density
 from ghm_triton.statistics import SCORE_BINS, ClassStatistics
 from ghm_triton.thresholds import ClassThresholds
 

@@ -25,12 +25,11 @@ from ghm_triton.detection.losses import (
 )
 from ghm_triton.detection.mining import build_mining
 from ghm_triton.detection.two_stage import adversary_maker, objectness_loss
-from ghm_triton.functional import DEFAULT_STRENGTH
 from ghm_triton.imbalance.adversarial import KINDS as ADVERSARIES
 from ghm_triton.imbalance.ohem import KEEP
 from ghm_triton.imbalance.sampling_free import GuidedLoss
-from ghm_triton.losses import GHMCLoss, GHMRLoss, GHMSoftmaxLoss
-from ghm_triton.schedule import StrengthSchedule, require_strength
+from ghm_triton.losses import DEFAULT_STRENGTH, GHMCLoss, GHMRLoss, GHMSoftmaxLoss
+from ghm_triton.losses.schedule import StrengthSchedule, require_strength
 
 CLS_LOSSES = ("ghm", "focal", "ce", "ghm-softmax")
 BOX_LOSSES: dict[str, type[BoxLoss]] = {

@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import ghm_triton
-from ghm_triton.density import GradientDensity
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset, open_dataset
@@ -38,6 +37,7 @@ from ghm_triton.detection.priors import start_at_prior, start_proposals
 from ghm_triton.detection.recipe import AMP, TrainOptions, build_losses, build_optimizer
 from ghm_triton.detection.telemetry import Telemetry, require_tensorboard
 from ghm_triton.diagnosis import warn_of
+from ghm_triton.losses.density import GradientDensity
 from ghm_triton.statistics import ClassStatistics
 
 CHECKPOINT = "checkpoint.pt"

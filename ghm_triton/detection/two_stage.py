@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from ghm_triton.imbalance.adversarial import Adversary
 from ghm_triton.losses import GHMCLoss
-from ghm_triton.schedule import StrengthSchedule
+from ghm_triton.losses.schedule import StrengthSchedule
 
 if TYPE_CHECKING:
     from ghm_triton.detection.recipe import TrainOptions

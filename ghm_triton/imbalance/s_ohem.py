@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ghm_triton.imbalance.ohem import KEEP, distinct
 from ghm_triton.imbalance.samples import require_keep, require_samples
-from ghm_triton.schedule import StrengthSchedule
+from ghm_triton.losses.schedule import StrengthSchedule
 
 STRATA = 4
 # Ours: the borders of the strata, the quotas and the course of alpha.

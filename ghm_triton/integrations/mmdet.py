@@ -27,17 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghm_triton._inputs import require_choice
-from ghm_triton.backend import BACKENDS
-from ghm_triton.density import GradientDensity
-from ghm_triton.functional import ghm_c_loss, ghm_r_loss
-from ghm_triton.functional.options import (
+from ghm_triton.losses import ghm_c_loss, ghm_r_loss
+from ghm_triton.losses.backend import BACKENDS
+from ghm_triton.losses.density import GradientDensity
+from ghm_triton.losses.inputs import require_choice
+from ghm_triton.losses.options import (
     Average,
     Backend,
     Reduction,
     require_reduction,
 )
-from ghm_triton.schedule import StrengthSchedule
+from ghm_triton.losses.schedule import StrengthSchedule
 
 
 class _Released(nn.Module):

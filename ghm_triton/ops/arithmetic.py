@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from ghm_triton.backend import interpreting
+from ghm_triton.ops.interpreter import interpreting
 
 INTERPRETED = tl.constexpr(interpreting())
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -11,15 +11,31 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.runtime.jit import JITFunction
 
-from ghm_triton._inputs import ClassificationInputs, RegressionInputs, SoftmaxInputs
-from ghm_triton.backend import interpreting
 from ghm_triton.ops import asl1, bce, binning, density, focal, scaling, softmax
+from ghm_triton.ops.interpreter import interpreting
 from ghm_triton.ops.tiles import MAX_PROGRAMS
-from ghm_triton.reference.binning import RegionCounts
+from ghm_triton.reference.interface import (
+    ClassificationInputs,
+    RegionCounts,
+    RegressionInputs,
+    SoftmaxInputs,
+)
 from ghm_triton.reference.softmax import MAX_CLASSES
+
+# Triton decides when it defines a function whether to compile or to interpret it. Its functions and
+# those of this package must have been defined alike: with the variable set in between, they cannot
+# call each other.
+_compiled = [
+    isinstance(function, JITFunction)
+    for function in (triton.language.cdiv, binning.count_bce_kernel)
+]
+COMPILED = all(_compiled)
+INTERPRETED = not any(_compiled)
 
 LIBRARY = torch.library.Library("ghm", "FRAGMENT")
 # Kernels that are interpreted run on tensors of the host.

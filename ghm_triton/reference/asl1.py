@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ghm_triton._inputs import RegressionInputs
 from ghm_triton.reference.binning import difference, hypotenuse, unit_region
+from ghm_triton.reference.interface import RegressionInputs
 
 
 def weighted_asl1(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ghm_triton._inputs import ClassificationInputs
 from ghm_triton.reference.binning import (
     compute_dtype,
     gradient_norm,
@@ -13,6 +12,7 @@ from ghm_triton.reference.binning import (
     unit_region,
     valid_entries,
 )
+from ghm_triton.reference.interface import ClassificationInputs
 
 # torch's softplus turns linear above its threshold; at 80 the difference is below 1e-34.
 EXACT_UNTIL = 80

@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from ghm_triton._inputs import ClassificationInputs, RegressionInputs
+from ghm_triton.reference.interface import ClassificationInputs, RegionCounts, RegressionInputs
 
 LARGE = 1e18  # a difference whose square float32 still holds; mu adds nothing to it
-
-
-class RegionCounts(NamedTuple):
-    """What one batch holds.
-
-    Attributes:
-        regions: int64 `[M]`: `R_j`, the valid entries in each unit region; without those that
-            `invalid` counts.
-        positives: float64 `[P]`, partial sums of the targets over valid entries, to be added up;
-            for hard targets, the number of positives.
-        invalid: int64 scalar: valid entries whose logit is not finite or whose target is out of
-            range. More than zero makes the loss NaN.
-    """
-
-    regions: Tensor
-    positives: Tensor
-    invalid: Tensor
 
 
 def count_bce(inputs: ClassificationInputs, bins: int) -> RegionCounts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ghm_triton.reference.binning import RegionCounts
+from ghm_triton.reference.interface import RegionCounts
 
 MOST_REGIONS = 1024  # what the kernels count at once
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ghm_triton._inputs import ClassificationInputs, RegressionInputs
 from ghm_triton.reference.binning import difference, gradient_norm, hypotenuse, valid_entries
+from ghm_triton.reference.interface import ClassificationInputs, RegressionInputs
 
 MOST_ENTRIES = 2**31 - 1  # what torch sorts at once on a GPU
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ghm_triton._inputs import ClassificationInputs
 from ghm_triton.reference.bce import EXACT_UNTIL
 from ghm_triton.reference.binning import compute_dtype, valid_entries
+from ghm_triton.reference.interface import ClassificationInputs
 
 
 def weighted_focal(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ghm_triton._inputs import SoftmaxInputs
-from ghm_triton.reference.binning import RegionCounts, compute_dtype, unit_region
+from ghm_triton.reference.binning import compute_dtype, unit_region
+from ghm_triton.reference.interface import RegionCounts, SoftmaxInputs
 
 MAX_CLASSES = 4096  # what the kernels take: a row in one tile
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from ghm_triton import reference
-from ghm_triton.density import GradientDensity
 from ghm_triton.diagnosis import DensityWarning, problems_of, regions_of, warn_of
-from ghm_triton.functional import ghm_c_loss
-from ghm_triton.losses import GHMCLoss, GHMRLoss, GHMSoftmaxLoss
+from ghm_triton.losses import GHMCLoss, GHMRLoss, GHMSoftmaxLoss, ghm_c_loss
+from ghm_triton.losses.density import GradientDensity
 from ghm_triton.reference import RegionCounts
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ghm_triton import GHMCLoss, GHMRLoss, StrengthSchedule
-from ghm_triton.density import GradientDensity
+from ghm_triton.losses.density import GradientDensity
 from ghm_triton.monitor import (
     DensityMonitor,
     PositivesMonitor,

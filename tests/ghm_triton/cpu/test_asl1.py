@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ghm_triton import cpu
-from ghm_triton._inputs import RegressionInputs
 from ghm_triton.reference import asl1, binning
+from ghm_triton.reference.interface import RegressionInputs
 
 BINS = 5
 TABLE = torch.tensor([3.0, 0.0, 1e4, 1e-4, 0.5])

@@ -7,8 +7,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ghm_triton import cpu, ghm_c_loss, ghm_r_loss
-from ghm_triton._inputs import ClassificationInputs
 from ghm_triton.cpu import blocks, scratch
+from ghm_triton.reference.interface import ClassificationInputs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TABLE = torch.tensor([3.0, 0.5, 1.0, 7.0])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ghm_triton import cpu
-from ghm_triton._inputs import ClassificationInputs
 from ghm_triton.reference import bce, binning
+from ghm_triton.reference.interface import ClassificationInputs
 
 BINS = 8
 TABLE = torch.tensor([3.0, 0.0, 1e4, 1e-4, 0.5, 7.0, 1.0, 2.0])

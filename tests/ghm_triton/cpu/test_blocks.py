@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from ghm_triton._inputs import classification_inputs, regression_inputs
 from ghm_triton.cpu.blocks import (
     ENTRIES,
     Selection,
@@ -16,6 +15,7 @@ from ghm_triton.cpu.blocks import (
     scalar,
     spans,
 )
+from ghm_triton.losses.inputs import classification_inputs, regression_inputs
 
 
 @pytest.mark.parametrize(

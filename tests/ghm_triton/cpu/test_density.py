@@ -7,7 +7,7 @@ import torch
 
 from ghm_triton.cpu.density import update_density
 from ghm_triton.reference import density
-from ghm_triton.reference.binning import RegionCounts
+from ghm_triton.reference.interface import RegionCounts
 
 BATCHES = [[5, 0, 3, 90], [0, 0, 8, 2**40], [0, 0, 0, 0], [1, 1, 1, 1], [0, 7, 0, 0]]
 OPTIONS = itertools.product(

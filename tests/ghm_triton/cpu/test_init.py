@@ -4,13 +4,9 @@ import pytest
 import torch
 
 from ghm_triton import cpu, reference
-from ghm_triton._inputs import (
-    ClassificationInputs,
-    RegressionInputs,
-    classification_inputs,
-    regression_inputs,
-)
+from ghm_triton.losses.inputs import classification_inputs, regression_inputs
 from ghm_triton.reference import asl1, bce, binning
+from ghm_triton.reference.interface import ClassificationInputs, RegressionInputs
 
 TABLE, ONE = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(1.0)
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from ghm_triton._inputs import ClassificationInputs
 from ghm_triton.cpu.blocks import spans
 from ghm_triton.cpu.targets import reader
+from ghm_triton.reference.interface import ClassificationInputs
 
 SHAPES = [(20, 7), (50, 1), (3, 100)]
 pytestmark = pytest.mark.usefixtures("small_blocks")

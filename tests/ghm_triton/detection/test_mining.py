@@ -7,9 +7,8 @@ from ghm_triton.detection.heads import HeadLosses, LearningHead
 from ghm_triton.detection.losses import SmoothL1
 from ghm_triton.detection.mining import HardPlaces, HardRegions, Lost
 from ghm_triton.detection.recipe import TrainOptions, build_losses
-from ghm_triton.functional import focal_loss
 from ghm_triton.imbalance.ohem import OHEM
-from ghm_triton.losses import FocalLoss
+from ghm_triton.losses import FocalLoss, focal_loss
 
 CLASSES = 3
 

@@ -12,7 +12,7 @@ from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.recipe import TrainOptions, build_losses
 from ghm_triton.detection.rpn import CleanProposalNetwork
 from ghm_triton.detection.train import CHECKPOINT, METRICS, train
-from ghm_triton.schedule import StrengthSchedule
+from ghm_triton.losses.schedule import StrengthSchedule
 
 FEW = "digits:images=16,held_out_images=2,size=96"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.kernels import TARGETS, build, first_launch
-from ghm_triton.backend import interpreting
+from ghm_triton.ops.interpreter import interpreting
 
 pytestmark = pytest.mark.skipif(
     interpreting(), reason="the interpreter compiles nothing; run without TRITON_INTERPRET"

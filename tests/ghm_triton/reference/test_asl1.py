@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ghm_triton._inputs import regression_inputs
+from ghm_triton.losses.inputs import regression_inputs
 
 
 @pytest.mark.parametrize("reduce", [True, False])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ghm_triton._inputs import classification_inputs
+from ghm_triton.losses.inputs import classification_inputs
 
 OUTER = -2.3
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from types import ModuleType
-
 from torch import Tensor
 
 from ghm_triton import cpu
-from ghm_triton._inputs import require_choice
+from ghm_triton.losses.inputs import require_choice
+from ghm_triton.ops.interpreter import interpreting
+from ghm_triton.reference.interface import Kernels
 
 BACKENDS = ("auto", "triton", "torch")
 
 
-def interpreting() -> bool:
-    """Whether Triton runs its kernels in the interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def select_backend(backend: str, tensor: Tensor) -> ModuleType:
+def select_backend(backend: str, tensor: Tensor) -> Kernels:
     """The module with the kernels for `tensor`.
 
     Args:
@@ -42,7 +36,7 @@ def select_backend(backend: str, tensor: Tensor) -> ModuleType:
         return cpu
 
 
-def _kernels(tensor: Tensor) -> ModuleType:
+def _kernels(tensor: Tensor) -> Kernels:
     if tensor.dtype.itemsize > 4 or not (tensor.is_cuda or interpreting()):
         raise ValueError(
             f"backend='triton' cannot run on a {tensor.dtype} tensor on {tensor.device}: it takes"
@@ -50,15 +44,15 @@ def _kernels(tensor: Tensor) -> ModuleType:
             " use backend='torch'"
         )
     try:
-        from ghm_triton import ops
+        from ghm_triton.ops import operators
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         raise ModuleNotFoundError(
             "backend='triton' needs the package triton, which is not installed", name="triton"
         ) from error
-    if not (ops.INTERPRETED or (tensor.is_cuda and ops.COMPILED)):
+    if not (operators.INTERPRETED or (tensor.is_cuda and operators.COMPILED)):
         raise ValueError(
             "TRITON_INTERPRET=1 was set after Triton was imported: set it before Python starts"
         )
-    return ops
+    return operators

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ghm_triton._inputs import ClassificationInputs, classification_inputs
-from ghm_triton.backend import select_backend
-from ghm_triton.functional.options import Average, Backend, Reduction, require_reduction
+from ghm_triton.losses.backend import BACKENDS, select_backend
+from ghm_triton.losses.inputs import classification_inputs, require_choice
+from ghm_triton.losses.options import Average, Backend, Reduction, require_reduction
 from ghm_triton.reference.binning import compute_dtype
 from ghm_triton.reference.focal import entries, positives
+from ghm_triton.reference.interface import ClassificationInputs
 
 
 def focal_loss(
@@ -76,3 +77,57 @@ def _scale(
         return scale
     divisor = entries(inputs) if average == "valid" else positives(inputs)
     return scale / divisor.clamp(min=1).to(dtype)
+
+
+class FocalLoss(nn.Module):
+    """Sigmoid focal loss with the target conventions of `GHMCLoss` (arXiv 1708.02002).
+
+    Args:
+        alpha: Weight of the positives, in [0, 1].
+        gamma: Focusing exponent, at least 0.
+        loss_weight: Multiplies the loss.
+        average: `positives` (the paper) or `valid`.
+        weighted: Multiply by `label_weight` as well as select by it.
+        reduction: `mean`, `sum` or `none`.
+        backend: `auto`, `triton` or `torch`.
+        validate: As in `ghm_c_loss`.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        loss_weight: float = 1.0,
+        average: Average = "positives",
+        weighted: bool = False,
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
+        validate: bool | None = None,
+    ) -> None:
+        super().__init__()
+        require_reduction(reduction, average)
+        require_choice("backend", backend, BACKENDS)
+        self.alpha = alpha
+        self.gamma = gamma
+        self.loss_weight = loss_weight
+        self.average: Average = average
+        self.weighted = weighted
+        self.reduction: Reduction = reduction
+        self.backend: Backend = backend
+        self.validate = validate
+
+    def forward(self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
+        """The loss; shapes, dtypes and errors as in `focal_loss`."""
+        return focal_loss(
+            logits,
+            target,
+            label_weight,
+            alpha=self.alpha,
+            gamma=self.gamma,
+            average=self.average,
+            loss_weight=self.loss_weight,
+            weighted=self.weighted,
+            reduction=self.reduction,
+            backend=self.backend,
+            validate=self.validate,
+        )

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from ghm_triton._inputs import classification_inputs
-from ghm_triton.backend import select_backend
-from ghm_triton.density import GradientDensity
-from ghm_triton.functional.options import (
+from ghm_triton.losses.backend import BACKENDS, select_backend
+from ghm_triton.losses.density import Density, GradientDensity
+from ghm_triton.losses.inputs import classification_inputs, require_choice
+from ghm_triton.losses.options import (
     DEFAULT_STRENGTH,
     Average,
     Backend,
-    Density,
     Reduction,
     density_for,
     mean_of,
     require_reduction,
 )
+from ghm_triton.losses.schedule import StrengthSchedule
 from ghm_triton.reference.exact import weigh_bce
-from ghm_triton.schedule import StrengthSchedule
 
 
 def ghm_c_loss(
@@ -105,3 +105,81 @@ def ghm_c_loss(
         inputs, table, scale, weighted=weighted, reduce=reduction != "none"
     )
     return loss.view(inputs.shape) if reduction == "none" else loss
+
+
+class GHMCLoss(nn.Module):
+    """GHM-C with its moving average: harmonized binary cross entropy (arXiv 1811.05181).
+
+    Args:
+        bins: Unit regions `M`.
+        momentum: Of the moving average of the counts, in [0, 1).
+        strength: The weight is `beta ** strength`, in [0, 1], or a `StrengthSchedule`. 1 is the
+            paper, 0 plain cross entropy. Ours, not the paper's.
+        loss_weight: Multiplies the loss.
+        density: `unit_region`; `exact`, the paper's sliding window, which sorts the entries; or
+            `streaming`, that window from a fine histogram. See `GradientDensity`.
+        normalizer: `valid_bins` (released code) or `bins` (the paper).
+        average: `valid` (the paper) or `positives` (as focal loss).
+        ema: `debiased` or `mmdet` (the released behaviour).
+        max_weight: Upper bound of a weight, or None.
+        weighted: Multiply by `label_weight` as well as select by it.
+        reduction: `mean`, `sum` or `none`.
+        process_group: Ranks that share one density. A loss of `N` ranks, averaged (as DDP does
+            with gradients), then equals that of one rank with the whole batch. Not with `exact`.
+            `GradientDensity` tells how to use it with DDP and FSDP2.
+        backend: `auto`, `triton` or `torch`.
+        validate: As in `ghm_c_loss`.
+
+    The state (`density.smoothed`, `density.updates`) is in the `state_dict`; it moves in training
+    mode only.
+
+    Example:
+        >>> import torch
+        >>> criterion = GHMCLoss()
+        >>> loss = criterion(torch.randn(8, 100, 80), torch.randint(0, 81, (8, 100)))
+    """
+
+    def __init__(
+        self,
+        bins: int = 30,
+        momentum: float = 0.75,
+        strength: float | StrengthSchedule = DEFAULT_STRENGTH,
+        loss_weight: float = 1.0,
+        density: Density = "unit_region",
+        normalizer: str = "valid_bins",
+        average: Average = "valid",
+        ema: str = "debiased",
+        max_weight: float | None = None,
+        weighted: bool = False,
+        reduction: Reduction = "mean",
+        process_group: dist.ProcessGroup | None = None,
+        backend: Backend = "auto",
+        validate: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.density = GradientDensity(
+            bins, momentum, strength, normalizer, ema, max_weight, process_group, density=density
+        )
+        require_reduction(reduction, average)
+        require_choice("backend", backend, BACKENDS)
+        self.loss_weight = loss_weight
+        self.average: Average = average
+        self.weighted = weighted
+        self.reduction: Reduction = reduction
+        self.backend: Backend = backend
+        self.validate = validate
+
+    def forward(self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
+        """The loss; shapes, dtypes and errors as in `ghm_c_loss`."""
+        return ghm_c_loss(
+            logits,
+            target,
+            label_weight,
+            average=self.average,
+            loss_weight=self.loss_weight,
+            weighted=self.weighted,
+            reduction=self.reduction,
+            state=self.density,
+            backend=self.backend,
+            validate=self.validate,
+        )

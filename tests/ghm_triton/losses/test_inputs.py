@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ghm_triton._inputs import classification_inputs, regression_inputs
+from ghm_triton.losses.inputs import classification_inputs, regression_inputs
 
 
 def test_views_not_copies():

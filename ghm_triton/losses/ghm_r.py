@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from ghm_triton._inputs import regression_inputs
-from ghm_triton.backend import select_backend
-from ghm_triton.density import GradientDensity
-from ghm_triton.functional.options import (
+from ghm_triton.losses.backend import BACKENDS, select_backend
+from ghm_triton.losses.density import Density, GradientDensity
+from ghm_triton.losses.inputs import regression_inputs, require_choice
+from ghm_triton.losses.options import (
     DEFAULT_STRENGTH,
     Backend,
-    Density,
     Reduction,
     density_for,
     mean_of,
     require_reduction,
 )
+from ghm_triton.losses.schedule import StrengthSchedule
 from ghm_triton.reference.exact import weigh_asl1
-from ghm_triton.schedule import StrengthSchedule
 
 
 def ghm_r_loss(
@@ -89,3 +89,71 @@ def ghm_r_loss(
         inputs, table, scale, mu=mu, weighted=weighted, reduce=reduction != "none"
     )
     return loss.view(inputs.shape) if reduction == "none" else loss
+
+
+class GHMRLoss(nn.Module):
+    """GHM-R with its moving average: harmonized authentic smooth L1 (arXiv 1811.05181).
+
+    Args:
+        mu: Width of the quadratic part of ASL1.
+        bins: Unit regions `M`.
+        momentum: Of the moving average of the counts, in [0, 1).
+        strength: As in `GHMCLoss`.
+        loss_weight: Multiplies the loss; the released configuration uses 10.
+        density: As in `GHMCLoss`.
+        normalizer: As in `GHMCLoss`.
+        ema: As in `GHMCLoss`.
+        max_weight: As in `GHMCLoss`.
+        weighted: As in `GHMCLoss`.
+        reduction: As in `GHMCLoss`.
+        process_group: As in `GHMCLoss`.
+        backend: As in `GHMCLoss`.
+        validate: As in `ghm_r_loss`.
+    """
+
+    def __init__(
+        self,
+        mu: float = 0.02,
+        bins: int = 10,
+        momentum: float = 0.7,
+        strength: float | StrengthSchedule = DEFAULT_STRENGTH,
+        loss_weight: float = 1.0,
+        density: Density = "unit_region",
+        normalizer: str = "valid_bins",
+        ema: str = "debiased",
+        max_weight: float | None = None,
+        weighted: bool = False,
+        reduction: Reduction = "mean",
+        process_group: dist.ProcessGroup | None = None,
+        backend: Backend = "auto",
+        validate: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.density = GradientDensity(
+            bins, momentum, strength, normalizer, ema, max_weight, process_group, density=density
+        )
+        if not mu > 0:
+            raise ValueError(f"mu must be positive, got {mu}")
+        require_reduction(reduction, "valid")
+        require_choice("backend", backend, BACKENDS)
+        self.mu = mu
+        self.loss_weight = loss_weight
+        self.weighted = weighted
+        self.reduction: Reduction = reduction
+        self.backend: Backend = backend
+        self.validate = validate
+
+    def forward(self, pred: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
+        """The loss; shapes, dtypes and errors as in `ghm_r_loss`."""
+        return ghm_r_loss(
+            pred,
+            target,
+            label_weight,
+            mu=self.mu,
+            loss_weight=self.loss_weight,
+            weighted=self.weighted,
+            reduction=self.reduction,
+            state=self.density,
+            backend=self.backend,
+            validate=self.validate,
+        )

@@ -6,14 +6,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from ghm_triton._inputs import require_choice
-from ghm_triton.density import GradientDensity
-from ghm_triton.schedule import StrengthSchedule
+from ghm_triton.losses.density import GradientDensity
+from ghm_triton.losses.inputs import require_choice
+from ghm_triton.losses.schedule import StrengthSchedule
 
 Reduction = Literal["mean", "sum", "none"]
 Average = Literal["valid", "positives"]
 Backend = Literal["auto", "triton", "torch"]
-Density = Literal["unit_region", "exact", "streaming"]
 
 REDUCTIONS = ("mean", "sum", "none")
 AVERAGES = ("valid", "positives")

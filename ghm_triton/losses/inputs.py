@@ -3,56 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import overload
 
 import torch
 from torch import Tensor
 
+from ghm_triton.reference.interface import ClassificationInputs, RegressionInputs, SoftmaxInputs
+
 EVEN = 16  # entries of a row, whatever the dtype, that wide accesses fit into
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-@dataclass(frozen=True)
-class ClassificationInputs:
-    """Logits and targets as rows: one row a sample, one column a class.
-
-    Attributes:
-        logits: `[R, C]`.
-        index: int64 `[R]`, `C` background, negative ignored; None with dense targets.
-        target: `[R, C]` in [0, 1]; None with index targets.
-        weight: `[R, C]`, 0 ignores; None keeps everything. May be a view with strides of 0.
-        shape: The shape the user passed.
-    """
-
-    logits: Tensor
-    index: Tensor | None
-    target: Tensor | None
-    weight: Tensor | None
-    shape: torch.Size
-
-
-@dataclass(frozen=True)
-class RegressionInputs:
-    """Predictions and targets `[R, C]`, `weight` `[R, C]` or None, and the user's shape."""
-
-    pred: Tensor
-    target: Tensor
-    weight: Tensor | None
-    shape: torch.Size
-
-
-@dataclass(frozen=True)
-class SoftmaxInputs:
-    """Logits `[R, C]`, class indices int64 `[R]` (negative ignored), `weight` `[R]` or None.
-
-    And the shape of the indices as the user passed them.
-    """
-
-    logits: Tensor
-    index: Tensor
-    weight: Tensor | None
-    shape: torch.Size
 
 
 def classification_inputs(

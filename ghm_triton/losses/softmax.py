@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from ghm_triton import cpu
-from ghm_triton._inputs import softmax_inputs
-from ghm_triton.backend import select_backend
-from ghm_triton.density import GradientDensity
-from ghm_triton.functional.options import (
+from ghm_triton.losses.backend import BACKENDS, select_backend
+from ghm_triton.losses.density import Density, GradientDensity
+from ghm_triton.losses.inputs import require_choice, softmax_inputs
+from ghm_triton.losses.options import (
     DEFAULT_STRENGTH,
     Backend,
-    Density,
     Reduction,
     density_for,
     mean_of,
     require_reduction,
 )
+from ghm_triton.losses.schedule import StrengthSchedule
+from ghm_triton.reference.interface import Kernels
 from ghm_triton.reference.softmax import MAX_CLASSES
-from ghm_triton.schedule import StrengthSchedule
 
 
 def ghm_softmax_loss(
@@ -99,8 +98,79 @@ def ghm_softmax_loss(
     return loss.view(inputs.shape) if reduction == "none" else loss
 
 
-def _kernels(backend: str, logits: Tensor) -> ModuleType:
+def _kernels(backend: str, logits: Tensor) -> Kernels:
     """As `select_backend`; `auto` leaves rows that are too long for the kernels to torch."""
     if backend == "auto" and logits.shape[-1] > MAX_CLASSES:
         return cpu
     return select_backend(backend, logits)
+
+
+class GHMSoftmaxLoss(nn.Module):
+    """Softmax GHM with its moving average: harmonized cross entropy; an extension.
+
+    For classes that exclude each other, as in the second stage of Faster R-CNN. Neither the paper
+    nor its released code has it.
+
+    Args:
+        bins: Unit regions `M`.
+        momentum: Of the moving average of the counts, in [0, 1).
+        strength: As in `GHMCLoss`.
+        loss_weight: Multiplies the loss.
+        density: `unit_region` or `streaming`.
+        normalizer: As in `GHMCLoss`.
+        ema: As in `GHMCLoss`.
+        max_weight: As in `GHMCLoss`.
+        weighted: As in `GHMCLoss`.
+        reduction: `mean`, `sum` or `none`.
+        process_group: As in `GHMCLoss`.
+        backend: `auto`, `triton` or `torch`.
+        validate: As in `ghm_c_loss`.
+
+    Example:
+        >>> import torch
+        >>> criterion = GHMSoftmaxLoss()
+        >>> loss = criterion(torch.randn(8, 100, 81), torch.randint(0, 81, (8, 100)))
+    """
+
+    def __init__(
+        self,
+        bins: int = 30,
+        momentum: float = 0.75,
+        strength: float | StrengthSchedule = DEFAULT_STRENGTH,
+        loss_weight: float = 1.0,
+        density: Density = "unit_region",
+        normalizer: str = "valid_bins",
+        ema: str = "debiased",
+        max_weight: float | None = None,
+        weighted: bool = False,
+        reduction: Reduction = "mean",
+        process_group: dist.ProcessGroup | None = None,
+        backend: Backend = "auto",
+        validate: bool | None = None,
+    ) -> None:
+        super().__init__()
+        require_choice("density", density, ("unit_region", "streaming"))
+        self.density = GradientDensity(
+            bins, momentum, strength, normalizer, ema, max_weight, process_group, density=density
+        )
+        require_reduction(reduction, "valid")
+        require_choice("backend", backend, BACKENDS)
+        self.loss_weight = loss_weight
+        self.weighted = weighted
+        self.reduction: Reduction = reduction
+        self.backend: Backend = backend
+        self.validate = validate
+
+    def forward(self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
+        """The loss; shapes, dtypes and errors as in `ghm_softmax_loss`."""
+        return ghm_softmax_loss(
+            logits,
+            target,
+            label_weight,
+            loss_weight=self.loss_weight,
+            weighted=self.weighted,
+            reduction=self.reduction,
+            state=self.density,
+            backend=self.backend,
+            validate=self.validate,
+        )

@@ -1,0 +1,143 @@
+"""The interface that every implementation of the losses has: inputs, results and `Kernels`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClassificationInputs:
+    """Logits and targets as rows: one row a sample, one column a class.
+
+    Attributes:
+        logits: `[R, C]`.
+        index: int64 `[R]`, `C` background, negative ignored; None with dense targets.
+        target: `[R, C]` in [0, 1]; None with index targets.
+        weight: `[R, C]`, 0 ignores; None keeps everything. May be a view with strides of 0.
+        shape: The shape the user passed.
+    """
+
+    logits: Tensor
+    index: Tensor | None
+    target: Tensor | None
+    weight: Tensor | None
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class RegressionInputs:
+    """Predictions and targets `[R, C]`, `weight` `[R, C]` or None, and the user's shape."""
+
+    pred: Tensor
+    target: Tensor
+    weight: Tensor | None
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class SoftmaxInputs:
+    """Logits `[R, C]`, class indices int64 `[R]` (negative ignored), `weight` `[R]` or None.
+
+    And the shape of the indices as the user passed them.
+    """
+
+    logits: Tensor
+    index: Tensor
+    weight: Tensor | None
+    shape: torch.Size
+
+
+class RegionCounts(NamedTuple):
+    """What one batch holds.
+
+    Attributes:
+        regions: int64 `[M]`: `R_j`, the valid entries in each unit region; without those that
+            `invalid` counts.
+        positives: float64 `[P]`, partial sums of the targets over valid entries, to be added up;
+            for hard targets, the number of positives.
+        invalid: int64 scalar: valid entries whose logit is not finite or whose target is out of
+            range. More than zero makes the loss NaN.
+    """
+
+    regions: Tensor
+    positives: Tensor
+    invalid: Tensor
+
+
+class Kernels(Protocol):
+    """An implementation of the losses: a module or an object with these functions.
+
+    `ghm_triton.reference` is the specification, `ghm_triton.cpu` the fast path on CPUs and
+    `ghm_triton.ops.operators` the Triton kernels. Every implementation puts an entry into the same
+    unit region, and the results agree to rounding. `ghm_triton.reference` documents the arguments.
+    """
+
+    def count_bce(self, inputs: ClassificationInputs, bins: int) -> RegionCounts:
+        """Count the gradient norms `|sigmoid(x) - p*|` by unit region."""
+
+    def count_asl1(self, inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
+        """Count the gradient norms `|d| / sqrt(d^2 + mu^2)` by unit region."""
+
+    def count_softmax(self, inputs: SoftmaxInputs, bins: int) -> RegionCounts:
+        """Count the gradient norms `1 - p_y` by unit region."""
+
+    def update_density(
+        self,
+        counts: RegionCounts,
+        smoothed: Tensor,
+        updates: Tensor,
+        strength: Tensor,
+        *,
+        momentum: float,
+        ema: str,
+        normalizer: str,
+        max_weight: float | None,
+        persist: bool,
+        divisor: str | None,
+        factor: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the weight of each unit region and the scale of the loss."""
+
+    def weighted_bce(
+        self,
+        inputs: ClassificationInputs,
+        table: Tensor,
+        scale: Tensor,
+        *,
+        weighted: bool,
+        reduce: bool,
+    ) -> Tensor:
+        """Binary cross entropy, weighted by unit region."""
+
+    def weighted_asl1(
+        self,
+        inputs: RegressionInputs,
+        table: Tensor,
+        scale: Tensor,
+        *,
+        mu: float,
+        weighted: bool,
+        reduce: bool,
+    ) -> Tensor:
+        """Authentic smooth L1, weighted by unit region."""
+
+    def weighted_softmax(
+        self, inputs: SoftmaxInputs, table: Tensor, scale: Tensor, *, weighted: bool, reduce: bool
+    ) -> Tensor:
+        """Softmax cross entropy, weighted by unit region."""
+
+    def weighted_focal(
+        self,
+        inputs: ClassificationInputs,
+        scale: Tensor,
+        *,
+        alpha: float,
+        gamma: float,
+        weighted: bool,
+        reduce: bool,
+    ) -> Tensor:
+        """Sigmoid focal loss."""
