@@ -10,7 +10,7 @@ from ghm_triton.reference.bce import weighted_bce
 from ghm_triton.reference.binning import count_asl1, count_bce
 from ghm_triton.reference.density import update_density
 from ghm_triton.reference.focal import weighted_focal
-from ghm_triton.reference.interface import ClassificationInputs, RegionCounts, RegressionInputs
+from ghm_triton.reference.interface import RegionCounts
 from ghm_triton.reference.softmax import count_softmax, weighted_softmax
 
 __all__ = [
