@@ -26,9 +26,9 @@ from onnx import ModelProto
 from benchmarks.provenance import provenance
 from benchmarks.result_file import Row, Rows, latest, read
 from export.graph import build_graph
-from export.measure import Image, measure, prepared, race, spread
-from export.quantize import Int8Recipe, to_float16, to_int8
-from export.quantized import open_splits
+from export.quantize.convert import Int8Recipe, to_float16, to_int8
+from export.quantize.measure import Image, measure, prepared, race, spread
+from export.quantize.tradeoff import open_splits
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.commands import image_size
 from ghm_triton.detection.config import DetectorConfig

@@ -6,7 +6,7 @@ import argparse
 import warnings
 from pathlib import Path
 
-from export.quantize_cli import check_quantize, configure_quantize, run_quantize
+from export.quantize.cli import check_quantize, configure_quantize, run_quantize
 from ghm_triton.command import Command
 from ghm_triton.tables import threshold_table
 
@@ -85,7 +85,7 @@ def configure_attach(parser: argparse.ArgumentParser) -> None:
 Give somebody else's ONNX detector thresholds, NMS and a card, so that it can be served, inspected
 and given other thresholds like our own. The model takes float32 images [batch, 3, H, W], a batch of
 any size, and yields [batch, 4 + C, A] as YOLO does, or boxes [batch, A, 4] and scores
-[batch, A, C]. The card is JSON; these it must have, export/attach_card.py has all:
+[batch, A, C]. The card is JSON; these it must have, export/attach/card.py has all:
 
   {"name": "yolo", "class_names": ["cat", "dog"], "thresholds": {"cat": 0.3, "dog": 0.25},
    "size": [640, 640]}
@@ -120,7 +120,7 @@ example:
 
 def run_attach(arguments: argparse.Namespace) -> int:
     """Carry out `ghm attach`."""
-    from export.attach import attach
+    from export.attach.attach import attach
 
     card, reading = attach(
         arguments.model,
@@ -258,7 +258,7 @@ example:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Carry out `ghm verify`."""
-    from export.verify import verify
+    from export.verify.report import verify
     from ghm_triton.detection.checkpoint import Checkpoint
     from ghm_triton.detection.data import open_dataset
 

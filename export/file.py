@@ -27,7 +27,6 @@ from onnx import (
     numpy_helper,
 )
 
-from export.atomic import write_atomically
 from export.card import (
     CARD_KEY,
     INPUT,
@@ -37,7 +36,13 @@ from export.card import (
     CardError,
     DetectorCard,
 )
-from export.seal import SEAL_KEY, is_broken, seal
+from ghm_triton.atomic import write_atomically
+
+# The digest of a file's bytes is onnx metadata at the very end of the file, so runtimes ignore it.
+# The IR version is repeated after it, as protobuf allows; no other tool writes a file that ends
+# so. A tool that rewrites the file moves both, and its change is not taken for damage.
+SEAL_KEY = "ghm.sha256"
+_DIGEST_DIGITS = 64
 
 # A protobuf message cannot be larger, so a larger file is no ONNX file in one piece.
 MAX_FILE_BYTES = 2**31 - 1
@@ -317,3 +322,35 @@ def _describe(value: ValueInfoProto) -> str:
     if shape is None:
         return f"{element} of no stated shape"
     return f"{element} [{', '.join('any' if dim is None else str(dim) for dim in shape)}]"
+
+
+def seal(content: bytes, ir_version: int) -> bytes:
+    """A serialized model with its digest behind it.
+
+    Args:
+        content: The model, serialized, without a seal.
+        ir_version: The model's, below 128.
+    """
+    return content + _tail(hashlib.sha256(content).hexdigest(), ir_version)
+
+
+def is_broken(content: bytes) -> bool:
+    """Whether a file ends in a digest, and that of something else than the file.
+
+    False for a file without one, as others write it.
+    """
+    length = len(_tail("0" * _DIGEST_DIGITS, 1))
+    body, tail = content[:-length], content[-length:]
+    try:
+        digest = tail[-2 - _DIGEST_DIGITS : -2].decode("ascii")
+        sealed = tail == _tail(digest, tail[-1])
+    except (IndexError, ValueError):
+        return False
+    return sealed and hashlib.sha256(body).hexdigest() != digest
+
+
+def _tail(digest: str, ir_version: int) -> bytes:
+    entry, again = ModelProto(), ModelProto(ir_version=ir_version)
+    entry.metadata_props.add(key=SEAL_KEY, value=digest)
+    tail: bytes = entry.SerializeToString() + again.SerializeToString()
+    return tail

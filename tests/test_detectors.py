@@ -16,7 +16,7 @@ from torch import Tensor
 
 from export.card import INPUT, OUTPUTS
 from export.file import read_detector
-from export.side_by_side import _proposals
+from export.verify.side_by_side import _proposals
 from ghm_triton import cli
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import open_dataset

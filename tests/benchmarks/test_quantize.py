@@ -9,7 +9,7 @@ import torch
 from benchmarks import quantize
 from benchmarks.quantize import BEFORE, KEY, RECIPES, has_vnni, origin, table, trained, untrained
 from benchmarks.result_file import latest
-from export.quantize import Int8Recipe
+from export.quantize.convert import Int8Recipe
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.model import build_detector
@@ -23,7 +23,7 @@ DATA = "digits:images=9,held_out_images=3,size=96"
 def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """One recipe, and a few calls to time it by."""
     monkeypatch.setattr(quantize, "RECIPES", {"int8": Int8Recipe()})
-    monkeypatch.setattr("export.measure.SECONDS", 0.1)
+    monkeypatch.setattr("export.quantize.measure.SECONDS", 0.1)
 
 
 def test_every_recipe_departs_from_the_default_in_one_choice():

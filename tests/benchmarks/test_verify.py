@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from benchmarks.verify import findings, outcome, table
-from export.compare import Comparison
-from export.verify import VerifyReport
+from export.verify.compare import Comparison
+from export.verify.report import VerifyReport
 from ghm_triton.detection.evaluate import MeanAveragePrecision
 
 

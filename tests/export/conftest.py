@@ -22,7 +22,7 @@ from export.card import (
     as_float32,
 )
 from export.detector import export_detector
-from export.measure import detect_all
+from export.quantize.measure import detect_all
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset, Sample

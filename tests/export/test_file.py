@@ -14,8 +14,7 @@ from export.card import (
     CardError,
     DetectorCard,
 )
-from export.file import read_detector, write_detector
-from export.seal import SEAL_KEY
+from export.file import SEAL_KEY, read_detector, write_detector
 
 Edit = Callable[[ModelProto], object]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
-from export.compare import Detections, Proposals, Rules, Tolerance, compare
 from export.graph import IR_VERSION, MAX_BATCH, OPSET, build_graph
+from export.verify.compare import Detections, Proposals, Rules, Tolerance, compare
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.model import build_detector

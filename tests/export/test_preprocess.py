@@ -15,9 +15,9 @@ from onnx.reference import ReferenceEvaluator
 from PIL import Image
 
 from export.card import IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard, Preprocessing
-from export.compare import Detections, Proposals, Rules, Tolerance, compare
 from export.file import read_detector
 from export.preprocess import PREFIX, accept_uint8
+from export.verify.compare import Detections, Proposals, Rules, Tolerance, compare
 from ghm_triton.detection.data import open_dataset
 from service.images.decode import letterbox
 

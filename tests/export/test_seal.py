@@ -6,9 +6,8 @@ import onnxruntime
 import pytest
 
 from export.card import OUTPUTS, CardError
-from export.file import detector_bytes, read_detector
-from export.runtimes import RUNTIMES
-from export.seal import SEAL_KEY, is_broken, seal
+from export.file import SEAL_KEY, detector_bytes, is_broken, read_detector, seal
+from export.verify.runtimes import RUNTIMES
 
 
 def test_a_seal_holds_until_a_bit_changes():

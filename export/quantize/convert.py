@@ -14,8 +14,8 @@ from onnxruntime.quantization import QDQQuantizer, QuantType
 from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from export.calibrate import Image, observe_ranges
-from export.core import Core, cut_out, find_core, name_nodes, products_an_output
+from export.quantize.calibrate import Image, observe_ranges
+from export.quantize.core import Core, cut_out, find_core, name_nodes, products_an_output
 
 # A first layer that sums fewer products (a 3x3 window of colours: 27) is faster in float32: integer
 # kernels copy every window before they multiply it.

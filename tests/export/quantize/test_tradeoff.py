@@ -13,13 +13,13 @@ import onnx
 import pytest
 from onnx import ModelProto, numpy_helper
 
-import export.measure
-import export.quantized
+import export.quantize.measure
+import export.quantize.tradeoff
 from export.card import THRESHOLDS_INPUT, DetectorCard
 from export.file import read_detector
-from export.measure import detect_all, prepared
-from export.quantize import Int8Recipe
-from export.quantized import (
+from export.quantize.convert import Int8Recipe
+from export.quantize.measure import detect_all, prepared
+from export.quantize.tradeoff import (
     AccuracyLossError,
     Splits,
     Tradeoff,
@@ -47,7 +47,7 @@ def splits(clouds: DetectionDataset, config: DetectorConfig) -> Splits:
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch, detector_path: Path) -> None:
     """One call a round, and a graph that was exported before: its thresholds are put in again."""
-    monkeypatch.setattr(export.measure, "SECONDS", 0.0)
+    monkeypatch.setattr(export.quantize.measure, "SECONDS", 0.0)
 
     def build(detector: object, thresholds: list[float], iou: float) -> ModelProto:
         graph = onnx.load(detector_path)
@@ -57,7 +57,7 @@ def _quickly(monkeypatch: pytest.MonkeyPatch, detector_path: Path) -> None:
             tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
         return graph
 
-    monkeypatch.setattr(export.quantized, "build_graph", build)
+    monkeypatch.setattr(export.quantize.tradeoff, "build_graph", build)
 
 
 Export = Callable[..., Tradeoff]
@@ -130,13 +130,13 @@ def test_calibration_sees_images_of_its_split_evenly(
     quantize: Export, splits: Splits, config: DetectorConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[np.ndarray] = []
-    to_int8 = export.quantized.to_int8
+    to_int8 = export.quantize.tradeoff.to_int8
 
     def note(model: ModelProto, images: Any, recipe: Int8Recipe) -> ModelProto:
         seen.extend(images)
         return to_int8(model, seen, recipe)
 
-    monkeypatch.setattr(export.quantized, "to_int8", note)
+    monkeypatch.setattr(export.quantize.tradeoff, "to_int8", note)
     tradeoff = quantize("int8", images=3)
     assert np.array_equal(seen, prepared(splits.calibration, config, [0, 2, 4]))
     assert tradeoff.card.quantization.calibration_images == 3

@@ -10,10 +10,10 @@ import pytest
 import torch
 from onnx import ModelProto
 
-from export.compare import Comparison, Tolerance
 from export.detector import export_detector
-from export.runtimes import OpenVino
-from export.verify import VerifyReport, verify
+from export.verify.compare import Comparison, Tolerance
+from export.verify.report import VerifyReport, verify
+from export.verify.runtimes import OpenVino
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.evaluate import in_image_pixels

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from export.card import DetectorCard
-from export.compare import Comparison, Tolerance
 from export.detector import make_card
 from export.file import read_detector
-from export.runtimes import Runtime, find_runtimes, how_to_install
-from export.side_by_side import CHECKPOINT, Findings, Found, SideBySide
 from export.thresholds import set_thresholds
+from export.verify.compare import Comparison, Tolerance
+from export.verify.runtimes import Runtime, find_runtimes, how_to_install
+from export.verify.side_by_side import CHECKPOINT, Findings, Found, SideBySide
 from ghm_triton.detection.checkpoint import Checkpoint, sha256_of
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.evaluate import MeanAveragePrecision, mean_average_precision
@@ -166,8 +166,8 @@ def verify(
         images: How many of them, spread evenly; all where None.
         batch_sizes: Images a call of the file; too few images are repeated to fill a batch.
         tolerance: How far matched detections may differ; 0.1 px and 1e-4 where None.
-        runtimes: What runs the file, of `export.runtimes.RUNTIME_NAMES`; or `all`: whatever is
-            installed.
+        runtimes: What runs the file, of `export.verify.runtimes.RUNTIME_NAMES`; or `all`: whatever
+            is installed.
         slow_images: How many of the images the slow one gets, `reference`: the first of them.
 
     Returns:

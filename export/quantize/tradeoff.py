@@ -11,7 +11,6 @@ from typing import Literal
 
 from onnx import ModelProto
 
-from export.calibrate import Image
 from export.card import (
     FORMAT_VERSION,
     THRESHOLDS_INPUT,
@@ -22,8 +21,9 @@ from export.card import (
 from export.detector import check_outputs, make_card, write_variants
 from export.file import detector_bytes
 from export.graph import build_graph
-from export.measure import Measured, detect_all, measure, prepared, spread
-from export.quantize import Int8Recipe, to_float16, to_int8
+from export.quantize.calibrate import Image
+from export.quantize.convert import Int8Recipe, to_float16, to_int8
+from export.quantize.measure import Measured, detect_all, measure, prepared, spread
 from export.thresholds import set_default
 from ghm_triton.detection.checkpoint import Checkpoint, sha256_of
 from ghm_triton.detection.config import DetectorConfig

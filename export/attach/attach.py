@@ -20,7 +20,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, compose, helper, numpy
 from onnx.version_converter import convert_version
 from torch import Tensor, nn
 
-from export.attach_card import AttachCard
+from export.attach.card import AttachCard
 from export.card import INPUT, OUTPUTS, DetectorCard
 from export.file import write_detector
 from export.graph import IR_VERSION, OPSET, trace

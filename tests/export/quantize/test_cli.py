@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import export.measure
-import export.quantized
+import export.quantize.measure
+import export.quantize.tradeoff
 from export.card import DetectorCard
 from export.file import read_detector
-from export.measure import Measured
-from export.quantized import AccuracyLossError, Tradeoff
+from export.quantize.measure import Measured
+from export.quantize.tradeoff import AccuracyLossError, Tradeoff
 from ghm_triton.cli import main
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig
@@ -55,7 +55,7 @@ def test_a_smaller_file_and_what_it_costs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(export.measure, "SECONDS", 0.0)
+    monkeypatch.setattr(export.quantize.measure, "SECONDS", 0.0)
     out = tmp_path / "small.onnx"
     options = ("--policy", "prior", "--name", "tiny", "--input", "uint8", "--iou", 0.4)
     quantize = ("--quantize", "int8", "--calibrate-images", 4, "--test-split", "val")
@@ -113,7 +113,7 @@ def test_a_refusal_shows_the_numbers_and_exits_with_1(
         given.update(options)
         raise AccuracyLossError(tradeoff, 0.25)
 
-    monkeypatch.setattr(export.quantized, "export_quantized", refuse)
+    monkeypatch.setattr(export.quantize.tradeoff, "export_quantized", refuse)
     words = ("--quantize", "int8", "--max-drop", 0.25, "--float-last")
     assert ghm("export", digits_checkpoint, "--out", tmp_path / "small.onnx", *words) == 1
     printed = capsys.readouterr()

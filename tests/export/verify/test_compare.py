@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export.compare import Comparison, Detections, Proposals, Rules, Tolerance, compare
+from export.verify.compare import Comparison, Detections, Proposals, Rules, Tolerance, compare
 
 TOLERANCE = Tolerance()
 RULES = Rules(("cat", "dog"), np.array([0.5, 0.3], dtype=np.float32), 0.5, 100)

@@ -17,7 +17,7 @@ from onnx.utils import Extractor
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
 
 from export.card import INPUT
-from export.core import Core
+from export.quantize.core import Core
 
 Image = npt.NDArray[np.float32]
 BINS = 2048

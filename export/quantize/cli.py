@@ -82,8 +82,8 @@ def run_quantize(arguments: argparse.Namespace, options: dict[str, Any]) -> Dete
     Returns:
         The card of the file, None if none was written.
     """
-    from export.quantize import Int8Recipe
-    from export.quantized import AccuracyLossError, export_quantized, open_splits
+    from export.quantize.convert import Int8Recipe
+    from export.quantize.tradeoff import AccuracyLossError, export_quantized, open_splits
     from ghm_triton.detection.checkpoint import Checkpoint
     from ghm_triton.detection.commands import report_problems
 

@@ -6,7 +6,7 @@ import onnx
 import pytest
 from onnx import GraphProto, ModelProto, TensorProto, helper, parser
 
-from export.core import cut_out, find_core, name_nodes, products_an_output
+from export.quantize.core import cut_out, find_core, name_nodes, products_an_output
 
 # What detectors put between and after their layers: a norm by group, regions pooled by boxes that
 # were decoded half-way, a join with a constant, and scores at the end.

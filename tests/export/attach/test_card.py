@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from export.attach_card import AttachCard
+from export.attach.card import AttachCard
 from export.card import CardError
 
 TOLD = {"name": "x", "class_names": ["a", "b"], "thresholds": 0.3, "size": [320, 480]}

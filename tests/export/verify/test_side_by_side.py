@@ -8,10 +8,10 @@ import onnx
 import pytest
 import torch
 
-from export.compare import Rules, Tolerance
 from export.file import read_detector
-from export.runtimes import OnnxRuntime, Reference, UnrunnableError
-from export.side_by_side import Outputs, SideBySide, broken_rules
+from export.verify.compare import Rules, Tolerance
+from export.verify.runtimes import OnnxRuntime, Reference, UnrunnableError
+from export.verify.side_by_side import Outputs, SideBySide, broken_rules
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import Sample
 

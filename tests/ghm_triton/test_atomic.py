@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from export.atomic import write_atomically
+from ghm_triton.atomic import write_atomically
 
 
 def test_writes_and_replaces(tmp_path):
@@ -50,7 +50,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file_alone(tmp_path, unnamed):
     path.write_bytes(b"old")
     code = f"""
 import os, signal, sys
-from export.atomic import write_atomically
+from ghm_triton.atomic import write_atomically
 if not {unnamed}:
     del os.O_TMPFILE
 os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)

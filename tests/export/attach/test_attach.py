@@ -12,12 +12,11 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 from starlette.testclient import TestClient
 
-from export.attach import AttachError, Reading, _outputs, attach
+from export.attach.attach import AttachError, Reading, _outputs, attach
 from export.card import CARD_KEY, IOU_INPUT, THRESHOLDS_INPUT
-from export.file import read_detector
-from export.runtimes import RUNTIMES, OnnxRuntime
-from export.seal import SEAL_KEY
+from export.file import SEAL_KEY, read_detector
 from export.thresholds import rewrite_thresholds
+from export.verify.runtimes import RUNTIMES, OnnxRuntime
 from ghm_triton.cli import main
 from service.app import create_app
 from service.core.settings import Settings

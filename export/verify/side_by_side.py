@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from export.card import IOU_INPUT, THRESHOLDS_INPUT, as_float32
-from export.compare import Comparison, Detections, Proposals, Rules, Tolerance, compare
 from export.file import DetectorFile
-from export.runtimes import Runtime, UnrunnableError
+from export.verify.compare import Comparison, Detections, Proposals, Rules, Tolerance, compare
+from export.verify.runtimes import Runtime, UnrunnableError
 from ghm_triton.detection import evaluate
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import Sample

@@ -13,11 +13,11 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, parser
 
 from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
-from export.core import find_core
 from export.file import read_detector, write_detector
 from export.graph import build_graph
-from export.measure import load
-from export.quantize import Int8Recipe, to_float16, to_int8
+from export.quantize.convert import Int8Recipe, to_float16, to_int8
+from export.quantize.core import find_core
+from export.quantize.measure import load
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.model import build_detector
@@ -133,7 +133,7 @@ def test_the_same_model_and_images_give_the_same_graph(
     np.save(tmp_path / "images.npy", np.stack(images))
     code = """
 import sys, numpy, onnx
-from export.quantize import to_float16, to_int8
+from export.quantize.convert import to_float16, to_int8
 model, images, folder = onnx.load(sys.argv[1]), numpy.load(sys.argv[2]), sys.argv[3]
 for name, made in (("int8", to_int8(model, images)), ("float16", to_float16(model))):
     open(f"{folder}/{name}", "wb").write(made.SerializeToString(deterministic=True))

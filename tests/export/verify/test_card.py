@@ -12,7 +12,7 @@ from onnx import ModelProto
 
 from export.card import CARD_KEY, IOU_INPUT, THRESHOLDS_INPUT, CardError, DetectorCard
 from export.thresholds import set_default
-from export.verify import verify
+from export.verify.report import verify
 from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import Sample

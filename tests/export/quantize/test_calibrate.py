@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from onnx import ModelProto, numpy_helper, parser
 
-from export.calibrate import BINS, observe_ranges
-from export.core import find_core
+from export.quantize.calibrate import BINS, observe_ranges
+from export.quantize.core import find_core
 
 # One layer, whose result is `factor` times what it sees; and a tail that the core does not need.
 GRAPH = """

@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import pytest
 
-from export import runtimes
 from export.card import IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
 from export.file import read_detector
-from export.runtimes import (
+from export.verify import runtimes
+from export.verify.runtimes import (
     RUNTIMES,
     MissingRuntimeError,
     OnnxRuntime,

@@ -1,0 +1,1 @@
+"""The contract for ONNX detectors that were trained elsewhere."""
