@@ -13,7 +13,7 @@ from ghm_triton.command import Command
 if TYPE_CHECKING:
     from PIL import Image
 
-    from service.core.params import Wanted
+    from service.core.detections import DetectionParams
     from service.engine.session import ServedModel
 
 _DESCRIPTION = """Find objects in images with a detector's file, by the thresholds it carries.
@@ -122,7 +122,7 @@ def _read_thresholds(text: str) -> dict[str, Any]:
 
 
 def _predict_one(
-    model: ServedModel, wanted: Wanted, path: Path
+    model: ServedModel, wanted: DetectionParams, path: Path
 ) -> tuple[Image.Image, dict[str, Any]]:
     from service.api.responses import image_answer
     from service.images.decode import prepare

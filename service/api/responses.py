@@ -6,14 +6,13 @@ from http import HTTPStatus
 from typing import Any
 
 from export.card import DetectorCard
+from service.core.detections import DetectionParams, Detections
 from service.core.errors import ProblemError
-from service.core.params import Wanted
-from service.engine.session import Detections
 from service.images.decode import Geometry
 
 
 def image_answer(
-    geometry: Geometry, found: Detections, wanted: Wanted, card: DetectorCard
+    geometry: Geometry, found: Detections, wanted: DetectionParams, card: DetectorCard
 ) -> dict[str, Any]:
     """One image's part of an answer.
 

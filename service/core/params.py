@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
 import numpy as np
@@ -21,8 +20,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from export.card import DetectorCard
+from service.core.detections import OFF, DetectionParams
 from service.core.errors import ProblemError, short
-from service.engine.session import OFF
 
 _MOST_OPTIONS = 64
 _MOST_ENTRIES = 10_000
@@ -167,28 +166,6 @@ _FLOOR = 0.05  # of a preview: below it, most models see something everywhere
 _UNION = {"str", "int", "tuple[str, ...]", "strict-int", "strict-str"}
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Options as a model takes them.
-
-    Attributes:
-        class_thresholds: float32 `[C]`, in force for this request; `OFF` for classes left out.
-        iou_threshold: In [0, 1].
-        max_detections: At least 1.
-    """
-
-    class_thresholds: npt.NDArray[np.float32]
-    iou_threshold: float
-    max_detections: int
-
-    def is_shipped_with(self, card: DetectorCard) -> bool:
-        """Whether these are the thresholds and the IoU of the file itself."""
-        own = np.array(card.class_thresholds, dtype=np.float32)
-        return self.iou_threshold == card.iou_threshold and np.array_equal(
-            self.class_thresholds, own
-        )
-
-
 T = TypeVar("T", bound=ModelOptions)
 
 
@@ -230,7 +207,7 @@ def read_options(pairs: Iterable[tuple[str, object]], kind: type[T]) -> T:
         raise ProblemError(422, f"{place} is {short(first['input'])}: {first['msg']}") from error
 
 
-def resolve(options: DetectOptions, card: DetectorCard) -> Wanted:
+def resolve(options: DetectOptions, card: DetectorCard) -> DetectionParams:
     """What a request wants of a model: its options over the file's own values.
 
     Args:
@@ -255,10 +232,12 @@ def resolve(options: DetectOptions, card: DetectorCard) -> Wanted:
             422, f"max_detections is {number}: this model gives at most {card.max_detections}"
         )
     iou = card.iou_threshold if options.iou is None else options.iou
-    return Wanted(thresholds, iou, number)
+    return DetectionParams(thresholds, iou, number)
 
 
-def resolve_preview(options: PreviewOptions, card: DetectorCard) -> tuple[Wanted, list[float]]:
+def resolve_preview(
+    options: PreviewOptions, card: DetectorCard
+) -> tuple[DetectionParams, list[float]]:
     """What a preview wants of a model, and the thresholds to count at, rising.
 
     Args:
@@ -281,7 +260,7 @@ def resolve_preview(options: PreviewOptions, card: DetectorCard) -> tuple[Wanted
     thresholds = np.full(len(card.class_names), floor, dtype=np.float32)
     _switch_off(thresholds, options.classes, card)
     iou = card.iou_threshold if options.iou is None else options.iou
-    return Wanted(thresholds, iou, card.max_detections), steps
+    return DetectionParams(thresholds, iou, card.max_detections), steps
 
 
 def _switch_off(

@@ -21,10 +21,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from service.core.detections import DetectionParams, Outputs
 from service.core.errors import ProblemError
-from service.core.params import Wanted
 from service.core.settings import Settings
-from service.engine.session import CUDA, ModelError, Outputs, ServedModel
+from service.engine.session import CUDA, ModelError, ServedModel
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class _Job:
 
     model: ServedModel
     batch: npt.NDArray[Any]
-    wanted: Wanted | None
+    wanted: DetectionParams | None
     answer: asyncio.Future[Outputs]
     since: float = field(default_factory=perf_counter)
     context: Context = field(default_factory=copy_context)  # which trace it is a part of
@@ -168,7 +168,7 @@ class Scheduler:
         return await loop.run_in_executor(self._decoders, function, *arguments)
 
     async def run(
-        self, model: ServedModel, batch: npt.NDArray[Any], wanted: Wanted | None = None
+        self, model: ServedModel, batch: npt.NDArray[Any], wanted: DetectionParams | None = None
     ) -> Outputs:
         """Run a model on the images of a request, when their turn has come.
 
@@ -298,7 +298,7 @@ def _run_alone(job: _Job) -> Outputs | Exception:
         return error
 
 
-def _same(one: Wanted | None, other: Wanted | None) -> bool:
+def _same(one: DetectionParams | None, other: DetectionParams | None) -> bool:
     if one is None or other is None:
         return one is other
     return one.iou_threshold == other.iou_threshold and np.array_equal(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,70 +13,18 @@ import onnxruntime
 
 from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
 from export.file import DetectorFile
+from service.core.detections import Detections, Outputs
 
 logger = logging.getLogger("ghm.service")
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
-# No score reaches it: the threshold that switches a class off inside the graph, so that its
-# detections take no place among the candidates of the classes that were asked for.
-OFF = 2.0
-
 _ERRORS_ONLY = 3  # onnxruntime warns of every overridable initializer
 
 
 class ModelError(RuntimeError):
     """The runtime cannot load or run this detector, or not on what was asked for."""
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What was found in one image, best first.
-
-    Attributes:
-        boxes: float32 `[N, 4]`, x1, y1, x2, y2 in pixels of the images that the model was given.
-        scores: float32 `[N]`, in [0, 1], falling.
-        labels: int64 `[N]`, indices into the card's class names.
-    """
-
-    boxes: npt.NDArray[np.float32]
-    scores: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What the graph answered for a batch, padded as the contract says.
-
-    Attributes:
-        boxes: float32 `[B, M, 4]`, x1, y1, x2, y2 in pixels of the images that the model was given.
-        scores: float32 `[B, M]`, in [0, 1], falling; 0 pads.
-        labels: int64 `[B, M]`, indices into the card's class names; -1 pads.
-        num_detections: int64 `[B]`, in [0, M].
-    """
-
-    boxes: npt.NDArray[np.float32]
-    scores: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
-    num_detections: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def image(self, place: int) -> Detections:
-        """What was found in one image of the batch."""
-        number = int(self.num_detections[place])
-        return Detections(
-            self.boxes[place, :number], self.scores[place, :number], self.labels[place, :number]
-        )
-
-    def part(self, start: int, stop: int) -> Outputs:
-        """The answers of some images of the batch, `start` to `stop` exclusive."""
-        rows = slice(start, stop)
-        return Outputs(
-            self.boxes[rows], self.scores[rows], self.labels[rows], self.num_detections[rows]
-        )
 
 
 class ServedModel:

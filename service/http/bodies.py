@@ -15,7 +15,6 @@ from fastapi import Request
 
 from service.core.errors import ProblemError, short
 from service.http.reception import hold
-from service.v2.tensors import malformed
 
 # zlib's own format, and gzip's around the same stream.
 _WINDOW = {"deflate": zlib.MAX_WBITS, "gzip": zlib.MAX_WBITS | 16, "x-gzip": zlib.MAX_WBITS | 16}
@@ -153,7 +152,7 @@ class Inflater:
         return bytes(self._body)
 
     def _wrong(self, why: str) -> ProblemError:
-        return malformed(f"Content-Encoding is {self._coding}, but the body is not: {why}")
+        return ProblemError(400, f"Content-Encoding is {self._coding}, but the body is not: {why}")
 
 
 def compress(body: bytes, accepted: str) -> tuple[bytes, str | None]:

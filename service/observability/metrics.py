@@ -27,8 +27,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from service.core.detections import Detections, DetectorModel
 from service.core.worker_files import WorkerFiles
-from service.engine.session import Detections, ServedModel
 from service.observability import logs
 from service.observability import traces as telemetry
 from service.observability.drift import Counts, Monitor, live_shape
@@ -161,7 +161,7 @@ class Metrics:
         self._running.set(running)
 
     def detections(
-        self, model: ServedModel, found: Sequence[Detections], *, as_shipped: bool = True
+        self, model: DetectorModel, found: Sequence[Detections], *, as_shipped: bool = True
     ) -> None:
         """A request has been answered with these detections, an entry an image.
 
@@ -181,7 +181,7 @@ class Metrics:
         if as_shipped and monitor and len(labels):
             monitor.observe(np.concatenate([one.scores for one in found]), labels)
 
-    def model_loaded(self, model: ServedModel) -> None:
+    def model_loaded(self, model: DetectorModel) -> None:
         """A model has begun to serve, in place of its predecessor of the same name and version."""
         self._models.add(model)
         for name in model.card.class_names:  # from 0, so that a first increase shows
@@ -192,7 +192,7 @@ class Metrics:
         """A file could not be loaded; the old model, where there is one, goes on."""
         self._failures.labels(name).inc()
 
-    def drift(self, model: ServedModel) -> tuple[Monitor, Counts]:
+    def drift(self, model: DetectorModel) -> tuple[Monitor, Counts]:
         """The monitor of a model that serves, and the live counts of all workers."""
         monitor = self._models.monitor(model)
         if monitor is None:
@@ -228,18 +228,18 @@ class _Models(Collector):
 
     def __init__(self, files: WorkerFiles | None) -> None:
         self._files = files
-        self._served: WeakKeyDictionary[ServedModel, tuple[Monitor, float]] = WeakKeyDictionary()
+        self._served: WeakKeyDictionary[DetectorModel, tuple[Monitor, float]] = WeakKeyDictionary()
 
-    def add(self, model: ServedModel) -> None:
+    def add(self, model: DetectorModel) -> None:
         live = self._files.own_counts(_key(model), live_shape(model.card)) if self._files else None
         self._served[model] = (Monitor(model.card, live), time())
 
-    def monitor(self, model: ServedModel) -> Monitor | None:
+    def monitor(self, model: DetectorModel) -> Monitor | None:
         """The monitor of exactly this model; None for one that never began to serve."""
         served = self._served.get(model)
         return served[0] if served else None
 
-    def live(self, model: ServedModel, monitor: Monitor) -> Counts:
+    def live(self, model: DetectorModel, monitor: Monitor) -> Counts:
         if self._files is None:
             return monitor.live
         return self._files.all_counts(_key(model), live_shape(model.card))
@@ -283,7 +283,7 @@ class _Models(Collector):
         yield from (build, info, loaded, psi, mix)
 
 
-def _key(model: ServedModel) -> str:
+def _key(model: DetectorModel) -> str:
     """Names a model's live counts in the folder that workers share."""
     name = f"{model.name}/{model.version}/{model.sha256}"
     return hashlib.sha256(name.encode()).hexdigest()[:32]

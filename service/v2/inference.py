@@ -13,11 +13,11 @@ from fastapi import Request, Response
 from export.card import INPUT, IOU_INPUT, THRESHOLDS_INPUT, DetectorCard
 from service.api.pipeline import counted
 from service.api.state import ServiceState, service_state
+from service.core.detections import DetectionParams, Outputs
 from service.core.errors import ProblemError
-from service.core.params import Wanted
 from service.core.settings import LARGEST_BATCH, Settings
 from service.engine.deadline import while_wanted
-from service.engine.session import Outputs, ServedModel
+from service.engine.session import ServedModel
 from service.http.bodies import compress, read_body
 from service.v2.codec import HEADER, InferRequest, encode_answer, parse_request
 from service.v2.signature import Signature
@@ -70,7 +70,7 @@ async def infer(request: Request, model: ServedModel) -> Response:
 
 
 async def _run(
-    service: ServiceState, model: ServedModel, images: Array, wanted: Wanted | None
+    service: ServiceState, model: ServedModel, images: Array, wanted: DetectionParams | None
 ) -> Outputs:
     """Run a batch, in parts that are no larger than those of other requests.
 
@@ -111,7 +111,7 @@ def _header_length(request: Request) -> str | None:
 
 def read(
     body: bytes, header_length: str | None, card: DetectorCard, settings: Settings
-) -> tuple[InferRequest, Wanted | None]:
+) -> tuple[InferRequest, DetectionParams | None]:
     """Read and check a request. Takes time, so it runs off the event loop.
 
     Args:
@@ -182,7 +182,7 @@ def _check_pixels(images: Array) -> None:
         )
 
 
-def _wanted(asked: InferRequest, card: DetectorCard) -> Wanted | None:
+def _wanted(asked: InferRequest, card: DetectorCard) -> DetectionParams | None:
     thresholds = asked.inputs.get(THRESHOLDS_INPUT)
     iou = asked.inputs.get(IOU_INPUT)
     if thresholds is None and iou is None:
@@ -196,7 +196,7 @@ def _wanted(asked: InferRequest, card: DetectorCard) -> Wanted | None:
     overlap = card.iou_threshold if iou is None else float(iou[0])
     if not 0 <= overlap <= 1:  # false for NaN too
         raise malformed(f"input {IOU_INPUT} must be in [0, 1], got {overlap}")
-    return Wanted(thresholds, overlap, card.max_detections)
+    return DetectionParams(thresholds, overlap, card.max_detections)
 
 
 def _answer(asked: InferRequest, outputs: Outputs, model: ServedModel, accepted: str) -> Response:

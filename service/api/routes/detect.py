@@ -14,8 +14,9 @@ from service.api.request_body import query_parameters, request_body
 from service.api.responses import failed_answer, image_answer
 from service.api.state import ServiceState, service_state
 from service.api.timer import Timer
+from service.core.detections import DetectionParams
 from service.core.errors import ProblemError, documented
-from service.core.params import DetectOptions, Wanted, resolve
+from service.core.params import DetectOptions, resolve
 from service.core.schema import CocoResult, DetectManyResponse, DetectResponse
 from service.engine.deadline import while_wanted
 from service.engine.session import ServedModel
@@ -96,7 +97,7 @@ class _Work:
         service: ServiceState,
         model: ServedModel,
         upload: Upload,
-        wanted: Wanted,
+        wanted: DetectionParams,
         timer: Timer,
     ) -> None:
         self.service = service

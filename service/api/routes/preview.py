@@ -16,11 +16,12 @@ from service.api.request_body import query_parameters, request_body
 from service.api.responses import image_answer
 from service.api.state import ServiceState, service_state
 from service.api.timer import Timer
+from service.core.detections import OFF, DetectionParams, Detections
 from service.core.errors import ProblemError, documented
-from service.core.params import PreviewOptions, Wanted, resolve_preview
+from service.core.params import PreviewOptions, resolve_preview
 from service.core.schema import PreviewResponse
 from service.engine.deadline import while_wanted
-from service.engine.session import OFF, Detections, ServedModel
+from service.engine.session import ServedModel
 
 router = APIRouter(prefix="/v1/thresholds", tags=["detection"])
 
@@ -64,7 +65,7 @@ async def _answer(
     service: ServiceState,
     model: ServedModel,
     image: tuple[str, bytes],
-    wanted: Wanted,
+    wanted: DetectionParams,
     steps: list[float],
     timer: Timer,
 ) -> dict[str, Any]:

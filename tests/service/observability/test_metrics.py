@@ -5,8 +5,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from export.file import read_detector
+from service.core.detections import Detections
 from service.core.worker_files import WorkerFiles
-from service.engine.session import Detections, ServedModel
+from service.engine.session import ServedModel
 from service.observability.metrics import Metrics
 
 
