@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from benchmarks.provenance import provenance
 from benchmarks.result_file import Row, Rows, latest, read
 from export.graph import build_graph
-from ghm_triton.detection.checkpoint import Checkpoint
-from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import open_dataset
-from ghm_triton.detection.detector import Detector
 from ghm_triton.detection.evaluate import detect, mean_average_precision, torch_predictor
-from ghm_triton.detection.faster_rcnn import FasterRCNNDetector
-from ghm_triton.detection.model import build_detector
-from ghm_triton.detection.postprocess import DeployedDetector
-from ghm_triton.detection.recipe import TrainOptions
-from ghm_triton.detection.train import train
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.detector import Detector
+from ghm_triton.detection.models.faster_rcnn import FasterRCNNDetector
+from ghm_triton.detection.models.postprocess import DeployedDetector
+from ghm_triton.detection.models.registry import build_detector
+from ghm_triton.detection.training.checkpoint import Checkpoint
+from ghm_triton.detection.training.config import TrainOptions
+from ghm_triton.detection.training.loop import train
 
 RESULTS = Path(__file__).parent / "results" / "detectors.jsonl"
 LEARNT, COST = "learnt", "cost"

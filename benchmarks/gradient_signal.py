@@ -35,14 +35,14 @@ from torch import Tensor
 from benchmarks.provenance import provenance
 from benchmarks.result_file import Row, Rows, latest, read
 from benchmarks.trainings import training_parser
-from ghm_triton.detection.checkpoint import Checkpoint
-from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import open_dataset
-from ghm_triton.detection.loader import Batch, StepSampler, TrainingView, training_loader
-from ghm_triton.detection.losses import SmoothL1
-from ghm_triton.detection.recipe import TrainOptions
-from ghm_triton.detection.retinanet import RetinaNetDetector
-from ghm_triton.detection.train import train
+from ghm_triton.detection.data.loader import Batch, StepSampler, TrainingView, training_loader
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.losses import SmoothL1
+from ghm_triton.detection.models.retinanet import RetinaNetDetector
+from ghm_triton.detection.training.checkpoint import Checkpoint
+from ghm_triton.detection.training.config import TrainOptions
+from ghm_triton.detection.training.loop import train
 from ghm_triton.losses import focal_loss, ghm_c_loss
 from ghm_triton.losses.density import GradientDensity
 

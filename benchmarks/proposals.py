@@ -30,15 +30,15 @@ from torchvision.ops import box_iou
 from benchmarks.provenance import provenance
 from benchmarks.result_file import Row, Rows, current, read
 from benchmarks.trainings import training_parser
-from ghm_triton.detection.checkpoint import Checkpoint
-from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset, open_dataset
+from ghm_triton.detection.data.loader import TrainingView
 from ghm_triton.detection.evaluate import detect, mean_average_precision, torch_predictor
-from ghm_triton.detection.faster_rcnn import FasterRCNNDetector
-from ghm_triton.detection.loader import TrainingView
-from ghm_triton.detection.postprocess import DeployedDetector
-from ghm_triton.detection.recipe import TrainOptions
-from ghm_triton.detection.train import train
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.faster_rcnn import FasterRCNNDetector
+from ghm_triton.detection.models.postprocess import DeployedDetector
+from ghm_triton.detection.training.checkpoint import Checkpoint
+from ghm_triton.detection.training.config import TrainOptions
+from ghm_triton.detection.training.loop import train
 
 RESULTS = Path(__file__).parent / "results" / "proposals.jsonl"
 COUNTS = (100, 300, 1000)

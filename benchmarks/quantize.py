@@ -29,10 +29,10 @@ from export.graph import build_graph
 from export.quantize.convert import Int8Recipe, to_float16, to_int8
 from export.quantize.measure import Image, measure, prepared, race, spread
 from export.quantize.tradeoff import open_splits
-from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.commands import image_size
-from ghm_triton.detection.config import DetectorConfig
-from ghm_triton.detection.model import build_detector
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.registry import build_detector
+from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.thresholds import ClassThresholds
 
 RESULTS = Path(__file__).parent / "results" / "quantize.jsonl"

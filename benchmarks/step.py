@@ -90,8 +90,10 @@ def positives(labels: Tensor, classes: int) -> Tensor:
 
 def losses(compiler: str | None) -> Iterator[tuple[str, Any]]:
     """Every choice of losses by name."""
-    from ghm_triton.detection.heads import HeadLosses
-    from ghm_triton.detection.recipe import SmoothL1, TrainOptions, build_losses
+    from ghm_triton.detection.models.heads import HeadLosses
+    from ghm_triton.detection.models.losses import SmoothL1
+    from ghm_triton.detection.training.build import build_losses
+    from ghm_triton.detection.training.config import TrainOptions
 
     yield "bce", HeadLosses(PlainBCE(), SmoothL1())
     yield "ghm", build_losses(TrainOptions())
@@ -112,8 +114,8 @@ class Bench:
     def __init__(self, device: str, batch: int, size: tuple[int, int]) -> None:
         from torchvision.models.detection import retinanet_resnet50_fpn
 
-        from ghm_triton.detection.heads import HarmonizedRetinaNetHead
-        from ghm_triton.detection.model import channels_last
+        from ghm_triton.detection.models.heads import HarmonizedRetinaNetHead
+        from ghm_triton.detection.models.registry import channels_last
 
         torch.manual_seed(0)
         torch.backends.cudnn.benchmark = True

@@ -22,8 +22,8 @@ from export.detector import export_detector
 from export.verify.report import VerifyReport, verify
 from export.verify.runtimes import RUNTIME_NAMES, RUNTIMES
 from export.verify.side_by_side import CHECKPOINT
-from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import open_dataset
+from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.thresholds import ThresholdWarning
 
 RESULTS = Path(__file__).parent / "results" / "verify.jsonl"

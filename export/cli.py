@@ -259,8 +259,8 @@ example:
 def run_verify(arguments: argparse.Namespace) -> int:
     """Carry out `ghm verify`."""
     from export.verify.report import verify
-    from ghm_triton.detection.checkpoint import Checkpoint
     from ghm_triton.detection.data import open_dataset
+    from ghm_triton.detection.training.checkpoint import Checkpoint
 
     saved = Checkpoint.load(arguments.checkpoint)
     data = arguments.data or saved.training["data"]

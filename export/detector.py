@@ -20,8 +20,8 @@ from export.card import (
 from export.file import write_detector
 from export.graph import build_graph
 from export.preprocess import accept_uint8
-from ghm_triton.detection.checkpoint import Checkpoint, CheckpointError, sha256_of
-from ghm_triton.detection.config import DetectorConfig
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.training.checkpoint import Checkpoint, CheckpointError, sha256_of
 from ghm_triton.statistics import ClassStatistics
 from ghm_triton.thresholds import ClassThresholds
 

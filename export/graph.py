@@ -17,8 +17,8 @@ from onnx import ModelProto, numpy_helper
 from onnxscript import opset18 as op
 
 from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
-from ghm_triton.detection.detector import Detector
-from ghm_triton.detection.postprocess import OUT, DeployedDetector
+from ghm_triton.detection.models.detector import Detector
+from ghm_triton.detection.models.postprocess import OUT, DeployedDetector
 
 # onnx writes newer versions by default than runtimes in use accept.
 OPSET = 18

@@ -68,9 +68,9 @@ def _ghm(*arguments: object) -> None:
 
 
 def _plot_gradients(checkpoint: Path, path: Path) -> None:
-    from ghm_triton.detection.checkpoint import Checkpoint
     from ghm_triton.detection.data import open_dataset
     from ghm_triton.detection.plots import gradient_norms, plot_gradient_norms
+    from ghm_triton.detection.training.checkpoint import Checkpoint
 
     saved = Checkpoint.load(checkpoint)
     dataset = open_dataset(saved.training["data"], saved.training["val_split"])

@@ -18,11 +18,11 @@ from export.card import INPUT, OUTPUTS
 from export.file import read_detector
 from export.verify.side_by_side import _proposals
 from ghm_triton import cli
-from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import open_dataset
-from ghm_triton.detection.detector import Predictions
 from ghm_triton.detection.evaluate import Detections, detect, torch_predictor
-from ghm_triton.detection.postprocess import DeployedDetector
+from ghm_triton.detection.models.detector import Predictions
+from ghm_triton.detection.models.postprocess import DeployedDetector
+from ghm_triton.detection.training.checkpoint import Checkpoint
 from service.app import create_app
 from service.core.settings import Settings
 from service.engine.session import ServedModel

@@ -16,10 +16,10 @@ import torch
 
 from export.file import read_detector
 from ghm_triton import cli
-from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import DetectionDataset, open_dataset
 from ghm_triton.detection.evaluate import Detections, Predict, detect, torch_predictor
-from ghm_triton.detection.postprocess import DeployedDetector
+from ghm_triton.detection.models.postprocess import DeployedDetector
+from ghm_triton.detection.training.checkpoint import Checkpoint
 from service.engine.session import ServedModel
 from service.images.decode import decode, letterbox
 
@@ -204,7 +204,7 @@ def test_the_service_detects_the_same_in_any_batch_and_any_crowd(road):
 
 def test_training_and_serving_prepare_images_bit_for_bit_alike(road):
     saved, card = Checkpoint.load(road.checkpoint), read_detector(road.onnx).card
-    from ghm_triton.detection.transforms import Letterbox
+    from ghm_triton.detection.data.transforms import Letterbox
 
     for index in range(5):
         ours, _ = Letterbox(saved.config)(road.dataset[index].image)

@@ -28,8 +28,9 @@ from typing import Any, get_args, get_type_hints
 import yaml  # type: ignore[import-untyped]
 
 from benchmarks.study.plan import ANY_CLASSES, Run, data_label, key_of
-from ghm_triton.detection.config import ARCHITECTURES, DetectorConfig
-from ghm_triton.detection.recipe import TrainOptions, build_losses
+from ghm_triton.detection.models.config import ARCHITECTURES, DetectorConfig
+from ghm_triton.detection.training.build import build_losses
+from ghm_triton.detection.training.config import TrainOptions
 
 Mapping = dict[str, Any]
 OPTIONS, CONFIG = get_type_hints(TrainOptions), get_type_hints(DetectorConfig)

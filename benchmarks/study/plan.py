@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from benchmarks.result_file import Row
-from ghm_triton.detection.config import DetectorConfig
-from ghm_triton.detection.recipe import TrainOptions
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.training.config import TrainOptions
 
 # A configuration needs classes, and a data set's are known only once it is opened.
 ANY_CLASSES = ("object",)

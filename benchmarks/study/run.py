@@ -21,18 +21,18 @@ from benchmarks.result_file import Row
 from benchmarks.study.plan import Run
 from benchmarks.study.policies import choose, score, standing
 from benchmarks.study.report.gradients import focal_negative, focal_positive
-from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import open_dataset
-from ghm_triton.detection.detector import Detector
 from ghm_triton.detection.evaluate import (
     MeanAveragePrecision,
     detect,
     mean_average_precision,
     torch_predictor,
 )
+from ghm_triton.detection.models.detector import Detector
+from ghm_triton.detection.models.postprocess import DeployedDetector
 from ghm_triton.detection.plots import gradient_norms_by_target
-from ghm_triton.detection.postprocess import DeployedDetector
-from ghm_triton.detection.train import METRICS, TrainResult, open_split, train
+from ghm_triton.detection.training.checkpoint import Checkpoint
+from ghm_triton.detection.training.loop import METRICS, TrainResult, open_split, train
 from ghm_triton.statistics import SCORE_FLOOR, ClassStatistics
 
 TEST = "test"

@@ -24,10 +24,10 @@ from export.attach.card import AttachCard
 from export.card import INPUT, OUTPUTS, DetectorCard
 from export.file import write_detector
 from export.graph import IR_VERSION, OPSET, trace
-from ghm_triton.detection.checkpoint import sha256_of
-from ghm_triton.detection.config import DetectorConfig
-from ghm_triton.detection.detector import Predictions
-from ghm_triton.detection.postprocess import DeployedDetector, Padded, clip_boxes
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.detector import Predictions
+from ghm_triton.detection.models.postprocess import DeployedDetector, Padded, clip_boxes
+from ghm_triton.detection.training.checkpoint import sha256_of
 
 Layout = Literal["yolo", "boxes+scores"]
 Boxes = Literal["cxcywh", "xyxy"]

@@ -84,8 +84,8 @@ def run_quantize(arguments: argparse.Namespace, options: dict[str, Any]) -> Dete
     """
     from export.quantize.convert import Int8Recipe
     from export.quantize.tradeoff import AccuracyLossError, export_quantized, open_splits
-    from ghm_triton.detection.checkpoint import Checkpoint
     from ghm_triton.detection.commands import report_problems
+    from ghm_triton.detection.training.checkpoint import Checkpoint
 
     splits = open_splits(
         Checkpoint.load(arguments.checkpoint),

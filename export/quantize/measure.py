@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from export.card import INPUT, OUTPUTS, THRESHOLDS_INPUT
-from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset, Sample
+from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.evaluate import (
     Detections,
     MeanAveragePrecision,
     detect,
     mean_average_precision,
 )
-from ghm_triton.detection.transforms import Letterbox
+from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.statistics import SCORE_FLOOR
 
 BATCH = 4  # images in memory at a time, with all that is computed of them

@@ -25,10 +25,10 @@ from export.quantize.calibrate import Image
 from export.quantize.convert import Int8Recipe, to_float16, to_int8
 from export.quantize.measure import Measured, detect_all, measure, prepared, spread
 from export.thresholds import set_default
-from ghm_triton.detection.checkpoint import Checkpoint, sha256_of
-from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset, open_dataset
 from ghm_triton.detection.evaluate import observe
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.training.checkpoint import Checkpoint, sha256_of
 from ghm_triton.statistics import ClassStatistics
 from ghm_triton.thresholds import ThresholdWarning
 

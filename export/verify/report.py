@@ -18,9 +18,9 @@ from export.thresholds import set_thresholds
 from export.verify.compare import Comparison, Tolerance
 from export.verify.runtimes import Runtime, find_runtimes, how_to_install
 from export.verify.side_by_side import CHECKPOINT, Findings, Found, SideBySide
-from ghm_triton.detection.checkpoint import Checkpoint, sha256_of
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.evaluate import MeanAveragePrecision, mean_average_precision
+from ghm_triton.detection.training.checkpoint import Checkpoint, sha256_of
 from ghm_triton.thresholds import ThresholdWarning
 
 # Rounding may decide this share of the detections, or one; more is a fault that looks like it.

@@ -17,11 +17,11 @@ from export.file import DetectorFile
 from export.verify.compare import Comparison, Detections, Proposals, Rules, Tolerance, compare
 from export.verify.runtimes import Runtime, UnrunnableError
 from ghm_triton.detection import evaluate
-from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import Sample
-from ghm_triton.detection.detector import Predictions
-from ghm_triton.detection.postprocess import DeployedDetector
-from ghm_triton.detection.transforms import Letterbox
+from ghm_triton.detection.data.transforms import Letterbox
+from ghm_triton.detection.models.detector import Predictions
+from ghm_triton.detection.models.postprocess import DeployedDetector
+from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.statistics import SCORE_FLOOR
 
 Feeds = dict[str, npt.NDArray[np.float32]]

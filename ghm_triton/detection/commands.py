@@ -13,7 +13,7 @@ from ghm_triton.command import Command
 if TYPE_CHECKING:
     from ghm_triton.detection.data import DetectionDataset
     from ghm_triton.detection.evaluate import MeanAveragePrecision
-    from ghm_triton.detection.recipe import TrainOptions
+    from ghm_triton.detection.training.config import TrainOptions
 
 SOFTMAX_LOSSES = ("ce", "ghm-softmax")  # as in `fits`, which loads torchvision's neighbours
 UNDER_OUT = object()  # --tensorboard without a folder
@@ -184,9 +184,9 @@ def _add_optimiser_options(group: argparse._ArgumentGroup) -> None:
 
 def run_train(arguments: argparse.Namespace) -> int:
     """Carry out `ghm train`."""
-    from ghm_triton.detection.checkpoint import Checkpoint
-    from ghm_triton.detection.recipe import TrainOptions
-    from ghm_triton.detection.train import CHECKPOINT, open_split, train
+    from ghm_triton.detection.training.checkpoint import Checkpoint
+    from ghm_triton.detection.training.config import TrainOptions
+    from ghm_triton.detection.training.loop import CHECKPOINT, open_split, train
 
     given = _fitted({k: v for k, v in vars(arguments).items() if v is not None})
     if arguments.resume:
@@ -274,7 +274,7 @@ def _require_regions_sampled(given: dict[str, Any]) -> None:
 
 def _require_fitting(options: TrainOptions, given: dict[str, Any]) -> None:
     """Refuse what the detector cannot learn by before any data is opened."""
-    from ghm_triton.detection.fits import require_fitting
+    from ghm_triton.detection.training.compatibility import require_fitting
 
     classifier, assigner = given.get("classifier", "sigmoid"), given.get("assigner", "iou")
     require_fitting(options, given["architecture"], classifier, assigner)
@@ -283,7 +283,7 @@ def _require_fitting(options: TrainOptions, given: dict[str, Any]) -> None:
 def _config(given: dict[str, Any], class_names: tuple[str, ...]) -> Any:
     from dataclasses import fields
 
-    from ghm_triton.detection.config import DetectorConfig
+    from ghm_triton.detection.models.config import DetectorConfig
 
     digits = str(given.get("data", "digits")).partition(":")[0] == "digits"
     frame = given.get("image_size", DIGITS_FRAME if digits else FOLDER_FRAME)
@@ -311,11 +311,11 @@ def run_eval(arguments: argparse.Namespace) -> int:
     """Carry out `ghm eval`."""
     from dataclasses import asdict
 
-    from ghm_triton.detection.checkpoint import Checkpoint
     from ghm_triton.detection.data import open_dataset
-    from ghm_triton.detection.distributed import world
     from ghm_triton.detection.evaluate import detect, mean_average_precision, torch_predictor
-    from ghm_triton.detection.postprocess import DeployedDetector
+    from ghm_triton.detection.models.postprocess import DeployedDetector
+    from ghm_triton.detection.training.checkpoint import Checkpoint
+    from ghm_triton.detection.training.distributed import world
 
     saved = Checkpoint.load(arguments.checkpoint)
     data = arguments.data or saved.training["data"]
@@ -360,7 +360,7 @@ def run_thresholds(arguments: argparse.Namespace) -> int:
     """Carry out `ghm thresholds`."""
     from dataclasses import asdict
 
-    from ghm_triton.detection.checkpoint import Checkpoint
+    from ghm_triton.detection.training.checkpoint import Checkpoint
     from ghm_triton.thresholds import ClassThresholds
 
     statistics = Checkpoint.load(arguments.checkpoint).statistics

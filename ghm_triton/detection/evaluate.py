@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset, Sample
-from ghm_triton.detection.postprocess import DeployedDetector
-from ghm_triton.detection.transforms import Letterbox
+from ghm_triton.detection.data.transforms import Letterbox
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.postprocess import DeployedDetector
 from ghm_triton.statistics import SCORE_FLOOR, ClassStatistics
 
 MATCH_IOU = 0.5

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ghm_triton.detection.data import DetectionDataset
-from ghm_triton.detection.detector import Detector
-from ghm_triton.detection.fcos import FCOSDetector
-from ghm_triton.detection.loader import TrainingView, collate
-from ghm_triton.detection.retinanet import RetinaNetDetector
+from ghm_triton.detection.data.loader import TrainingView, collate
+from ghm_triton.detection.models.detector import Detector
+from ghm_triton.detection.models.fcos import FCOSDetector
+from ghm_triton.detection.models.retinanet import RetinaNetDetector
 from ghm_triton.losses import gradient_density
 from ghm_triton.statistics import SCORE_BINS, ClassStatistics
 from ghm_triton.thresholds import ClassThresholds

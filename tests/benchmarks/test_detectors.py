@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks.detectors import COST, DETECTORS, LEARNT, Network, table
-from ghm_triton.detection.config import DetectorConfig
-from ghm_triton.detection.model import build_detector
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.registry import build_detector
 
 
 def test_the_table_gives_means_over_seeds_and_the_newest_cost_of_each_network():

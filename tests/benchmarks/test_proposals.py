@@ -9,11 +9,11 @@ from benchmarks import proposals
 from benchmarks.proposals import COUNTS, MEASURED, RESULTS, best_overlaps, recall, run_key, table
 from benchmarks.result_file import read
 from benchmarks.trainings import training_parser
-from ghm_triton.detection.checkpoint import Checkpoint
-from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import open_dataset
-from ghm_triton.detection.loader import TrainingView
-from ghm_triton.detection.model import build_detector
+from ghm_triton.detection.data.loader import TrainingView
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.registry import build_detector
+from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.statistics import ClassStatistics
 
 DATA = "digits:images=8,held_out_images=3,size=96"

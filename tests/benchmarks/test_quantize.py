@@ -10,10 +10,10 @@ from benchmarks import quantize
 from benchmarks.quantize import BEFORE, KEY, RECIPES, has_vnni, origin, table, trained, untrained
 from benchmarks.result_file import latest
 from export.quantize.convert import Int8Recipe
-from ghm_triton.detection.checkpoint import Checkpoint
-from ghm_triton.detection.config import DetectorConfig
-from ghm_triton.detection.model import build_detector
-from ghm_triton.detection.recipe import TrainOptions
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.registry import build_detector
+from ghm_triton.detection.training.checkpoint import Checkpoint
+from ghm_triton.detection.training.config import TrainOptions
 from ghm_triton.statistics import ClassStatistics
 
 DATA = "digits:images=9,held_out_images=3,size=96"

@@ -23,11 +23,11 @@ from export.card import (
 )
 from export.detector import export_detector
 from export.quantize.measure import detect_all
-from ghm_triton.detection.checkpoint import Checkpoint
-from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset, Sample
-from ghm_triton.detection.model import Detector, build_detector
-from ghm_triton.detection.recipe import TrainOptions
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.registry import Detector, build_detector
+from ghm_triton.detection.training.checkpoint import Checkpoint
+from ghm_triton.detection.training.config import TrainOptions
 from ghm_triton.statistics import SCORE_BINS, ClassStatistics
 
 CLASSES = ("red", "green", "blue")

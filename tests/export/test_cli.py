@@ -10,7 +10,7 @@ import pytest
 from export.cli import COMMANDS
 from export.file import read_detector
 from ghm_triton.cli import build_parser, main
-from ghm_triton.detection.checkpoint import Checkpoint
+from ghm_triton.detection.training.checkpoint import Checkpoint
 
 
 def ghm(*words: object) -> int:

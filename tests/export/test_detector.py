@@ -25,8 +25,8 @@ from export.detector import (
 )
 from export.file import read_detector, write_detector
 from export.preprocess import accept_uint8
-from ghm_triton.detection.checkpoint import Checkpoint, CheckpointError
-from ghm_triton.detection.recipe import TrainOptions
+from ghm_triton.detection.training.checkpoint import Checkpoint, CheckpointError
+from ghm_triton.detection.training.config import TrainOptions
 from ghm_triton.statistics import ClassStatistics
 from ghm_triton.thresholds import ClassThresholds, ThresholdWarning
 

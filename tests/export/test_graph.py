@@ -12,10 +12,10 @@ import torch
 from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
 from export.graph import IR_VERSION, MAX_BATCH, OPSET, build_graph
 from export.verify.compare import Detections, Proposals, Rules, Tolerance, compare
-from ghm_triton.detection.checkpoint import Checkpoint
-from ghm_triton.detection.config import DetectorConfig
-from ghm_triton.detection.model import build_detector
-from ghm_triton.detection.postprocess import DeployedDetector
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.postprocess import DeployedDetector
+from ghm_triton.detection.models.registry import build_detector
+from ghm_triton.detection.training.checkpoint import Checkpoint
 
 # Two float32 runtimes: scores agree to 1e-6 and boxes to 1e-4 px in practice, ten times that here.
 CLOSE = Tolerance(box=1e-3, score=1e-5)

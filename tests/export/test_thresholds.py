@@ -27,7 +27,7 @@ from export.file import read_detector
 from export.thresholds import evidence, rewrite_thresholds, set_thresholds
 from export.verify.report import card_problems
 from ghm_triton.cli import main
-from ghm_triton.detection.checkpoint import Checkpoint
+from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.thresholds import ClassThresholds, ThresholdWarning
 
 

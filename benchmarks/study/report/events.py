@@ -28,7 +28,7 @@ def write_events(study: Study, folder: Path) -> int:
     Raises:
         ValueError: The package tensorboard is missing.
     """
-    from ghm_triton.detection.telemetry import require_tensorboard
+    from ghm_triton.detection.training.telemetry import require_tensorboard
 
     require_tensorboard()
     from torch.utils.tensorboard import SummaryWriter

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.study.grid import Grid, GridError, distinct
 from benchmarks.study.plan import data_label, key_of
-from ghm_triton.detection.recipe import GHM_R_WEIGHT
+from ghm_triton.detection.training.config import GHM_R_WEIGHT
 
 GRIDS = Path(__file__).parents[3] / "benchmarks" / "study" / "grids"
 SMALL = """

@@ -13,7 +13,7 @@ from benchmarks.study.plan import key_of
 from benchmarks.study.run import gradients, histogram, measure, plain, stretches
 from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.evaluate import Detections, detect
-from ghm_triton.detection.train import LOOK_EVERY
+from ghm_triton.detection.training.loop import LOOK_EVERY
 from ghm_triton.losses import focal_loss
 from ghm_triton.statistics import SCORE_FLOOR
 

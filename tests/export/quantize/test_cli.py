@@ -13,10 +13,10 @@ from export.file import read_detector
 from export.quantize.measure import Measured
 from export.quantize.tradeoff import AccuracyLossError, Tradeoff
 from ghm_triton.cli import main
-from ghm_triton.detection.checkpoint import Checkpoint
-from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.evaluate import MeanAveragePrecision
-from ghm_triton.detection.model import build_detector
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.registry import build_detector
+from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.statistics import ClassStatistics
 
 

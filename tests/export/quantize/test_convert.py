@@ -18,10 +18,10 @@ from export.graph import build_graph
 from export.quantize.convert import Int8Recipe, to_float16, to_int8
 from export.quantize.core import find_core
 from export.quantize.measure import load
-from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import Sample
-from ghm_triton.detection.model import build_detector
-from ghm_triton.detection.transforms import Letterbox
+from ghm_triton.detection.data.transforms import Letterbox
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.registry import build_detector
 
 Tensors = dict[str, np.ndarray]
 

@@ -9,12 +9,12 @@ import pytest
 import export.quantize.measure
 from export.card import CARD_KEY, INPUT, DetectorCard
 from export.quantize.measure import ROUNDS, detect_all, measure, prepared, race, spread
-from ghm_triton.detection.checkpoint import Checkpoint
-from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset, Sample
+from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.evaluate import detect, mean_average_precision, torch_predictor
-from ghm_triton.detection.postprocess import DeployedDetector
-from ghm_triton.detection.transforms import Letterbox
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.postprocess import DeployedDetector
+from ghm_triton.detection.training.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

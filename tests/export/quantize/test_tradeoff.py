@@ -26,10 +26,10 @@ from export.quantize.tradeoff import (
     export_quantized,
     open_splits,
 )
-from ghm_triton.detection.checkpoint import Checkpoint
-from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import DetectionDataset, Sample
 from ghm_triton.detection.evaluate import mean_average_precision, observe
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.statistics import ClassStatistics
 from ghm_triton.thresholds import ClassThresholds, ThresholdWarning
 

@@ -14,10 +14,10 @@ from export.detector import export_detector
 from export.verify.compare import Comparison, Tolerance
 from export.verify.report import VerifyReport, verify
 from export.verify.runtimes import OpenVino
-from ghm_triton.detection.config import DetectorConfig
 from ghm_triton.detection.data import Sample
+from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.evaluate import in_image_pixels
-from ghm_triton.detection.transforms import Letterbox
+from ghm_triton.detection.models.config import DetectorConfig
 
 Tamper = Callable[[Callable[[ModelProto], None]], Path]
 

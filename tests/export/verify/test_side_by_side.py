@@ -12,8 +12,8 @@ from export.file import read_detector
 from export.verify.compare import Rules, Tolerance
 from export.verify.runtimes import OnnxRuntime, Reference, UnrunnableError
 from export.verify.side_by_side import Outputs, SideBySide, broken_rules
-from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import Sample
+from ghm_triton.detection.training.checkpoint import Checkpoint
 
 RULES = Rules(("cat", "dog"), np.array([0.5, 0.3], dtype=np.float32), 0.5, 4)
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from ghm_triton.detection.config import DetectorConfig
-from ghm_triton.detection.recipe import TrainOptions
-from ghm_triton.detection.train import train
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.training.config import TrainOptions
+from ghm_triton.detection.training.loop import train
 
 DIGITS = tuple("0123456789")
 DATA = "digits:images=64,held_out_images=12,size=96"

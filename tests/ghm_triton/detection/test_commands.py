@@ -3,8 +3,8 @@ import json
 import pytest
 
 from ghm_triton import cli
-from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.commands import image_size
+from ghm_triton.detection.training.checkpoint import Checkpoint
 
 SMALL = "--data digits:images=16,held_out_images=4,size=96 --image-size 96x96 --channels 16"
 REGIONS = ["--detector", "faster-rcnn"]

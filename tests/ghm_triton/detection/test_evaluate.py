@@ -2,7 +2,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import Sample, open_dataset
 from ghm_triton.detection.evaluate import (
     Detections,
@@ -13,7 +12,8 @@ from ghm_triton.detection.evaluate import (
     observe,
     torch_predictor,
 )
-from ghm_triton.detection.postprocess import DeployedDetector
+from ghm_triton.detection.models.postprocess import DeployedDetector
+from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.statistics import SCORE_BINS, ClassStatistics
 
 NAMES = ("cat", "dog")

@@ -4,10 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ghm_triton.detection.checkpoint import Checkpoint
 from ghm_triton.detection.data import open_dataset
-from ghm_triton.detection.loader import TrainingView
-from ghm_triton.detection.model import build_detector
+from ghm_triton.detection.data.loader import TrainingView
+from ghm_triton.detection.models.registry import build_detector
 from ghm_triton.detection.plots import (
     _logits,
     gradient_norms,
@@ -15,6 +14,7 @@ from ghm_triton.detection.plots import (
     plot_gradient_norms,
     plot_thresholds,
 )
+from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.thresholds import ClassThresholds
 
 

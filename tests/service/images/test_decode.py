@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from export.card import Preprocessing
-from ghm_triton.detection.config import DetectorConfig
-from ghm_triton.detection.transforms import Letterbox
+from ghm_triton.detection.data.transforms import Letterbox
+from ghm_triton.detection.models.config import DetectorConfig
 from service.images.decode import (
     DamagedImageError,
     Geometry,

@@ -3,7 +3,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.study.report.events import write_events
 from benchmarks.study.report.runs import read_study
-from ghm_triton.detection import telemetry
+from ghm_triton.detection.training import telemetry
 
 
 def curves(losses):

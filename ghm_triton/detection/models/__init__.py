@@ -1,0 +1,1 @@
+"""Detectors on torchvision: backbones, heads, assigners and post-processing."""

@@ -1,0 +1,1 @@
+"""Training a detector: configuration, compatibility, build, loop, hooks and checkpoints."""

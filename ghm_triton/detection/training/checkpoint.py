@@ -1,0 +1,152 @@
+"""One file that holds a detector, how it was trained, and what training counted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.detector import Detector
+from ghm_triton.detection.models.registry import build_detector
+from ghm_triton.statistics import ClassStatistics
+
+FORMAT = "ghm-triton checkpoint"
+FORMAT_VERSION = 1
+SHOWN = 3  # weights that do not fit, spelled out in an error
+
+
+class CheckpointError(ValueError):
+    """The file is not a checkpoint of this package, or is damaged."""
+
+
+@dataclass
+class Checkpoint:
+    """Everything training leaves behind.
+
+    Attributes:
+        config: The detector's description.
+        model: The detector's `state_dict` (losses' moving averages included).
+        statistics: What training counted.
+        training: How it was trained: every option of the run (`TrainOptions`), `step` and
+            `versions`; plain values only.
+        resume: Optimiser, schedule, random generators: what a resumed run needs.
+    """
+
+    config: DetectorConfig
+    model: dict[str, Tensor]
+    statistics: ClassStatistics
+    training: dict[str, Any]
+    resume: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write atomically: a killed run leaves the old file or the new one, never half of one."""
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict_shallow(self)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                torch.save(content, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a checkpoint onto the CPU. Never executes code from the file.
+
+        Raises:
+            CheckpointError: The file is missing, is not a checkpoint, is damaged or is newer.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path}: no such checkpoint") from error
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} is damaged, or holds more than weights and plain values, which would"
+                " execute code when loaded"
+            ) from error
+        except (RuntimeError, EOFError, ValueError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is a torch file, but not a checkpoint of ghm-triton")
+        if content["format_version"] > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format_version {content['format_version']};"
+                f" this package reads up to {FORMAT_VERSION}"
+            )
+        return cls(
+            config=DetectorConfig.from_dict(content["config"]),
+            model=content["model"],
+            statistics=ClassStatistics.from_dict(content["statistics"]),
+            training=content["training"],
+            resume=content["resume"],
+        )
+
+    def detector(self) -> Detector:
+        """The trained detector, in evaluation mode, without its losses.
+
+        Raises:
+            CheckpointError: The weights are not those of the detector that `config` describes.
+        """
+        detector = build_detector(self.config)
+        weights = {k: v for k, v in self.model.items() if not _belongs_to_training(k)}
+        misfits = _misfits(detector.state_dict(), weights)
+        if misfits:
+            shown = "; ".join(misfits[:SHOWN])
+            more = f"; and {len(misfits) - SHOWN} more" if len(misfits) > SHOWN else ""
+            raise CheckpointError(
+                f"the checkpoint's weights do not fit a {self.config.architecture} detector with"
+                f" backbone {self.config.backbone}, as this version builds it: {shown}{more}"
+            )
+        detector.load_state_dict(weights)
+        detector.eval()
+        return detector
+
+
+def asdict_shallow(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint as the plain values that `weights_only` loading accepts."""
+    return {
+        "config": asdict(checkpoint.config),
+        "model": checkpoint.model,
+        "statistics": checkpoint.statistics.to_dict(),
+        "training": checkpoint.training,
+        "resume": checkpoint.resume,
+    }
+
+
+def sha256_of(path: Path) -> str:
+    """The hex digest that a card names its checkpoint by."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _misfits(wanted: dict[str, Tensor], given: dict[str, Any]) -> list[str]:
+    """What keeps weights from being loaded, in words: wanted ones first, in the layers' order."""
+    misfits = []
+    for key, weight in wanted.items():
+        other = given.get(key)
+        if other is None:
+            misfits.append(f"{key!r} is missing")
+        elif not isinstance(other, Tensor):
+            misfits.append(f"{key!r} is {type(other).__name__}, not a tensor")
+        elif other.shape != weight.shape:
+            misfits.append(f"{key!r} is {list(other.shape)}, not {list(weight.shape)}")
+    return misfits + [f"{key!r} has no place" for key in given if key not in wanted]
+
+
+def _belongs_to_training(key: str) -> bool:
+    parts = ("classification_loss.", "regression_loss.", "guide.", "mining.", "adversary.")
+    return any(part in key for part in parts)

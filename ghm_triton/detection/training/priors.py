@@ -1,0 +1,161 @@
+"""Where a classifier starts: a prior that is chosen, or counted over the data before training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ghm_triton.detection.data import DetectionDataset
+from ghm_triton.detection.data.loader import TrainingView
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.detector import Detector
+from ghm_triton.detection.models.faster_rcnn import FasterRCNNDetector
+from ghm_triton.detection.models.registry import build_detector
+from ghm_triton.detection.models.rpn import CleanProposalNetwork
+from ghm_triton.detection.training.config import TrainOptions
+from ghm_triton.imbalance.sampling_free import Assigner, count_priors, optimal_prior
+from ghm_triton.statistics import ClassStatistics
+
+COUNTS = "priors.json"
+MOST_IMAGES = 1000  # they give the share of positives to a few per cent, in seconds
+
+
+_counted: dict[str, ClassStatistics] = {}  # in this process, by what they depend on
+
+
+def start_at_prior(
+    options: TrainOptions,
+    config: DetectorConfig,
+    dataset: DetectionDataset,
+    out: Path,
+    *,
+    resume: bool = False,
+) -> DetectorConfig:
+    """The configuration with the prior that `options.init` asks for.
+
+    What was counted is written to `priors.json`. Of a two-stage detector `optimal` is a matter of
+    `start_proposals`: what share of its regions is positive depends on what it proposes.
+
+    Args:
+        options: Of the run.
+        config: The detector.
+        dataset: What it is to learn from.
+        out: Folder of the run.
+        resume: Read the counts of the run that is resumed, if they are there.
+
+    Raises:
+        ValueError: There is nothing positive to count, or the detector cannot be asked.
+    """
+    if options.init != "optimal" or config.architecture == "faster-rcnn":
+        chosen = options.chosen_prior()
+        return config if chosen is None else replace(config, prior=chosen)
+    key = _key(options.data, config, dataset)
+    statistics = _read(out / COUNTS, key) if resume else None
+    if statistics is None:
+        statistics = _count_once(key, lambda: count_data_priors(config, dataset))
+    _counted[key] = statistics
+    return replace(config, prior=_note_optimum(out, key, statistics))
+
+
+def start_proposals(
+    options: TrainOptions, detector: Detector, dataset: DetectionDataset, out: Path
+) -> None:
+    """Start the objectness of a two-stage detector's proposals at its optimal prior.
+
+    That is the share of positives among the anchors that its proposal network learns from:
+    sampled ones, all, or clean ones, whose network starts there whatever `options.init` says. What
+    was counted is written to `priors.json`.
+
+    Args:
+        options: Of the run.
+        detector: Is left alone unless it has proposals.
+        dataset: What it is to learn from.
+        out: Folder of the run.
+
+    Raises:
+        ValueError: `options.init` is `optimal`, and there is nothing positive to count.
+    """
+    if not isinstance(detector, FasterRCNNDetector):
+        return
+    rpn, asked = detector.rpn, options.init == "optimal"
+    if not asked and not isinstance(rpn, CleanProposalNetwork):
+        return
+    key = _key(options.data, detector.config, dataset, sampled=rpn.samples)
+    targets = _targets(detector.config, dataset)
+    statistics = _count_once(key, lambda: count_priors(rpn, targets, ("object",)))
+    if asked or 0 < int(statistics.positives.sum()) < statistics.anchors:
+        rpn.start_at(_note_optimum(out, key, statistics))
+
+
+def _count_once(key: str, count: Callable[[], ClassStatistics]) -> ClassStatistics:
+    """What was counted in this process already, or now is."""
+    if key not in _counted:
+        _counted[key] = count()
+    return _counted[key]
+
+
+def _note_optimum(out: Path, key: str, statistics: ClassStatistics) -> float:
+    """The optimal prior, which is written down with what it comes from."""
+    positives, classes = int(statistics.positives.sum()), len(statistics.class_names)
+    prior = optimal_prior(positives, statistics.anchors, classes)
+    _write(out / COUNTS, {"key": key, "prior": prior, "statistics": statistics.to_dict()})
+    return prior
+
+
+def count_data_priors(config: DetectorConfig, dataset: DetectionDataset) -> ClassStatistics:
+    """What a detector's assigner makes of a data set, without its network.
+
+    Mirrored images are not counted apart, nor more than `MOST_IMAGES`, spread over the data set.
+
+    Args:
+        config: The detector; its prior and its width do not matter.
+        dataset: What it is to learn from.
+
+    Raises:
+        ValueError: The detector assigns nothing that could be counted.
+    """
+    detector = build_detector(config)
+    if not isinstance(detector, Assigner):
+        raise ValueError(f"{config.architecture} has no assigner that could be asked for labels")
+    return count_priors(detector, _targets(config, dataset), config.class_names)
+
+
+def _read(path: Path, key: str) -> ClassStatistics | None:
+    """The counts in a file, if they are of this data and detector."""
+    try:
+        content = json.loads(path.read_text())
+        return ClassStatistics.from_dict(content["statistics"]) if content["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Atomically: several processes of one run write the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(content) + "\n")
+    unfinished.replace(path)
+
+
+def _targets(
+    config: DetectorConfig, dataset: DetectionDataset
+) -> Iterator[list[dict[str, Tensor]]]:
+    view = TrainingView(dataset, config, (0.0, 0.0))
+    count = min(len(dataset), MOST_IMAGES)
+    for place in range(count):
+        yield [view[place * len(dataset) // count, 0][1]]
+
+
+def _key(data: str, config: DetectorConfig, dataset: DetectionDataset, **how: bool) -> str:
+    """What the counts depend on, as a digest."""
+    detector = {**config.to_dict(), "prior": None, "channels": None, "head_convs": None}
+    images = [data, dataset.split, sorted(dataset.sources())]
+    content = json.dumps([detector, images, *([how] if how else [])], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
