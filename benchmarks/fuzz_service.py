@@ -32,7 +32,8 @@ from benchmarks.fuzz_intake import (
     read_json,
 )
 from benchmarks.fuzz_json import mutate_json
-from export.card import DetectorCard, Preprocessing, StatisticsCard, TrainingCard
+from export.card import DetectorCard, Preprocessing, TrainingCard
+from ghm_triton.evidence import ClassStatistics
 from service.core.errors import ProblemError
 from service.core.settings import Settings
 from service.http.bodies import Inflater
@@ -67,7 +68,8 @@ def make_card(kind: str) -> DetectorCard:
             "candidates": 10,
             "max_detections": 5,
             "preprocessing": Preprocessing(height=4, width=6, mean=(0, 0, 0), std=(1, 1, 1)),
-            "statistics": StatisticsCard(
+            "statistics": ClassStatistics(
+                class_names=tuple(names),
                 anchors=2,
                 positives=[1, 1],
                 ground_truths=[1, 1],

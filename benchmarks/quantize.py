@@ -33,7 +33,7 @@ from ghm_triton.detection.commands import image_size
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.registry import build_detector
 from ghm_triton.detection.training.checkpoint import Checkpoint
-from ghm_triton.thresholds import ClassThresholds
+from ghm_triton.evidence import ClassThresholds
 
 RESULTS = Path(__file__).parent / "results" / "quantize.jsonl"
 KEY = ("detector", "architecture", "backbone", "image_size", "variant")
@@ -103,7 +103,7 @@ def trained(name: str, path: Path) -> Iterator[Row]:
     """Rows of a checkpoint: precision, size and latency of every variant."""
     checkpoint = Checkpoint.load(path)
     config, splits = checkpoint.config, open_splits(checkpoint)
-    thresholds = ClassThresholds.from_statistics(checkpoint.statistics, "f1").as_tensor()
+    thresholds = ClassThresholds.from_statistics(checkpoint.statistics, "f1").as_array()
     model = build_graph(checkpoint.detector(), thresholds.tolist(), config.iou_threshold)
     chosen = spread(len(splits.calibration), IMAGES)
     files = variants(model, prepared(splits.calibration, config, chosen))

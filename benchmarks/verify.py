@@ -24,7 +24,7 @@ from export.verify.runtimes import RUNTIME_NAMES, RUNTIMES
 from export.verify.side_by_side import CHECKPOINT
 from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.training.checkpoint import Checkpoint
-from ghm_triton.thresholds import ThresholdWarning
+from ghm_triton.evidence import ThresholdWarning
 
 RESULTS = Path(__file__).parent / "results" / "verify.jsonl"
 KEY = ("detector", "data", "runtime")

@@ -8,12 +8,29 @@ neither torch nor onnx.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-import struct
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from ghm_triton.evidence import (
+    ClassStatistics,
+    ClassThreshold,
+    ClassThresholds,
+    Count,
+    Probability,
+    as_float32,
+)
 
 # 1: float32 inputs, thresholds by policy. 2: `input`, `quantization`, thresholds set by hand.
 FORMAT_VERSION: Literal[2] = 2
@@ -29,17 +46,10 @@ class CardError(ValueError):
     """The file has no card, a card this version cannot read, or a card that contradicts it."""
 
 
-def as_float32(value: float) -> float:
-    """The float32 nearest to `value`, as the Python float that prints the same everywhere."""
-    return float(struct.unpack("<f", struct.pack("<f", value))[0])
-
-
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0)]
 InputType = Literal["float32", "uint8"]
 Precision = Literal["int8", "fp16"]
 
@@ -73,51 +83,6 @@ class Preprocessing(_Frozen):
         """The `(width, height)` that an image of `width x height` is resized to."""
         scale = min(self.width / width, self.height / height)
         return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-class ThresholdCard(_Frozen):
-    """One class: the score that a detection of it must reach, and why.
-
-    Attributes:
-        name: The class.
-        threshold: The score, a float32, in [0, 1].
-        source: `policy` when the policy's own evidence set it, `prior` when the policy's answer
-            lay below the class's prior and was lifted to it, `fallback` when there was no
-            evidence for this class, `manual` when somebody set it by hand.
-        support: Positive anchors of the class counted in training.
-        ground_truths: Boxes of the class in the held-out images the evidence was taken from.
-        precision: Held-out precision at the threshold, None without evidence.
-        recall: Held-out recall at the threshold, None without evidence.
-    """
-
-    name: Annotated[str, Field(min_length=1)]
-    threshold: Probability
-    source: Literal["policy", "prior", "fallback", "manual"]
-    support: Count
-    ground_truths: Count
-    precision: Probability | None = None
-    recall: Probability | None = None
-
-    @field_validator("threshold")
-    @classmethod
-    def _is_float32(cls, threshold: float) -> float:
-        if as_float32(threshold) != threshold:
-            raise ValueError(f"threshold {threshold!r} is not a float32; the graph cannot hold it")
-        return threshold
-
-
-class StatisticsCard(_Frozen):
-    """What training counted, as the thresholds were derived from it.
-
-    Histograms have one row a class and equal bins over scores in [0, 1]: detections on held-out
-    images that matched a ground truth (`positive_scores`) or did not (`negative_scores`).
-    """
-
-    anchors: Count
-    positives: list[Count]
-    ground_truths: list[Count]
-    positive_scores: list[list[Count]]
-    negative_scores: list[list[Count]]
 
 
 class TrainingCard(_Frozen):
@@ -197,14 +162,26 @@ class DetectorCard(_Frozen):
     input: InputType = "float32"
     class_names: Annotated[list[str], Field(min_length=1)]
     threshold_policy: str
-    thresholds: list[ThresholdCard]
+    thresholds: list[ClassThreshold]
     iou_threshold: Probability
     candidates: Annotated[int, Field(gt=0)]
     max_detections: Annotated[int, Field(gt=0)]
     preprocessing: Preprocessing
-    statistics: StatisticsCard
+    statistics: ClassStatistics
     training: TrainingCard
     quantization: QuantizationCard | None = None
+
+    @field_validator("statistics", mode="before")
+    @classmethod
+    def _read_statistics(cls, statistics: Any, info: ValidationInfo) -> Any:
+        """Complete JSON with the class names; copy an instance, which may go on counting."""
+        if isinstance(statistics, ClassStatistics):
+            return copy.deepcopy(statistics)
+        if isinstance(statistics, dict) and "class_names" in info.data:
+            return ClassStatistics.from_dict(
+                {"class_names": info.data["class_names"], **statistics}
+            )
+        return statistics
 
     @model_validator(mode="after")
     def _one_entry_a_class(self) -> Self:
@@ -214,17 +191,19 @@ class DetectorCard(_Frozen):
         judged = [entry.name for entry in self.thresholds]
         if judged != names:
             raise ValueError(f"thresholds are for {judged}, classes are {names}")
-        for field, rows in self.statistics:
-            if field != "anchors" and len(rows) != len(names):
-                raise ValueError(
-                    f"statistics.{field} has {len(rows)} rows for {len(names)} classes"
-                )
+        if self.statistics.class_names != tuple(names):
+            counted = list(self.statistics.class_names)
+            raise ValueError(f"statistics are for {counted}, classes are {names}")
         return self
 
     @property
     def class_thresholds(self) -> list[float]:
         """The thresholds in class order."""
         return [entry.threshold for entry in self.thresholds]
+
+    def threshold_table(self) -> str:
+        """Format the thresholds and the evidence behind them for a terminal."""
+        return ClassThresholds(self.threshold_policy, tuple(self.thresholds)).table()
 
     def to_json(self) -> str:
         """The card as JSON with sorted keys, so that equal cards are equal bytes."""

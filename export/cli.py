@@ -8,7 +8,6 @@ from pathlib import Path
 
 from export.quantize.cli import check_quantize, configure_quantize, run_quantize
 from ghm_triton.command import Command
-from ghm_triton.tables import threshold_table
 
 MISMATCH = 1
 
@@ -51,7 +50,7 @@ example:
 def run_export(arguments: argparse.Namespace) -> int:
     """Carry out `ghm export`."""
     from export.detector import export_detector, output_paths
-    from ghm_triton.thresholds import ThresholdWarning
+    from ghm_triton.evidence import ThresholdWarning
 
     check_quantize(arguments)
     options = {
@@ -71,7 +70,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     for warning in caught:  # the exporter's own talk stays behind
         if issubclass(warning.category, ThresholdWarning):
             warnings.warn(warning.message, stacklevel=1)
-    print(threshold_table(card.threshold_policy, card.thresholds))
+    print(card.threshold_table())
     frame = card.preprocessing
     for path in output_paths(arguments.out, arguments.input):
         size = path.stat().st_size / 1e6
@@ -131,7 +130,7 @@ def run_attach(arguments: argparse.Namespace) -> int:
         unit=arguments.unit,
         scores=arguments.scores,
     )
-    print(threshold_table(card.threshold_policy, card.thresholds))
+    print(card.threshold_table())
     frame, size = card.preprocessing, arguments.out.stat().st_size / 1e6
     read = f"{reading.layout}, {reading.boxes} in {reading.unit}, scores as {reading.scores}"
     print(f"{arguments.out}: {card.name}, {frame.height}x{frame.width} px, {size:.1f} MB; {read}")
@@ -216,7 +215,7 @@ def run_set(arguments: argparse.Namespace) -> int:
         every=arguments.all,
         iou_threshold=arguments.iou,
     )
-    print(threshold_table(card.threshold_policy, card.thresholds))
+    print(card.threshold_table())
     print(f"{out}: IoU {card.iou_threshold:.4g}")
     return 0
 

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from onnx import ModelProto
 
-from export.card import (
-    DetectorCard,
-    Preprocessing,
-    StatisticsCard,
-    ThresholdCard,
-    TrainingCard,
-    as_float32,
-)
+from export.card import DetectorCard, Preprocessing, TrainingCard
 from export.file import write_detector
 from export.graph import build_graph
 from export.preprocess import accept_uint8
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.training.checkpoint import Checkpoint, CheckpointError, sha256_of
-from ghm_triton.statistics import ClassStatistics
-from ghm_triton.thresholds import ClassThresholds
+from ghm_triton.evidence import ClassThresholds, as_float32
 
 INPUT_TYPES = ("float32", "uint8", "both")
 # Of the options that a checkpoint was trained with, those that say what was minimised.
@@ -187,12 +178,12 @@ def make_card(
         backbone=config.backbone,
         class_names=list(config.class_names),
         threshold_policy=chosen.policy,
-        thresholds=[ThresholdCard(**asdict(entry)) for entry in chosen.entries],
+        thresholds=list(chosen.entries),
         iou_threshold=as_float32(iou),
         candidates=config.candidates,
         max_detections=config.max_detections,
         preprocessing=_preprocessing(config),
-        statistics=_statistics(statistics),
+        statistics=statistics,
         training=_training({**checkpoint.training, "assigner": config.assigner}, checkpoint_sha256),
     )
 
@@ -202,12 +193,6 @@ def _preprocessing(config: DetectorConfig) -> Preprocessing:
     return Preprocessing(
         height=height, width=width, pad_value=config.pad_value, mean=config.mean, std=config.std
     )
-
-
-def _statistics(statistics: ClassStatistics) -> StatisticsCard:
-    counts = statistics.to_dict()
-    del counts["class_names"]
-    return StatisticsCard(**counts)
 
 
 def _training(training: dict[str, Any], checkpoint_sha256: str) -> TrainingCard:

@@ -11,7 +11,6 @@ from onnx import ModelProto, helper
 
 from export.card import DetectorCard, Preprocessing, QuantizationCard
 from export.file import DetectorFile
-from ghm_triton.tables import threshold_table
 
 LINE = 100
 _INPUTS = {
@@ -41,7 +40,7 @@ def describe(file: DetectorFile) -> str:
             break_long_words=False,
             break_on_hyphens=False,
         )
-    return "\n".join([*lines, "", threshold_table(card.threshold_policy, card.thresholds)])
+    return "\n".join([*lines, "", card.threshold_table()])
 
 
 def _file_facts(file: DetectorFile, model: ModelProto) -> list[tuple[str, str]]:

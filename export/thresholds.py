@@ -6,24 +6,17 @@ travel with the file. Needs onnx and numpy, never torch.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import ModelProto, numpy_helper
 
-from export.card import (
-    FORMAT_VERSION,
-    IOU_INPUT,
-    THRESHOLDS_INPUT,
-    DetectorCard,
-    StatisticsCard,
-    ThresholdCard,
-    as_float32,
-)
+from export.card import FORMAT_VERSION, IOU_INPUT, THRESHOLDS_INPUT, DetectorCard
 from export.file import read_detector, write_detector
+from ghm_triton.evidence import ClassStatistics, ClassThreshold, as_float32
 
 
 def set_thresholds(
@@ -108,40 +101,12 @@ def rewrite_thresholds(
     return card
 
 
-def evidence(statistics: StatisticsCard, label: int, threshold: float) -> dict[str, float | None]:
-    """Held-out precision and recall of a class at a threshold, from its score histograms.
-
-    A threshold between two edges of bins is credited with the bins wholly above it, as it is when
-    a policy chooses it.
-
-    Args:
-        statistics: The card's.
-        label: The class, `0..C-1`.
-        threshold: A float32.
-
-    Returns:
-        `precision`, None when nothing scores so high; `recall`, None without held-out boxes.
-    """
-    matched, unmatched = statistics.positive_scores[label], statistics.negative_scores[label]
-    hits, misses = _at_least(matched, threshold), _at_least(unmatched, threshold)
-    boxes = statistics.ground_truths[label]
-    return {
-        "precision": hits / (hits + misses) if hits + misses else None,
-        "recall": hits / boxes if boxes else None,
-    }
-
-
-def _at_least(histogram: Sequence[int], threshold: float) -> int:
-    edges = [as_float32(k / len(histogram)) for k in range(len(histogram))]
-    return sum(histogram[bisect_left(edges, threshold) :])
-
-
 def _by_hand(
-    entry: ThresholdCard, label: int, value: float, statistics: StatisticsCard
-) -> ThresholdCard:
+    entry: ClassThreshold, label: int, value: float, statistics: ClassStatistics
+) -> ClassThreshold:
     threshold = as_float32(value)
-    found = evidence(statistics, label, threshold)
-    return entry.model_copy(update={"threshold": threshold, "source": "manual", **found})
+    precision, recall = statistics.precision_recall_at(label, threshold)
+    return replace(entry, threshold=threshold, source="manual", precision=precision, recall=recall)
 
 
 def _require_probability(what: str, value: float) -> None:

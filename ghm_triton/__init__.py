@@ -4,6 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ghm_triton.evidence import (
+        ClassStatistics,
+        ClassThreshold,
+        ClassThresholds,
+        ThresholdWarning,
+    )
     from ghm_triton.imbalance.ohem import OHEM, hard_examples
     from ghm_triton.imbalance.s_ohem import StratifiedOHEM
     from ghm_triton.imbalance.sampling_free import (
@@ -25,17 +31,15 @@ if TYPE_CHECKING:
     )
     from ghm_triton.losses.density import GradientDensity
     from ghm_triton.losses.schedule import StrengthSchedule
-    from ghm_triton.statistics import ClassStatistics
-    from ghm_triton.thresholds import ClassThreshold, ClassThresholds, ThresholdWarning
 
 __version__ = "0.1.0"
 
 # Names are imported when they are first used, so that `ghm serve`, which starts here too, never
 # loads torch.
 _HOMES = {
-    "ClassStatistics": "statistics",
-    "ClassThreshold": "thresholds",
-    "ClassThresholds": "thresholds",
+    "ClassStatistics": "evidence",
+    "ClassThreshold": "evidence",
+    "ClassThresholds": "evidence",
     "FocalLoss": "losses",
     "GHMCLoss": "losses",
     "GHMRLoss": "losses",
@@ -45,7 +49,7 @@ _HOMES = {
     "OHEM": "imbalance.ohem",
     "StratifiedOHEM": "imbalance.s_ohem",
     "StrengthSchedule": "losses",
-    "ThresholdWarning": "thresholds",
+    "ThresholdWarning": "evidence",
     "focal_loss": "losses",
     "ghm_c_loss": "losses",
     "ghm_r_loss": "losses",

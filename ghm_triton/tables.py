@@ -1,83 +1,54 @@
-"""Thresholds as a table for a terminal: the same whether a checkpoint or a file is asked."""
+"""Tables for a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+import io
+from collections.abc import Collection, Iterable, Sequence
 
-HEAD = ("class", "threshold", "from", "positives", "held-out", "precision", "recall")
-LEFT_ALIGNED = (0, 2)
-
-
-class Evidence(Protocol):
-    """A class's threshold with what speaks for it, in a checkpoint or in a card."""
-
-    @property
-    def name(self) -> str:
-        """The class."""
-
-    @property
-    def threshold(self) -> float:
-        """The score, in [0, 1]."""
-
-    @property
-    def source(self) -> str:
-        """`policy`, `prior`, `fallback` or `manual`."""
-
-    @property
-    def support(self) -> int:
-        """Positive anchors in training."""
-
-    @property
-    def ground_truths(self) -> int:
-        """Held-out boxes."""
-
-    @property
-    def precision(self) -> float | None:
-        """At the threshold, held-out."""
-
-    @property
-    def recall(self) -> float | None:
-        """At the threshold, held-out."""
+_RULE = "    \n    \n -- \n" + "    \n" * 5  # a rich box with a line below the head only
 
 
-def threshold_table(policy: str, entries: Iterable[Evidence]) -> str:
-    """One line a class: its threshold, where that comes from, and the evidence.
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[object]], *, left: Collection[int] = (0,)
+) -> str:
+    """Format rows as a table: columns two spaces apart, and a rule below the head.
 
     Args:
-        policy: What chose the thresholds that were not set by hand.
-        entries: The classes in order.
+        head: Titles of the columns.
+        rows: The cells, formatted with `str`.
+        left: Columns aligned to the left; the others are aligned to the right.
+
+    Returns:
+        Lines without trailing spaces, and without a newline at the end.
+
+    Example:
+        >>> print(table(("class", "AP"), [("cat", "0.512"), ("dog", "-")]))
+        class     AP
+        ------------
+        cat    0.512
+        dog        -
     """
-    entries = list(entries)
-    rows = [
-        (
-            entry.name,
-            f"{entry.threshold:.4f}",
-            entry.source,
-            str(entry.support),
-            str(entry.ground_truths),
-            _percent(entry.precision),
-            _percent(entry.recall),
-        )
-        for entry in entries
-    ]
-    by_hand = any(entry.source == "manual" for entry in entries)
-    title = f"thresholds by policy {policy!r}{', or by hand (manual)' if by_hand else ''}"
-    return f"{title}\n{_aligned([HEAD, *rows])}"
+    from rich.box import Box  # rich takes 0.1 s to import, and most commands print no table
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=Box(_RULE, ascii=True), show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for column, title in enumerate(head):
+        grid.add_column(Text(title), justify="left" if column in left else "right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*(Text(str(cell)) for cell in row))
+    console = Console(file=io.StringIO(), width=10_000, color_system=None)
+    with console.capture() as capture:
+        console.print(grid)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column in LEFT_ALIGNED else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "-" * max(len(line) for line in lines))
-    return "\n".join(lines)
+def percent(value: float | None) -> str:
+    """Format a share as a percentage, or None as a dash.
 
-
-def _percent(value: float | None) -> str:
+    Example:
+        >>> percent(0.875), percent(None)
+        ('87.5 %', '-')
+    """
     return "-" if value is None else f"{100 * value:.1f} %"

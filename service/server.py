@@ -16,7 +16,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from export.card import CardError
-from ghm_triton.tables import threshold_table
 from service.api.state import ServiceState
 from service.app import create_app
 from service.core.settings import Settings, SettingsError
@@ -76,7 +75,7 @@ def banner(app: FastAPI) -> str:
             continue
         card = entry.model.card
         name = entry.name if entry.listed.name is None else f"{entry.name} {entry.version}"
-        lines.append(threshold_table(card.threshold_policy, card.thresholds))
+        lines.append(card.threshold_table())
         threads = service.settings.threads
         lines.append(f"{name} runs on {entry.model.providers[0]}, threads: {threads}")
     return "\n".join(lines)

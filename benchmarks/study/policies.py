@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.result_file import Row
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.evaluate import Detections, observe
-from ghm_triton.statistics import SCORE_BINS, ClassStatistics
-from ghm_triton.thresholds import ClassThresholds, ThresholdWarning
+from ghm_triton.evidence import SCORE_BINS, ClassStatistics, ClassThresholds, ThresholdWarning
 
 POLICIES = ("f1", "prior", "precision=0.9", "fixed=0.5")
 SINGLE = "single"  # the yardstick: one threshold, the best there is on the held-out split
@@ -23,7 +23,10 @@ def choose(held_out: ClassStatistics) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         # A class without evidence is to be expected of a method that has not learnt it.
         warnings.simplefilter("ignore", ThresholdWarning)
-        chosen = {p: ClassThresholds.from_statistics(held_out, p).as_tensor() for p in POLICIES}
+        chosen = {
+            policy: torch.from_numpy(ClassThresholds.from_statistics(held_out, policy).as_array())
+            for policy in POLICIES
+        }
     return {**chosen, SINGLE: torch.full((len(held_out.class_names),), best_single(held_out))}
 
 
@@ -32,13 +35,12 @@ def best_single(held_out: ClassStatistics) -> float:
 
     Like the `f1` policy it chooses from the edges of the score histograms, the first excepted.
     """
-    hits, misses = (
-        counts.flip(1).cumsum(1).flip(1).double()
-        for counts in (held_out.positive_scores, held_out.negative_scores)
-    )
-    truths = held_out.ground_truths.double()[:, None]
-    f1 = (2 * hits / (hits + misses + truths))[held_out.ground_truths > 0]
-    return (int(f1.mean(0)[1:].argmax()) + 1) / SCORE_BINS
+    curves = []
+    for label, truths in enumerate(held_out.ground_truths):
+        if truths > 0:
+            hits, misses = held_out.reaching(label)
+            curves.append(2 * hits / (hits + misses + truths))
+    return (int(np.mean(curves, axis=0)[1:-1].argmax()) + 1) / SCORE_BINS
 
 
 def score(
@@ -58,7 +60,8 @@ def score(
     counts = observe(ClassStatistics(class_names), standing(results, thresholds))
     hits, misses = counts.positive_scores.sum(1), counts.negative_scores.sum(1)
     truths = counts.ground_truths
-    f1 = (2 * hits.double() / (hits + misses + truths)).tolist()
+    with np.errstate(invalid="ignore"):
+        f1 = (2 * hits / (hits + misses + truths)).tolist()
     known = {
         name: value if truth else None
         for name, value, truth in zip(class_names, f1, truths.tolist(), strict=True)

@@ -33,7 +33,7 @@ from ghm_triton.detection.models.postprocess import DeployedDetector
 from ghm_triton.detection.plots import gradient_norms_by_target
 from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.detection.training.loop import METRICS, TrainResult, open_split, train
-from ghm_triton.statistics import SCORE_FLOOR, ClassStatistics
+from ghm_triton.evidence import SCORE_FLOOR, ClassStatistics
 
 TEST = "test"
 DENSE = ("retinanet", "fcos")

@@ -6,18 +6,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from export.card import (
-    CardError,
-    DetectorCard,
-    Preprocessing,
-    Probability,
-    StatisticsCard,
-    ThresholdCard,
-    TrainingCard,
-    as_float32,
-)
+from export.card import CardError, DetectorCard, Preprocessing, TrainingCard
+from ghm_triton.evidence import ClassStatistics, ClassThreshold, Probability, as_float32
 
 NOT_TOLD = "not told"
 Side = Annotated[int, Field(gt=0)]
@@ -122,7 +115,7 @@ class AttachCard(BaseModel):
             class_names=self.class_names,
             threshold_policy="by hand",
             thresholds=[
-                ThresholdCard(
+                ClassThreshold(
                     name=name,
                     threshold=as_float32(by_name[name]),
                     source="manual",
@@ -141,12 +134,10 @@ class AttachCard(BaseModel):
                 mean=self.mean,
                 std=self.std,
             ),
-            statistics=StatisticsCard(
-                anchors=0,
-                positives=[0] * count,
-                ground_truths=[0] * count,
-                positive_scores=[[0]] * count,
-                negative_scores=[[0]] * count,
+            statistics=ClassStatistics(
+                tuple(self.class_names),
+                positive_scores=np.zeros((count, 1), np.int64),
+                negative_scores=np.zeros((count, 1), np.int64),
             ),
             training=TrainingCard(
                 data=self.data, losses={}, seed=0, steps=0, versions={}, checkpoint_sha256=sha256

@@ -25,7 +25,7 @@ from ghm_triton.detection.evaluate import (
     mean_average_precision,
 )
 from ghm_triton.detection.models.config import DetectorConfig
-from ghm_triton.statistics import SCORE_FLOOR
+from ghm_triton.evidence import SCORE_FLOOR
 
 BATCH = 4  # images in memory at a time, with all that is computed of them
 TIMED_IMAGES = 8  # suppression takes as long as there is much to suppress

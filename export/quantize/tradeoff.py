@@ -29,8 +29,7 @@ from ghm_triton.detection.data import DetectionDataset, open_dataset
 from ghm_triton.detection.evaluate import observe
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.training.checkpoint import Checkpoint, sha256_of
-from ghm_triton.statistics import ClassStatistics
-from ghm_triton.thresholds import ThresholdWarning
+from ghm_triton.evidence import ClassStatistics, ThresholdWarning
 
 PRECISIONS = ("int8", "fp16")
 DIGITS = 4  # of an average precision in the card

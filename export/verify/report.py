@@ -21,7 +21,7 @@ from export.verify.side_by_side import CHECKPOINT, Findings, Found, SideBySide
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.evaluate import MeanAveragePrecision, mean_average_precision
 from ghm_triton.detection.training.checkpoint import Checkpoint, sha256_of
-from ghm_triton.thresholds import ThresholdWarning
+from ghm_triton.evidence import ThresholdWarning
 
 # Rounding may decide this share of the detections, or one; more is a fault that looks like it.
 BORDERLINE_SHARE = 0.01

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from export.card import IOU_INPUT, THRESHOLDS_INPUT, as_float32
+from export.card import IOU_INPUT, THRESHOLDS_INPUT
 from export.file import DetectorFile
 from export.verify.compare import Comparison, Detections, Proposals, Rules, Tolerance, compare
 from export.verify.runtimes import Runtime, UnrunnableError
@@ -22,7 +22,7 @@ from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.models.detector import Predictions
 from ghm_triton.detection.models.postprocess import DeployedDetector
 from ghm_triton.detection.training.checkpoint import Checkpoint
-from ghm_triton.statistics import SCORE_FLOOR
+from ghm_triton.evidence import SCORE_FLOOR, as_float32
 
 Feeds = dict[str, npt.NDArray[np.float32]]
 Outputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64], int]

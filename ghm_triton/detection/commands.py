@@ -361,7 +361,7 @@ def run_thresholds(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from ghm_triton.detection.training.checkpoint import Checkpoint
-    from ghm_triton.thresholds import ClassThresholds
+    from ghm_triton.evidence import ClassThresholds
 
     statistics = Checkpoint.load(arguments.checkpoint).statistics
     thresholds = ClassThresholds.from_statistics(statistics, arguments.policy)

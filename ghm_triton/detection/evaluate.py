@@ -17,7 +17,7 @@ from ghm_triton.detection.data import DetectionDataset, Sample
 from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.postprocess import DeployedDetector
-from ghm_triton.statistics import SCORE_FLOOR, ClassStatistics
+from ghm_triton.evidence import SCORE_FLOOR, ClassStatistics
 
 MATCH_IOU = 0.5
 

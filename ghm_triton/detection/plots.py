@@ -14,9 +14,8 @@ from ghm_triton.detection.data.loader import TrainingView, collate
 from ghm_triton.detection.models.detector import Detector
 from ghm_triton.detection.models.fcos import FCOSDetector
 from ghm_triton.detection.models.retinanet import RetinaNetDetector
+from ghm_triton.evidence import SCORE_BINS, ClassStatistics, ClassThresholds
 from ghm_triton.losses import gradient_density
-from ghm_triton.statistics import SCORE_BINS, ClassStatistics
-from ghm_triton.thresholds import ClassThresholds
 
 CROSS_ENTROPY, HARMONIZED, FULL = "#7f7f7f", "#1f77b4", "#d62728"
 
@@ -129,7 +128,7 @@ def plot_thresholds(statistics: ClassStatistics, thresholds: ClassThresholds, pa
             (statistics.negative_scores[j], FULL, "false"),
             (statistics.positive_scores[j], HARMONIZED, "true"),
         ):
-            height = histogram.view(coarse, -1).sum(1).numpy()
+            height = histogram.reshape(coarse, -1).sum(1)
             axes.bar(centres, height, 1 / coarse, color=colour, alpha=0.55, label=name)
         axes.axvline(entry.threshold, color="black", linewidth=1.2)
         axes.set(yscale="symlog", xlim=(0, 1), ylim=(0, None))

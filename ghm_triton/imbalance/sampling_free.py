@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ghm_triton.evidence import ClassStatistics
 from ghm_triton.state import SharedState
-from ghm_triton.statistics import ClassStatistics
 
 Target = dict[str, Tensor]
 MEMORY = 0.9  # of the guide, for a batch without positives

@@ -14,7 +14,7 @@ from ghm_triton.detection.data.loader import TrainingView
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.registry import build_detector
 from ghm_triton.detection.training.checkpoint import Checkpoint
-from ghm_triton.statistics import ClassStatistics
+from ghm_triton.evidence import ClassStatistics
 
 DATA = "digits:images=8,held_out_images=3,size=96"
 

@@ -14,7 +14,7 @@ from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.registry import build_detector
 from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.detection.training.config import TrainOptions
-from ghm_triton.statistics import ClassStatistics
+from ghm_triton.evidence import ClassStatistics
 
 DATA = "digits:images=9,held_out_images=3,size=96"
 
@@ -48,7 +48,7 @@ def test_random_weights_are_timed_in_every_precision():
 
 
 @pytest.mark.usefixtures("briefly")
-@pytest.mark.filterwarnings("ignore:class:ghm_triton.thresholds.ThresholdWarning")
+@pytest.mark.filterwarnings("ignore:class:ghm_triton.evidence.ThresholdWarning")
 def test_a_checkpoint_is_measured_on_its_own_test_split(tmp_path: Path):
     names = tuple("0123456789")
     config = DetectorConfig(names, (96, 96), channels=16)

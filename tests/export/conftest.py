@@ -12,15 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import nn
 
-from export.card import (
-    CARD_KEY,
-    DetectorCard,
-    Preprocessing,
-    StatisticsCard,
-    ThresholdCard,
-    TrainingCard,
-    as_float32,
-)
+from export.card import CARD_KEY, DetectorCard, Preprocessing, TrainingCard
 from export.detector import export_detector
 from export.quantize.measure import detect_all
 from ghm_triton.detection.data import DetectionDataset, Sample
@@ -28,7 +20,7 @@ from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.registry import Detector, build_detector
 from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.detection.training.config import TrainOptions
-from ghm_triton.statistics import SCORE_BINS, ClassStatistics
+from ghm_triton.evidence import SCORE_BINS, ClassStatistics, ClassThreshold, as_float32
 
 CLASSES = ("red", "green", "blue")
 
@@ -175,14 +167,15 @@ def small_card() -> DetectorCard:
         class_names=["dog", "cat"],
         threshold_policy="fixed=0.5",
         thresholds=[
-            ThresholdCard(name=name, threshold=0.5, source="policy", support=1, ground_truths=1)
+            ClassThreshold(name=name, threshold=0.5, source="policy", support=1, ground_truths=1)
             for name in ("dog", "cat")
         ],
         iou_threshold=as_float32(0.6),
         candidates=10,
         max_detections=2,
         preprocessing=Preprocessing(height=8, width=16, mean=(0, 0, 0), std=(1, 1, 1)),
-        statistics=StatisticsCard(
+        statistics=ClassStatistics(
+            ("dog", "cat"),
             anchors=1,
             positives=[1, 1],
             ground_truths=[1, 1],

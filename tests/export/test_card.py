@@ -7,14 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from export.card import (
-    FORMAT_VERSION,
-    CardError,
-    DetectorCard,
-    Preprocessing,
-    ThresholdCard,
-    as_float32,
-)
+from export.card import FORMAT_VERSION, CardError, DetectorCard, Preprocessing
+from ghm_triton.evidence import ClassThreshold, as_float32
 
 
 def fields(**changes: object) -> dict:
@@ -156,12 +150,12 @@ def test_a_field_that_is_missing_is_named(missing):
 
 def test_statistics_have_one_row_a_class():
     statistics = fields()["statistics"] | {"positives": [1]}
-    with pytest.raises(CardError, match=r"statistics\.positives has 1 rows for 2 classes"):
+    with pytest.raises(CardError, match=r"statistics: .*positives must be \[2\], got \[1\]"):
         read(statistics=statistics)
 
 
-def threshold(value: float) -> ThresholdCard:
-    return ThresholdCard(name="x", threshold=value, source="prior", support=0, ground_truths=0)
+def threshold(value: float) -> ClassThreshold:
+    return ClassThreshold(name="x", threshold=value, source="prior", support=0, ground_truths=0)
 
 
 def test_a_threshold_is_a_float32():

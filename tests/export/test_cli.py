@@ -23,7 +23,7 @@ def digits_checkpoint(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     """A checkpoint trained, it says, on data that is at hand; one class never had a positive."""
     path = tmp_path / "checkpoint.pt"
     training = {**checkpoint.training, "data": "digits:held_out_images=4"}
-    positives = checkpoint.statistics.positives.clone()
+    positives = checkpoint.statistics.positives.copy()
     positives[1] = 0
     statistics = replace(checkpoint.statistics, positives=positives)
     replace(checkpoint, training=training, statistics=statistics).save(path)

@@ -27,8 +27,7 @@ from export.file import read_detector, write_detector
 from export.preprocess import accept_uint8
 from ghm_triton.detection.training.checkpoint import Checkpoint, CheckpointError
 from ghm_triton.detection.training.config import TrainOptions
-from ghm_triton.statistics import ClassStatistics
-from ghm_triton.thresholds import ClassThresholds, ThresholdWarning
+from ghm_triton.evidence import ClassStatistics, ClassThresholds, ThresholdWarning
 
 SHA = "0" * 64
 
@@ -44,9 +43,7 @@ def test_the_card_says_what_the_checkpoint_holds(
     frame = card.preprocessing
     assert (frame.height, frame.width) == config.image_size
     assert (frame.mean, frame.std, frame.pad_value) == (config.mean, config.std, config.pad_value)
-    assert card.statistics.model_dump() | {"class_names": list(config.class_names)} == (
-        checkpoint.statistics.to_dict()
-    )
+    assert card.statistics.to_dict() == (checkpoint.statistics.to_dict())
     training = card.training
     assert (training.data, training.seed, training.steps) == ("voc:cells", 0, 1000)
     assert training.versions == checkpoint.training["versions"]
@@ -97,12 +94,12 @@ def test_the_thresholds_are_the_policys_in_card_and_graph(
     card = read_detector(detector_path).card
     chosen = ClassThresholds.from_statistics(checkpoint.statistics, "f1")
     assert card.threshold_policy == "f1"
-    assert [entry.model_dump() for entry in card.thresholds] == [vars(e) for e in chosen.entries]
+    assert card.thresholds == list(chosen)
     assert len(set(card.class_thresholds)) == 3
     graph = onnx.load(detector_path).graph
     values = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     assert values[THRESHOLDS_INPUT].dtype == values[IOU_INPUT].dtype == np.float32
-    assert np.array_equal(values[THRESHOLDS_INPUT], chosen.as_tensor().numpy())
+    assert np.array_equal(values[THRESHOLDS_INPUT], chosen.as_array())
     assert values[IOU_INPUT].tolist() == [np.float32(0.3)] == [card.iou_threshold]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,7 @@ def folder(
     """The folder that the README's reader is in: a detector's two variants, and a photo."""
     model, card = onnx.load(detector_path), read_detector(detector_path).card
     entries = [
-        entry.model_copy(update={"name": name})
-        for entry, name in zip(card.thresholds, CLASSES, strict=True)
+        replace(entry, name=name) for entry, name in zip(card.thresholds, CLASSES, strict=True)
     ]
     card = card.model_copy(update={"class_names": CLASSES, "thresholds": entries})
     write_detector(tmp_path / "detector.onnx", model, card)

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +15,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from export.card import (
-    CARD_KEY,
-    IOU_INPUT,
-    OUTPUTS,
-    THRESHOLDS_INPUT,
-    DetectorCard,
-    StatisticsCard,
-    as_float32,
-)
+from export.card import CARD_KEY, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
 from export.file import read_detector
-from export.thresholds import evidence, rewrite_thresholds, set_thresholds
+from export.thresholds import rewrite_thresholds, set_thresholds
 from export.verify.report import card_problems
 from ghm_triton.cli import main
 from ghm_triton.detection.training.checkpoint import Checkpoint
-from ghm_triton.thresholds import ClassThresholds, ThresholdWarning
+from ghm_triton.evidence import ClassStatistics, ClassThresholds, ThresholdWarning, as_float32
 
 
 @pytest.fixture(scope="module")
@@ -51,31 +44,28 @@ def test_the_evidence_is_what_a_policy_would_give(
         chosen = ClassThresholds.from_statistics(checkpoint.statistics, f"fixed={threshold!r}")
     by_hand = set_thresholds(card, every=threshold).thresholds
     for ours, theirs in zip(by_hand, chosen, strict=True):
-        assert ours.model_dump(exclude={"source"}) == {
-            name: value for name, value in vars(theirs).items() if name != "source"
-        }
+        assert replace(ours, source="policy") == replace(theirs, source="policy")
 
 
 def test_a_class_without_evidence_has_none() -> None:
-    statistics = StatisticsCard(
+    statistics = ClassStatistics(
+        ("red", "green"),
         anchors=1,
         positives=[1, 1],
         ground_truths=[0, 4],
         positive_scores=[[0, 0], [1, 0]],
         negative_scores=[[0, 0], [1, 0]],
     )
-    assert evidence(statistics, 0, 0.0) == {"precision": None, "recall": None}
-    assert evidence(statistics, 1, 0.5) == {"precision": None, "recall": 0.0}
-    assert evidence(statistics, 1, 0.0) == {"precision": 0.5, "recall": 0.25}
-    assert evidence(statistics.model_copy(update={"positive_scores": [[], []]}), 1, 0.0) == {
-        "precision": 0.0,
-        "recall": 0.0,
-    }
+    assert statistics.precision_recall_at(0, 0.0) == (None, None)
+    assert statistics.precision_recall_at(1, 0.5) == (None, 0.0)
+    assert statistics.precision_recall_at(1, 0.0) == (0.5, 0.25)
+    without_bins = replace(statistics, positive_scores=[[], []], negative_scores=[[], []])
+    assert without_bins.precision_recall_at(1, 0.0) == (None, 0.0)
 
 
 def test_only_what_is_named_changes(card: DetectorCard) -> None:
     changed = set_thresholds(card, {"green": 0.4})
-    before, after = ([e.model_dump() for e in one.thresholds] for one in (card, changed))
+    before, after = ([asdict(e) for e in one.thresholds] for one in (card, changed))
     assert (after[0], after[2]) == (before[0], before[2])
     assert (after[1]["threshold"], after[1]["source"]) == (as_float32(0.4), "manual")
     assert after[1]["support"] == before[1]["support"] > 0
@@ -163,7 +153,7 @@ def test_a_file_set_by_hand_still_verifies(card: DetectorCard, checkpoint: Check
     sha256 = card.training.checkpoint_sha256
     changed = set_thresholds(card, {"green": 0.4}, iou_threshold=0.6)
     assert card_problems(changed, checkpoint, sha256) == []
-    flattered = changed.thresholds[1].model_copy(update={"precision": 1.0})
+    flattered = replace(changed.thresholds[1], precision=1.0)
     thresholds = [changed.thresholds[0], flattered, changed.thresholds[2]]
     (problem,) = card_problems(
         changed.model_copy(update={"thresholds": thresholds}), checkpoint, sha256
@@ -174,8 +164,8 @@ def test_a_file_set_by_hand_still_verifies(card: DetectorCard, checkpoint: Check
 def test_an_unknown_class_set_by_hand_does_not_verify(
     card: DetectorCard, checkpoint: Checkpoint
 ) -> None:
-    odd = [entry.model_copy(update={"source": "manual"}) for entry in card.thresholds]
-    odd[0] = odd[0].model_copy(update={"name": "pink"})
+    odd = [replace(entry, source="manual") for entry in card.thresholds]
+    odd[0] = replace(odd[0], name="pink")
     (problem,) = card_problems(
         card.model_copy(update={"thresholds": odd}), checkpoint, card.training.checkpoint_sha256
     )

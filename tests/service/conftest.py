@@ -31,13 +31,11 @@ from export.card import (
     THRESHOLDS_INPUT,
     DetectorCard,
     Preprocessing,
-    StatisticsCard,
-    ThresholdCard,
     TrainingCard,
-    as_float32,
 )
 from export.file import read_detector
 from export.preprocess import accept_uint8
+from ghm_triton.evidence import ClassStatistics, ClassThreshold, as_float32
 from service.app import create_app, load_model
 from service.core.schema import ProblemDetails
 from service.core.settings import Settings
@@ -60,7 +58,7 @@ def anchors() -> np.ndarray:
 
 def make_card(**changes: object) -> DetectorCard:
     thresholds = [
-        ThresholdCard(
+        ClassThreshold(
             name=name,
             threshold=threshold,
             source="policy",
@@ -82,7 +80,8 @@ def make_card(**changes: object) -> DetectorCard:
         "candidates": 1000,
         "max_detections": MAX_DETECTIONS,
         "preprocessing": Preprocessing(height=HEIGHT, width=WIDTH, mean=MEAN, std=STD),
-        "statistics": StatisticsCard(
+        "statistics": ClassStatistics(
+            changes.get("class_names", CLASSES),
             anchors=1000,
             positives=[100, 100, 100],
             ground_truths=[50, 50, 50],

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -155,8 +156,7 @@ def test_a_class_with_a_comma_goes_alone(png):
 def test_and_then_it_reaches_the_service(serve, ready_at, write_detector, card, png):
     names = ["cat, black", "dog", "cow"]
     entries = [
-        entry.model_copy(update={"name": name})
-        for entry, name in zip(card.thresholds, names, strict=True)
+        replace(entry, name=name) for entry, name in zip(card.thresholds, names, strict=True)
     ]
     path = write_detector(class_names=names, thresholds=entries)
     with serve(create_app(Settings(model=path, threads=1, provider="cpu"))) as url:

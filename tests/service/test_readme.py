@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,10 @@ def test_every_setting_with_its_default(section, monkeypatch):
 
 def test_every_metric_with_its_labels(section, card, write_detector):
     path = write_detector(
-        statistics=card.statistics.model_copy(
-            update={"positive_scores": [[0, 900]] * 3, "negative_scores": [[0, 0]] * 3}
+        statistics=replace(
+            card.statistics,
+            positive_scores=[[0, 900]] * 3,
+            negative_scores=[[0, 0]] * 3,
         )
     )
     model = ServedModel(read_detector(path), provider="cpu")

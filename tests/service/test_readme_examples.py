@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,7 @@ COMMANDS = [
 @pytest.fixture(scope="module")
 def url(write_detector, card, serve) -> str:
     thresholds = [
-        entry.model_copy(update={"name": name})
-        for entry, name in zip(card.thresholds, CLASSES, strict=True)
+        replace(entry, name=name) for entry, name in zip(card.thresholds, CLASSES, strict=True)
     ]
     path = write_detector(class_names=CLASSES, thresholds=thresholds)
     settings = Settings(model=path, threads=1, provider="cpu")

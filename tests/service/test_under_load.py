@@ -98,7 +98,7 @@ def test_models_are_replaced_under_load_without_an_error_or_a_mixture(
 
 def thresholds_of(values: dict[str, float]) -> dict[str, list[dict]]:
     evidence = {"source": "policy", "support": 100, "ground_truths": 50}
-    from export.card import as_float32
+    from ghm_triton.evidence import as_float32
 
     return {
         "thresholds": [

@@ -16,7 +16,7 @@ from torch import Tensor
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.detector import Detector
 from ghm_triton.detection.models.registry import build_detector
-from ghm_triton.statistics import ClassStatistics
+from ghm_triton.evidence import ClassStatistics
 
 FORMAT = "ghm-triton checkpoint"
 FORMAT_VERSION = 1

@@ -38,8 +38,8 @@ from ghm_triton.detection.training.distributed import World, world
 from ghm_triton.detection.training.priors import start_at_prior, start_proposals
 from ghm_triton.detection.training.telemetry import Telemetry, require_tensorboard
 from ghm_triton.diagnosis import warn_of
+from ghm_triton.evidence import ClassStatistics
 from ghm_triton.losses.density import GradientDensity
-from ghm_triton.statistics import ClassStatistics
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"

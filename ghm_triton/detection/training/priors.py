@@ -20,8 +20,8 @@ from ghm_triton.detection.models.faster_rcnn import FasterRCNNDetector
 from ghm_triton.detection.models.registry import build_detector
 from ghm_triton.detection.models.rpn import CleanProposalNetwork
 from ghm_triton.detection.training.config import TrainOptions
+from ghm_triton.evidence import ClassStatistics
 from ghm_triton.imbalance.sampling_free import Assigner, count_priors, optimal_prior
-from ghm_triton.statistics import ClassStatistics
 
 COUNTS = "priors.json"
 MOST_IMAGES = 1000  # they give the share of positives to a few per cent, in seconds

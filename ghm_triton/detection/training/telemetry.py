@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ghm_triton.detection.evaluate import MeanAveragePrecision
+from ghm_triton.evidence import ClassStatistics
 from ghm_triton.monitor import DensityMonitor, PositivesMonitor, find_densities
-from ghm_triton.statistics import ClassStatistics
 
 OPTIMISER = ("grad_norm", "lr")  # what a record holds beside its step and its losses
 
@@ -123,8 +123,8 @@ class Telemetry:
 
 
 def _labels_of(statistics: ClassStatistics) -> Tensor:
-    background = statistics.anchors - statistics.positives.sum()
-    return torch.cat([statistics.positives, background.view(1)])
+    background = statistics.anchors - int(statistics.positives.sum())
+    return torch.tensor([*statistics.positives.tolist(), background])
 
 
 def require_tensorboard() -> None:

@@ -14,8 +14,8 @@ from benchmarks.study.run import gradients, histogram, measure, plain, stretches
 from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.evaluate import Detections, detect
 from ghm_triton.detection.training.loop import LOOK_EVERY
+from ghm_triton.evidence import SCORE_FLOOR
 from ghm_triton.losses import focal_loss
-from ghm_triton.statistics import SCORE_FLOOR
 
 DATA = "digits:images=40,held_out_images=10,size=96"
 STEPS = LOOK_EVERY + 4

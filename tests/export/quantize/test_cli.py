@@ -17,7 +17,7 @@ from ghm_triton.detection.evaluate import MeanAveragePrecision
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.registry import build_detector
 from ghm_triton.detection.training.checkpoint import Checkpoint
-from ghm_triton.statistics import ClassStatistics
+from ghm_triton.evidence import ClassStatistics
 
 
 def ghm(*words: object) -> int:

@@ -43,7 +43,7 @@ def test_thresholds_changed_in_card_and_graph_together_are_told(
 ) -> None:
     def both(model: ModelProto) -> None:
         entries = card_of(model).thresholds
-        changed = entries[0].model_copy(update={"threshold": 0.125})
+        changed = replace(entries[0], threshold=0.125)
         thresholds = [changed, *entries[1:]]
         edit_card(model, thresholds=thresholds)
         set_default(model, THRESHOLDS_INPUT, [entry.threshold for entry in thresholds])
@@ -71,8 +71,7 @@ def test_names_in_another_order_are_told(
         card = card_of(model)
         names = ["green", "red", "blue"]
         entries = [
-            entry.model_copy(update={"name": name})
-            for name, entry in zip(names, card.thresholds, strict=True)
+            replace(entry, name=name) for name, entry in zip(names, card.thresholds, strict=True)
         ]
         edit_card(model, class_names=names, thresholds=entries)
 

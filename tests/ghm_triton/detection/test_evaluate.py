@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +15,7 @@ from ghm_triton.detection.evaluate import (
 )
 from ghm_triton.detection.models.postprocess import DeployedDetector
 from ghm_triton.detection.training.checkpoint import Checkpoint
-from ghm_triton.statistics import SCORE_BINS, ClassStatistics
+from ghm_triton.evidence import SCORE_BINS, ClassStatistics
 
 NAMES = ("cat", "dog")
 
@@ -92,8 +93,8 @@ def test_observed_scores_land_in_their_bins():
     truth = sample([A], [1])
     detections = found([A, B], [0.731, 0.2], [1, 1])
     statistics = observe(ClassStatistics(NAMES, anchors=1), [(truth, detections)])
-    assert torch.nonzero(statistics.positive_scores).tolist() == [[1, int(0.731 * SCORE_BINS)]]
-    assert torch.nonzero(statistics.negative_scores).tolist() == [[1, int(0.2 * SCORE_BINS)]]
+    assert np.argwhere(statistics.positive_scores).tolist() == [[1, int(0.731 * SCORE_BINS)]]
+    assert np.argwhere(statistics.negative_scores).tolist() == [[1, int(0.2 * SCORE_BINS)]]
 
 
 def test_observing_twice_counts_once():

@@ -15,7 +15,7 @@ from ghm_triton.detection.plots import (
     plot_thresholds,
 )
 from ghm_triton.detection.training.checkpoint import Checkpoint
-from ghm_triton.thresholds import ClassThresholds
+from ghm_triton.evidence import ClassThresholds
 
 
 def test_gradient_norms_are_those_of_the_entries_that_count(trained):

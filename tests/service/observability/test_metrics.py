@@ -1,4 +1,5 @@
 import gc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ def judged(write_detector, card):
     """A model with 1,000 held-out detections of each class."""
     scores = [[0] * 100 + [10] * 100] * 3
     held_out = {"positive_scores": scores, "negative_scores": [[0] * 200] * 3}
-    statistics = card.statistics.model_copy(update=held_out)
+    statistics = replace(card.statistics, **held_out)
     return ServedModel(read_detector(write_detector(statistics=statistics)), provider="cpu")
 
 

@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from export.card import ThresholdCard
+from ghm_triton.evidence import ClassThreshold
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_names_are_text(visit, write_detector, serve_file, photo):
     """Neither a model nor a class can bring markup, or a shell's commands, into the page."""
     evil = '<img src=x onerror=alert(1)>\'; echo "$(id)"'
     entries = [
-        ThresholdCard(name=name, threshold=0.5, source="policy", support=1, ground_truths=1)
+        ClassThreshold(name=name, threshold=0.5, source="policy", support=1, ground_truths=1)
         for name in (evil, "green", "blue")
     ]
     path = write_detector(name=evil, class_names=[evil, "green", "blue"], thresholds=entries)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from playwright.sync_api import Error, expect
 
-from export.card import ThresholdCard
+from ghm_triton.evidence import ClassThreshold
 from service.app import create_app
 from service.core.settings import Settings
 
@@ -176,7 +176,7 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(visit, serve, settings, model,
 def test_several_models_can_be_chosen(visit, serve, ready_at, write_detector, photo, tmp_path):
     folder = tmp_path / "models"
     strict = [
-        ThresholdCard(name=name, threshold=0.9375, source="manual", support=1, ground_truths=1)
+        ClassThreshold(name=name, threshold=0.9375, source="manual", support=1, ground_truths=1)
         for name in ("red", "green", "blue")
     ]
     (folder / "old").mkdir(parents=True)
@@ -205,7 +205,7 @@ def test_a_model_that_was_replaced_shows_its_own_thresholds(
     visit, serve, ready_at, write_detector, photo, tmp_path
 ):
     thresholds = [
-        ThresholdCard(name=name, threshold=0.9375, source="manual", support=1, ground_truths=1)
+        ClassThreshold(name=name, threshold=0.9375, source="manual", support=1, ground_truths=1)
         for name in ("red", "green", "blue")
     ]
     path = tmp_path / "model.onnx"

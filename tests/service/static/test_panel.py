@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import expect
 
-from export.card import StatisticsCard, ThresholdCard, as_float32
-from export.thresholds import evidence
+from ghm_triton.evidence import ClassStatistics, ClassThreshold, as_float32
 
 
 def test_sliders_start_at_the_models_thresholds_with_their_evidence(visit, live_service, card):
@@ -75,7 +74,7 @@ def test_a_score_that_is_its_threshold_stands(
     found = httpx.post(f"{live_service}/v1/detect", content=photo.read_bytes()).json()["detections"]
     scores = {one["class"]: one["score"] for one in found}
     entries = [
-        ThresholdCard(
+        ClassThreshold(
             name=name, threshold=scores[name], source="manual", support=1, ground_truths=1
         )
         for name in ("red", "green", "blue")
@@ -87,12 +86,13 @@ def test_a_score_that_is_its_threshold_stands(
 
 
 @pytest.fixture(scope="module")
-def studied(write_detector, serve_file) -> tuple[str, StatisticsCard]:
+def studied(write_detector, serve_file) -> tuple[str, ClassStatistics]:
     """A service whose card has seen many scores, and one class no evidence at all."""
     rng = np.random.default_rng(0)
     histograms = rng.integers(0, 40, (2, 3, 200))
     histograms[:, 2] = 0
-    statistics = StatisticsCard(
+    statistics = ClassStatistics(
+        ("red", "green", "blue"),
         anchors=10**6,
         positives=[500, 40, 0],
         ground_truths=[9000, 7000, 0],
@@ -101,9 +101,9 @@ def studied(write_detector, serve_file) -> tuple[str, StatisticsCard]:
     )
     common = {"support": 1, "ground_truths": 1}
     entries = [
-        ThresholdCard(name="red", threshold=0.5, source="manual", precision=0.5, **common),
-        ThresholdCard(name="green", threshold=as_float32(1e-4), source="prior", **common),
-        ThresholdCard(name="blue", threshold=0.5, source="fallback", support=0, ground_truths=0),
+        ClassThreshold(name="red", threshold=0.5, source="manual", precision=0.5, **common),
+        ClassThreshold(name="green", threshold=as_float32(1e-4), source="prior", **common),
+        ClassThreshold(name="blue", threshold=0.5, source="fallback", support=0, ground_truths=0),
     ]
     return serve_file(write_detector(statistics=statistics, thresholds=entries)), statistics
 
@@ -118,8 +118,8 @@ def test_a_moved_threshold_shows_its_own_evidence(visit, studied):
         slider.focus()
         page.press_key("ArrowRight", presses)
         at = float(slider.input_value())
-        known = evidence(statistics, 0, as_float32(at))
-        precision, recall = (math.floor(known[key] * 100 + 0.5) for key in ("precision", "recall"))
+        shares = statistics.precision_recall_at(0, at)
+        precision, recall = (math.floor(share * 100 + 0.5) for share in shares)
         expect(row.locator(".now")).to_have_text(
             f"Yours: {at:.3f} · precision {precision} %, recall {recall} %"
         )

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,7 +19,7 @@ def judged(write_detector, card):
         "positive_scores": [[0] * 190 + [50] * 10] * 3,
         "negative_scores": [[0] * 200] * 3,
     }
-    path = write_detector(statistics=card.statistics.model_copy(update=held_out))
+    path = write_detector(statistics=replace(card.statistics, **held_out))
     settings = Settings(model=path, threads=1, provider="cpu")
     model = ServedModel(read_detector(path), provider="cpu")
     model.warm_up()

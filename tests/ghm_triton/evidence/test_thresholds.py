@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghm_triton import ClassStatistics, ClassThresholds, ThresholdWarning
-from ghm_triton.statistics import SCORE_BINS
-from ghm_triton.thresholds import POLICIES, class_prior
+from ghm_triton.evidence import POLICIES, SCORE_BINS, class_prior
 
 EDGES = np.array([k / SCORE_BINS for k in range(1, SCORE_BINS)]).astype(np.float32)
 
@@ -74,7 +73,7 @@ def test_prior_is_the_papers_formula(quiet):
     held = Held([30, 10, 60], [[]] * 3, [[]] * 3, [0] * 3, anchors=1000)
     chosen = choose(held, "prior")
     # (N_f / N) (N_j / sum N): a tenth of the anchors are positive, and of these ...
-    assert chosen.as_tensor().tolist() == pytest.approx([0.03, 0.01, 0.06])
+    assert chosen.as_array().tolist() == pytest.approx([0.03, 0.01, 0.06])
     assert [entry.source for entry in chosen] == ["policy"] * 3
     assert [entry.support for entry in chosen] == [30, 10, 60]
     assert class_prior(held.statistics).tolist() == pytest.approx([0.1 * 0.3, 0.1 * 0.1, 0.1 * 0.6])
@@ -119,7 +118,7 @@ def test_recall_is_the_highest_score_that_keeps_it(quiet, seed, target):
 
 def test_fixed_needs_no_evidence(quiet):
     chosen = ClassThresholds.from_statistics(ClassStatistics(("cat", "dog")), "fixed=0.3")
-    assert chosen.as_tensor().tolist() == pytest.approx([0.3, 0.3])
+    assert chosen.as_array().tolist() == pytest.approx([0.3, 0.3])
     assert [(e.source, e.precision, e.recall) for e in chosen] == [("policy", None, None)] * 2
 
 
@@ -209,7 +208,7 @@ class TestFallback:
         held = Held([10, 10], [[], []], [[], []], [0, 0])
         with pytest.warns(ThresholdWarning):
             chosen = choose(held, "f1")
-        assert chosen.as_tensor().tolist() == [0.5, 0.5]
+        assert chosen.as_array().tolist() == [0.5, 0.5]
         assert [(e.precision, e.recall) for e in chosen] == [(None, None)] * 2
 
 

@@ -2,13 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ghm_triton import ClassStatistics
-from ghm_triton.statistics import SCORE_BINS, score_bin, score_edges
+from ghm_triton.evidence import SCORE_BINS, as_float32, score_bin, score_edges
 
 
 def observed(seed, images=3):
@@ -46,12 +47,12 @@ def test_detections_fall_into_the_histograms_of_their_class():
         torch.tensor([1, 0, 0, 0]),
     )
     half = SCORE_BINS // 2
-    assert torch.nonzero(statistics.positive_scores).tolist() == [
+    assert np.argwhere(statistics.positive_scores).tolist() == [
         [0, 0],
         [0, SCORE_BINS - 1],
         [1, half],
     ]
-    assert torch.nonzero(statistics.negative_scores).tolist() == [[1, half]]
+    assert np.argwhere(statistics.negative_scores).tolist() == [[1, half]]
     assert statistics.ground_truths.tolist() == [3, 1]
 
 
@@ -65,17 +66,16 @@ def test_an_image_without_anything():
 def test_a_score_on_an_edge_stands_at_the_threshold_of_that_edge():
     """In float32, as detector, file and service compare them."""
     edges = score_edges()
-    assert edges.dtype == torch.float32
+    assert edges.dtype == np.float32
     assert score_bin(edges).tolist() == list(range(SCORE_BINS))
-    below = edges[1:].nextafter(torch.tensor(0.0))
+    below = np.nextafter(edges[1:], np.float32(0))
     assert score_bin(below).tolist() == list(range(SCORE_BINS - 1))
-    thresholds = torch.tensor([k / SCORE_BINS for k in range(SCORE_BINS)], dtype=torch.float32)
-    assert torch.equal(edges, thresholds)
+    assert edges.tolist() == [as_float32(k / SCORE_BINS) for k in range(SCORE_BINS)]
 
 
 @given(st.floats(0, 1, width=32))
 def test_the_bin_of_a_score_counts_the_edges_at_or_below_it(score):
-    found = int(score_bin(torch.tensor([score])))
+    found = int(score_bin(score))
     assert found == sum(float(edge) <= score for edge in score_edges()) - 1
 
 
@@ -96,17 +96,17 @@ def test_json_round_trip():
     statistics = observed(3)
     restored = ClassStatistics.from_dict(json.loads(json.dumps(statistics.to_dict())))
     assert same(restored, statistics)
-    assert restored.positives.dtype == torch.int64
+    assert restored.positives.dtype == np.int64
     restored.add_labels(torch.tensor([1, 1, 1, 1]))  # it can go on counting
     assert not same(restored, statistics)
 
 
 def test_forgetting_the_held_out_keeps_training():
     statistics = observed(4)
-    anchors, positives = statistics.anchors, statistics.positives.clone()
+    anchors, positives = statistics.anchors, statistics.positives.copy()
     statistics.forget_held_out()
     assert statistics.anchors == anchors
-    assert torch.equal(statistics.positives, positives)
+    assert np.array_equal(statistics.positives, positives)
     for name in ("ground_truths", "positive_scores", "negative_scores"):
         assert not getattr(statistics, name).any()
 
@@ -126,8 +126,14 @@ def test_two_sets_share_nothing():
         ("positives must be", {"positives": [1, 2]}),
         ("positives is empty, but there are 3 classes", {"positives": []}),
         ("positive_scores must be", {"positive_scores": [[1], [2], [3]]}),
-        ("something else than counts", {"ground_truths": None}),
-        ("something else than counts", {"anchors": None}),
+        ("positive_scores must be an array of integers", {"positive_scores": [[1], [2, 3], [4]]}),
+        ("ground_truths must hold integers", {"ground_truths": None}),
+        ("ground_truths must hold integers", {"ground_truths": [1.5, 2, 3]}),
+        ("ground_truths must hold integers of 64 bits", {"ground_truths": [2**63, 2, 3]}),
+        ("ground_truths must not be negative, got -1", {"ground_truths": [-1, 2, 3]}),
+        ("anchors must be an integer, got None", {"anchors": None}),
+        ("anchors must not be negative, got -1", {"anchors": -1}),
+        ("unknown field 'surprise'", {"surprise": 1}),
     ],
 )
 def test_damaged_json(match, change):
