@@ -52,10 +52,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     """Write the report and print the table of methods."""
-    study = read_study(arguments.files, arguments.section)
+    study = read_study(arguments.files, arguments.section, arguments.baseline)
     written = write_report(study, arguments.out, arguments.baseline)
-    first = arguments.baseline
-    print(tables.methods(study.groups(first), first, study.peers(first)))
+    print(tables.methods(study.runs, arguments.baseline, study.everything))
     print(f"\nreport: {written[0]}, with {len(written) - 1} figures")
     if arguments.tensorboard:
         from benchmarks.study.report.events import write_events

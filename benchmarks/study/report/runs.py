@@ -1,224 +1,111 @@
-"""The rows of a study's result files, grouped over their seeds."""
+"""The rows of a study's result files, as one data frame."""
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas import DataFrame, Series
 
 Run = dict[str, Any]
 
-# What every line has, whether its run ended well or not, and of which type.
+# Required fields of every line, whether its run succeeded or not, and their types.
 KEY = {"section": str, "data": str, "detector": str, "method": str, "seed": int, "steps": int}
-# Where rows of one method should agree, or a reader has to be told.
+# Rows are averaged over seeds, and methods compared, only where all of these are equal. Rows of two
+# sections may be compared where all but the section are (PEERS).
+PEERS = ["data", "detector", "steps", "batch_size", "image_size", "channels"]
+SETTING = ["section", *PEERS]
+# Fields that the runs of one method should share; footnotes list those that differ.
 ORIGIN = ("grid", "cpu", "gpu", "source", "commit", "versions", "options", "config", "recipe")
+NUMBERS = ["ap", "ap50", "ap75", "step_ms", "strength", "bins"]
+OBJECTS = ["options", "config", "ap_per_class", "policies", "curves", "gradient_norms"]
+OTHERS = ["python", "cpu_threads", "system", "parallel", "label", "frame", "title"]
+COLUMNS = list(dict.fromkeys([*SETTING, "method", "seed", *NUMBERS, *OBJECTS, *ORIGIN, *OTHERS]))
 
-# Losses that have curves; how the first was before a guide scaled it to the second.
+# Losses with curves; UNGUIDED is the classification loss before the guide scales it.
 CLASSIFICATION, REGRESSION = "classification", "bbox_regression"
 UNGUIDED = "unguided_classification"
-SAME_RATIO = 1e-4  # rows have losses to six digits
+SAME_RATIO = 1e-4  # relative: rows store losses to six digits
 
 
 class RunFileError(ValueError):
-    """A line of a result file that is no row of a study."""
-
-
-class Setting(NamedTuple):
-    """What rows have in common that may be compared with one another.
-
-    Attributes:
-        section: Of the grid.
-        data: The data set.
-        detector: The architecture.
-        steps: Optimiser steps.
-        batch_size: Images a step; None where the row does not tell, as below.
-        image_size: Height and width in pixels.
-        channels: Width of the detector.
-    """
-
-    section: str
-    data: str
-    detector: str
-    steps: int
-    batch_size: int | None = None
-    image_size: tuple[int, ...] | None = None
-    channels: int | None = None
-
-    @property
-    def label(self) -> str:
-        """Data set, detector and steps, for a title."""
-        return f"{self.data}, {self.detector}, {self.steps:,} steps"
-
-    @property
-    def frame(self) -> str:
-        """Batch, image and width, for what the label leaves open."""
-        known = []
-        if self.batch_size is not None:
-            known.append(f"batch {self.batch_size}")
-        if self.image_size is not None:
-            known.append(f"{'x'.join(map(str, self.image_size))} pixels")
-        if self.channels is not None:
-            known.append(f"{self.channels} channels")
-        return ", ".join(known)
-
-    @property
-    def peers(self) -> tuple[Any, ...]:
-        """Everything but the section: rows of two sections compare where this is equal."""
-        return tuple(self[1:])
-
-
-class Summary(NamedTuple):
-    """A number over seeds; `std` is the sample's (divided by n - 1), None for a single seed."""
-
-    mean: float
-    std: float | None
-    low: float
-    high: float
-    seeds: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """The runs of one method in one setting, one a seed, by seed."""
-
-    setting: Setting
-    method: str
-    runs: tuple[Run, ...]
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Seeds in rising order."""
-        return tuple(run["seed"] for run in self.runs)
-
-    def values(self, value: Value) -> dict[int, float]:
-        """A number by seed, where a row has it."""
-        found = {run["seed"]: number(value(run)) for run in self.runs}
-        return {seed: each for seed, each in found.items() if each is not None}
-
-    def summary(self, value: Value) -> Summary | None:
-        """A number over seeds; None where no row has it."""
-        return summarise(self.values(value).values())
-
-    def disagreements(self) -> dict[str, dict[str, list[int]]]:
-        """Fields of `ORIGIN` in which the seeds differ: the seeds of every value."""
-        found: dict[str, dict[str, list[int]]] = {}
-        for name in ORIGIN:
-            seeds: dict[str, list[int]] = {}
-            for run in self.runs:
-                seeds.setdefault(shown(run.get(name)), []).append(run["seed"])
-            if len(seeds) > 1:
-                found[name] = seeds
-        return found
-
-
-Value = Callable[[Run], Any]
+    """A line of a result file is damaged or is not a row of a study."""
 
 
 @dataclass
 class Study:
-    """What result files hold.
+    """Contents of result files.
 
     Attributes:
-        runs: One a section, setting, method and seed, of the sections that are shown.
-        everything: Of all sections: what is shown may be compared with what is not.
+        everything: One row per section, setting, method and seed. Settings of one section, and
+            methods of one setting, are adjacent, the baseline first. Beside the fields of the file:
+            `label` (data, detector, steps), `frame` (batch, image and width) and `title`, which is
+            the label, with the frame where the label is ambiguous within its section.
+        runs: The rows of the selected sections.
         failures: Lines with an error whose run did not succeed on another line.
-        unfinished: Files whose last line a killed run left unfinished; it was dropped.
-        replaced: How many rows were measured again on a later line, which counts.
+        unfinished: Files whose incomplete last line was dropped.
+        replaced: Number of rows that a later line replaces.
     """
 
-    runs: list[Run] = field(default_factory=list)
+    everything: DataFrame
+    runs: DataFrame
     failures: list[Run] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     replaced: int = 0
-    everything: list[Run] = field(default_factory=list)
-
-    def groups(self, first: str = "") -> list[Group]:
-        """What is shown, by section, setting and method, in the order in which the files bring it.
-
-        Args:
-            first: A method that comes before the others of its setting.
-        """
-        return _grouped(self.runs, first)
-
-    def peers(self, first: str = "") -> list[Group]:
-        """What may be compared with: the groups of all sections, shown or not."""
-        return _grouped(self.everything, first)
 
 
-def _grouped(runs: Iterable[Run], first: str) -> list[Group]:
-    gathered: dict[tuple[Setting, str], list[Run]] = {}
-    for run in runs:
-        gathered.setdefault((setting_of(run), run["method"]), []).append(run)
-    groups = [
-        Group(setting, method, tuple(sorted(runs, key=lambda run: run["seed"])))
-        for (setting, method), runs in gathered.items()
-    ]
-    # Runs end in any order where several share a machine: keep together what belongs together.
-    sections = list(dict.fromkeys(group.setting.section for group in groups))
-    settings = list(dict.fromkeys(group.setting for group in groups))
-    return sorted(
-        groups,
-        key=lambda group: (
-            sections.index(group.setting.section),
-            settings.index(group.setting),
-            group.method != first,
-        ),
-    )
-
-
-def read_study(paths: Sequence[Path], sections: Sequence[str] = ()) -> Study:
+def read_study(paths: Sequence[Path], sections: Sequence[str] = (), first: str = "focal") -> Study:
     """Read result files.
 
     Args:
         paths: JSON lines, as `python -m benchmarks.study` writes them.
-        sections: Only these are shown; empty for all.
+        sections: Sections to show; empty for all.
+        first: The method that precedes the others of its setting.
 
     Raises:
-        RunFileError: A line is damaged or is no row of a study; names the file and the line. Or
-            a section is asked for that no row is of.
+        RunFileError: A line is damaged or is not a row of a study (names file and line), or there
+            is no row of a selected section.
         OSError: A file cannot be read.
     """
-    study = Study()
-    runs: dict[tuple[Any, ...], Run] = {}
-    failures: dict[tuple[Any, ...], Run] = {}
+    runs: dict[str, Run] = {}
+    failures: dict[str, Run] = {}
+    unfinished: list[str] = []
     seen: dict[str, None] = {}
+    replaced = 0
     for path in paths:
-        for run in _lines(path, study):
+        for run in _lines(path, unfinished):
             seen[run["section"]] = None
-            key = (setting_of(run), run["method"], run["seed"])
+            key = json.dumps([run.get(name) for name in (*SETTING, "method", "seed")])
+            chosen = not sections or run["section"] in sections
             if run.get("error") is not None:
-                failures[key] = run
+                failures |= {key: run} if chosen else {}
                 continue
-            study.replaced += key in runs and _chosen(run, sections)
+            replaced += key in runs and chosen
             runs[key] = run
     for section in sections:
         if section not in seen:
             raise RunFileError(f"no row is of section {section!r}; sections: {', '.join(seen)}")
+    everything = _frame(runs.values(), first)
+    shown = everything[everything.section.isin(sections or list(seen))]
     failed = [run for key, run in failures.items() if key not in runs]
-    study.everything = list(runs.values())
-    study.runs = [run for run in study.everything if _chosen(run, sections)]
-    study.failures = [run for run in failed if _chosen(run, sections)]
-    return study
+    return Study(everything, shown, failed, unfinished, replaced)
 
 
-def _chosen(run: Run, sections: Sequence[str]) -> bool:
-    return not sections or run["section"] in sections
-
-
-def _lines(path: Path, study: Study) -> Iterable[Run]:
+def _lines(path: Path, unfinished: list[str]) -> Iterator[Run]:
     try:
         finished, newline, rest = path.read_text().rpartition("\n")
     except UnicodeDecodeError as error:
         raise RunFileError(f"{path} is not a text file: {error}") from None
     if rest.strip():
-        study.unfinished.append(str(path))
-    for place, line in enumerate((finished + newline).split("\n"), start=1):
+        unfinished.append(str(path))
+    for number, line in enumerate((finished + newline).split("\n"), start=1):
         if line.strip():
-            yield _parsed(line, f"{path}, line {place}")
+            yield _parsed(line, f"{path}, line {number}")
 
 
 def _parsed(line: str, where: str) -> Run:
@@ -239,98 +126,105 @@ def _parsed(line: str, where: str) -> Run:
     return run
 
 
-def setting_of(run: Run) -> Setting:
-    """What a run may be compared within."""
-    size = run.get("image_size")
-    sides = tuple(side for side in size if isinstance(side, int)) if isinstance(size, list) else ()
-    return Setting(
-        run["section"],
-        run["data"],
-        run["detector"],
-        run["steps"],
-        _whole(run.get("batch_size")),
-        sides or None,
-        _whole(run.get("channels")),
+def _frame(runs: Iterable[Run], first: str) -> DataFrame:
+    rows = [_row(run) for run in runs]
+    frame = DataFrame(rows, columns=[*COLUMNS, "training"], dtype=object)
+    numbers = frame[NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
+    frame[NUMBERS] = numbers.where(np.isfinite(numbers))
+    # Runs end in any order where several share a machine: bring together what belongs together.
+    order = DataFrame(
+        {
+            "section": _rank(frame, ["section"]),
+            "setting": _rank(frame, SETTING),
+            "baseline": frame.method != first,
+            "method": _rank(frame, [*SETTING, "method"]),
+            "seed": frame.seed.astype(int),
+        }
     )
+    frame = frame.loc[order.sort_values(list(order), kind="stable").index].reset_index(drop=True)
+    frames = frame.groupby(["section", "label"], sort=False).frame.transform("nunique")
+    frame["title"] = frame.label.where(frames.eq(1), frame.label + ", " + frame.frame)
+    return frame
 
 
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
-
-
-def number(value: Any) -> float | None:
-    """A finite number, or None for anything else: rows write NaN as null."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def guided(run: Run) -> bool:
-    """Whether a guide scaled the classification to the boxes, so that its curve is theirs again.
-
-    Told by the curve of how it was before; rows recorded earlier lack it, but in them the two
-    losses have the same ratio at all points.
-    """
-    curves = run.get("curves") or {}
-    if UNGUIDED in curves:
-        return True
-    pairs = zip(curves.get(CLASSIFICATION) or (), curves.get(REGRESSION) or (), strict=False)
-    ratios = [mine / boxes for mine, boxes in pairs if number(mine) and number(boxes)]
-    return len(ratios) > 1 and max(ratios) - min(ratios) < SAME_RATIO * max(ratios)
-
-
-def trainings(runs: Iterable[Run]) -> int:
-    """How many trainings runs are of: a study writes one down at every place that wants it."""
-    places = ("section", "method")
-    return len({shown({k: v for k, v in run.items() if k not in places}) for run in runs})
-
-
-def summarise(values: Iterable[float]) -> Summary | None:
-    """Mean, sample standard deviation and range; None of nothing."""
-    each = list(values)
-    if not each:
-        return None
-    deviation = statistics.stdev(each) if len(each) > 1 else None
-    return Summary(statistics.fmean(each), deviation, min(each), max(each), len(each))
-
-
-def paired(group: Group, baseline: Group, value: Value) -> Summary | None:
-    """`group` minus `baseline`, seed by seed; None where they share no seed."""
-    ours, theirs = group.values(value), baseline.values(value)
-    return summarise(ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys())
-
-
-def by_setting(groups: Iterable[Group]) -> dict[Setting, list[Group]]:
-    """Groups of the same setting together, in order."""
-    found: dict[Setting, list[Group]] = {}
-    for group in groups:
-        found.setdefault(group.setting, []).append(group)
-    return found
-
-
-def baseline_of(group: Group, groups: Iterable[Group], name: str) -> Group | None:
-    """The baseline that a group is compared with: its own section's, else another section's."""
-    candidates = [
-        other
-        for other in groups
-        if other.method == name and other.setting.peers == group.setting.peers
+def _row(run: Run) -> Run:
+    size = run.get("image_size")
+    sides = "x".join(map(str, size)) if isinstance(size, list) else None
+    batch, channels = run.get("batch_size"), run.get("channels")
+    frame = [
+        f"batch {batch}" if batch is not None else "",
+        f"{sides} pixels" if sides else "",
+        f"{channels} channels" if channels is not None else "",
     ]
-    own = [other for other in candidates if other.setting.section == group.setting.section]
-    return next(iter(own + candidates), None)
-
-
-def titles(settings: Iterable[Setting]) -> dict[Setting, str]:
-    """A title for every setting, with the frame where data, detector and steps do not tell."""
-    settings = list(dict.fromkeys(settings))
-    labels = [(setting.section, setting.label) for setting in settings]
     return {
-        setting: f"{label[1]}, {setting.frame}" if labels.count(label) > 1 else label[1]
-        for setting, label in zip(settings, labels, strict=True)
+        **{name: run.get(name) for name in COLUMNS},
+        **{name: run.get(name) or {} for name in OBJECTS},
+        "image_size": sides,
+        "label": f"{run['data']}, {run['detector']}, {run['steps']:,} steps",
+        "frame": ", ".join(filter(None, frame)),
+        # A study repeats the row of one training under every section and method that uses it.
+        "training": shown({k: v for k, v in run.items() if k not in ("section", "method")}),
     }
 
 
+def _rank(frame: DataFrame, names: list[str]) -> Series:
+    """Rank of every row by the first appearance of its values."""
+    return frame.groupby(names, sort=False, dropna=False).ngroup()
+
+
+def by_setting(frame: DataFrame) -> Iterator[tuple[str, str, DataFrame]]:
+    """Yield section, title and rows of every setting."""
+    for (section, title), part in frame.groupby(["section", "title"], sort=False):
+        yield section, title, part
+
+
+def by_method(frame: DataFrame) -> Iterator[tuple[str, DataFrame]]:
+    """Yield name and rows of every method."""
+    yield from frame.groupby("method", sort=False)
+
+
+def baseline_of(part: DataFrame, everything: DataFrame, name: str) -> DataFrame:
+    """Rows of the baseline for a setting: of its own section, else of the first other one.
+
+    Args:
+        part: Rows of one setting.
+        everything: All rows of the study.
+        name: The baseline's method.
+
+    Returns:
+        Empty where no section has the baseline in this setting.
+    """
+    rows = peers_of(part, everything)
+    rows = rows[rows.method == name]
+    own = rows[rows.section == part.section.iloc[0]]
+    return own if len(own) else rows[rows.section == rows.section.iloc[0]] if len(rows) else rows
+
+
+def peers_of(part: DataFrame, everything: DataFrame) -> DataFrame:
+    """Rows of any section that agree with a setting's rows in everything but the section."""
+    values = part[PEERS].iloc[0]
+    equal = (everything[PEERS] == values) | (everything[PEERS].isna() & values.isna())
+    return everything[equal.all(axis=1)]
+
+
+def is_guided(curves: Run) -> bool:
+    """Whether a guide scaled the classification loss to the box loss.
+
+    Rows recorded before UNGUIDED existed are recognised by a constant ratio of the two losses.
+    """
+    if UNGUIDED in curves:
+        return True
+    losses = DataFrame(
+        zip(curves.get(CLASSIFICATION, ()), curves.get(REGRESSION, ()), strict=False), dtype=float
+    )
+    if losses.empty:
+        return False
+    ratios = (losses[0] / losses[1])[(losses != 0).all(axis=1)].dropna()
+    return len(ratios) > 1 and bool(ratios.max() - ratios.min() < SAME_RATIO * ratios.max())
+
+
 def shown(value: Any) -> str:
-    """A value of a row as text that is equal where values are."""
+    """A field of a row as text; equal for equal values."""
     if value is None:
         return "none"
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

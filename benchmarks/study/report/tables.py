@@ -1,169 +1,202 @@
-"""A study's tables: methods, classes, threshold policies, the loss at the start, provenance."""
+"""A study's tables in Markdown: methods, classes, threshold policies, initial loss, provenance."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.study.report import markdown
-from benchmarks.study.report.runs import (
-    Group,
-    Run,
-    Setting,
-    Study,
-    Summary,
-    Value,
-    baseline_of,
-    by_setting,
-    paired,
-    shown,
-    summarise,
-    titles,
-)
+import numpy as np
+import pandas as pd
+from pandas import DataFrame, Series
 
-AVERAGES = (("AP", "ap"), ("AP50", "ap50"), ("AP75", "ap75"))
-SINGLE, F1 = "single", "f1"  # policies: the best one threshold for all classes, and one a class
-# Anchors a positive and classes of METHODS' table: about RetinaNet's on COCO.
+from benchmarks.study.report.runs import ORIGIN, Run, Study, baseline_of, by_setting, shown
+
+NOTHING = "-"
+AVERAGES = {"AP": "ap", "AP50": "ap50", "AP75": "ap75"}
+SINGLE, F1 = "single", "f1"  # policies: the best one threshold for all classes, and one per class
+# Anchors per positive and number of classes, about those of RetinaNet on COCO.
 ANCHORS, CLASSES = 1000, 80
 PRIORS = (0.5, 1e-2, 1e-5, 1e-10)
 
 
-def methods(groups: Sequence[Group], baseline: str, peers: Sequence[Group] = ()) -> str:
-    """For every setting: AP by method over seeds, against the baseline, and the time a step.
+def markdown(cells: DataFrame, left: Sequence[str] = ()) -> str:
+    """Format text as a Markdown table.
 
     Args:
-        groups: What is shown of a study.
-        baseline: The method that the others are compared with, paired by seed.
-        peers: Where the baseline is looked for; empty for `groups`.
+        cells: Texts; the index becomes the first column, under its name.
+        left: Left-aligned columns beside the index; the others are right-aligned.
     """
-    return _by_setting(groups, lambda own: _methods(own, peers or groups, baseline))
+    text = cells.reset_index().map(lambda cell: str(cell).replace("|", "\\|"))
+    sides = ["left" if name in (cells.index.name, *left) else "right" for name in text]
+    return text.to_markdown(index=False, colalign=sides, disable_numparse=True)
 
 
-def _methods(own: Sequence[Group], groups: Sequence[Group], baseline: str) -> str:
-    rows = [[_marked(group), ", ".join(map(str, group.seeds))] for group in own]
-    for _, name in AVERAGES:
-        summaries = [group.summary(field(name)) for group in own]
-        cells = [markdown.spread(summary) for summary in summaries]
-        _append(rows, markdown.bold_best(cells, summaries))
-    notes = _mixtures(own)
-    _append(rows, [_against(group, groups, baseline, notes) for group in own])
-    _append(rows, [markdown.spread(group.summary(field("step_ms")), 1) for group in own])
-    sharing = sorted({run.get("parallel") or 1 for group in own for run in group.runs})
+def spread(values: Series, methods: Series, digits: int = 3, *, deviation: bool = True) -> Series:
+    """Mean ± sample standard deviation of every method; the mean alone of a single value."""
+    found = values.astype(float).groupby(methods, sort=False).agg(["mean", "std"])
+    texts = found["mean"].map(f"{{:.{digits}f}}".format)
+    if deviation:
+        texts += found["std"].map(f" ± {{:.{digits}f}}".format).where(found["std"].notna(), "")
+    return texts.where(found["mean"].notna(), NOTHING)
+
+
+def bold_best(texts: Series, values: Series, methods: Series) -> Series:
+    """Set the method with the highest mean in bold, unless it is the only one."""
+    means = values.astype(float).groupby(methods, sort=False).mean()
+    return texts.where((means != means.max()) | (means.count() < 2), "**" + texts + "**")
+
+
+def difference(deltas: Series, seeds: int) -> str:
+    """Mean and range of differences, and the number of seeds where it is less than `seeds`."""
+    deltas = deltas.dropna()
+    if deltas.empty:
+        return NOTHING
+    text = f"{deltas.mean():+.3f}"
+    if len(deltas) > 1:
+        text += f" ({deltas.min():+.3f} to {deltas.max():+.3f})"
+    return text + (f", {len(deltas)} of {seeds} seeds" if len(deltas) < seeds else "")
+
+
+def methods(frame: DataFrame, baseline: str, everything: DataFrame) -> str:
+    """Table per setting: AP by method over seeds, difference to the baseline, time per step.
+
+    Args:
+        frame: The rows to show.
+        baseline: The method that the others are compared with, paired by seed.
+        everything: All rows of the study, among which the baseline is looked up.
+    """
+    return _per_setting(frame, lambda part: _methods(part, everything, baseline))
+
+
+def _methods(part: DataFrame, everything: DataFrame, baseline: str) -> str:
+    groups = part.groupby("method", sort=False)
+    table = DataFrame({"seeds": groups.seed.agg(_listed)})
+    for name, column in AVERAGES.items():
+        texts = spread(part[column], part.method)
+        table[name] = bold_best(texts, part[column], part.method)
+    notes = _mixtures(part)
+    reference = baseline_of(part, everything, baseline)
+    if reference.empty:
+        notes.append(f"There is no row of {baseline} to compare with.")
+    elif reference.section.iloc[0] != part.section.iloc[0]:
+        notes.append(f"{baseline} is that of section {reference.section.iloc[0]}.")
+    paired = part.ap - part.seed.map(reference.set_index("seed").ap)
+    table[f"AP against {baseline}"] = [
+        "baseline" if method == baseline else difference(paired[rows.index], len(rows))
+        for method, rows in groups
+    ]
+    table["ms a step"] = spread(part.step_ms, part.method, 1)
+    sharing = sorted(part.parallel.fillna(1).unique())
     if sharing != [1]:
         notes.append(f"Runs that shared the machine while steps were timed: {_listed(sharing)}.")
-    names = [name for name, _ in AVERAGES]
-    head = ("method", "seeds", *names, f"AP against {baseline}", "ms a step")
-    return "\n\n".join([markdown.table(head, rows, left=(0, 1)), *dict.fromkeys(notes)])
+    mixed = [f"{method} †" if _disagreements(rows) else method for method, rows in groups]
+    table.index = pd.Index(mixed, name="method")
+    return "\n\n".join([markdown(table, left=["seeds"]), *notes])
 
 
-def _against(group: Group, groups: Sequence[Group], name: str, notes: list[str]) -> str:
-    if group.method == name:
-        return "baseline"
-    baseline = baseline_of(group, groups, name)
-    if baseline is None:
-        notes.append(f"There is no row of {name} to compare with.")
-        return markdown.NOTHING
-    if baseline.setting.section != group.setting.section:
-        notes.append(f"{name} is that of section {baseline.setting.section}.")
-    return markdown.difference(paired(group, baseline, field("ap")), len(group.seeds))
+def _disagreements(rows: DataFrame) -> dict[str, Series]:
+    """Fields of ORIGIN in which the seeds of a method differ: lists of seeds by value."""
+    found = {name: rows.seed.groupby(rows[name].map(shown), sort=False) for name in ORIGIN}
+    return {name: seeds.agg(list) for name, seeds in found.items() if seeds.ngroups > 1}
 
 
-def _marked(group: Group) -> str:
-    return f"{group.method} †" if group.disagreements() else group.method
-
-
-def _mixtures(own: Sequence[Group]) -> list[str]:
-    """Footnotes on what a table's rows do not have in common."""
+def _mixtures(part: DataFrame) -> list[str]:
+    """Footnotes on rows of one table that differ in more than method and seed."""
     notes = []
-    for group in own:
-        for name, seeds in group.disagreements().items():
-            parts = "; ".join(f"{value} ({_seeds(of)})" for value, of in seeds.items())
-            notes.append(f"† {group.method}: seeds differ in {name}: {parts}.")
+    for method, rows in part.groupby("method", sort=False):
+        for name, seeds in _disagreements(rows).items():
+            parts = "; ".join(f"{value} ({seeds_named(of)})" for value, of in seeds.items())
+            notes.append(f"† {method}: seeds differ in {name}: {parts}.")
     for name in ("cpu", "gpu", "source", "commit", "versions"):
-        values = list(dict.fromkeys(shown(run.get(name)) for group in own for run in group.runs))
+        values = part[name].map(shown).unique()
         if len(values) > 1:
-            notes.append(f"Rows of this table differ in {name}: {', '.join(values)}.")
+            notes.append(f"Rows of this table differ in {name}: {_listed(values)}.")
     return notes
 
 
-def _seeds(seeds: Sequence[int]) -> str:
+def seeds_named(seeds: Sequence[int]) -> str:
+    """`seed 1` or `seeds 1, 2`."""
     return f"{'seed' if len(seeds) == 1 else 'seeds'} {_listed(seeds)}"
 
 
-def classes(groups: Sequence[Group]) -> str:
-    """For every setting: AP and AP50 of every class by method, means over seeds."""
-    return _by_setting(groups, _classes)
+def classes(frame: DataFrame) -> str:
+    """Table per setting: AP and AP50 of every class by method, means over seeds."""
+    return _per_setting(frame, _classes)
 
 
-def _classes(own: Sequence[Group]) -> str:
-    names = list(
-        dict.fromkeys(name for group in own for run in group.runs for name in _per_class(run))
-    )
-    if not names:
-        return "No row tells the classes apart."
+def _classes(part: DataFrame) -> str:
     tables = []
-    for place, title in enumerate(("AP", "AP50")):
-        rows = [[group.method] for group in own]
-        for name in names:
-            summaries = [group.summary(of_class(name, place)) for group in own]
-            cells = [markdown.spread(_plain(summary)) for summary in summaries]
-            _append(rows, markdown.bold_best(cells, summaries))
-        tables.append(markdown.table((f"{title} of class", *names), rows))
-    return "\n\n".join(tables)
+    for position, title in enumerate(AVERAGES):
+        values = class_precision(part, position)
+        if values.empty or position > 1:
+            break
+        texts = {
+            name: bold_best(spread(column, part.method, deviation=False), column, part.method)
+            for name, column in values.items()
+        }
+        tables.append(markdown(DataFrame(texts).rename_axis(f"{title} of class")))
+    return "\n\n".join(tables) or "No row has AP by class."
 
 
-def policies(groups: Sequence[Group]) -> str:
-    """For every setting: macro-F1 of every threshold policy by method, means over seeds.
+def class_precision(part: DataFrame, position: int) -> DataFrame:
+    """AP (position 0) or AP50 (1) of every class, by row."""
+    pairs = DataFrame(list(part.ap_per_class), index=part.index)
+    return pairs.map(
+        lambda pair: pair[position] if isinstance(pair, list) and len(pair) > position else None
+    ).astype(float)
 
-    The last column is what a threshold a class is worth: policy f1 minus the best single threshold,
-    paired by seed, with its range.
+
+def policies(frame: DataFrame) -> str:
+    """Table per setting: macro-F1 of every threshold policy by method, means over seeds.
+
+    The last column is the gain from one threshold per class: policy f1 minus the best single
+    threshold, paired by seed, with its range.
     """
-    return _by_setting(groups, _policies)
+    return _per_setting(frame, _policies)
 
 
-def _policies(own: Sequence[Group]) -> str:
-    names = policy_names(own)
-    if not names:
-        return "No row tells of threshold policies."
-    rows = [[group.method] for group in own]
-    for name in names:
-        summaries = [group.summary(macro_f1(name)) for group in own]
-        _append(rows, [markdown.spread(_plain(summary)) for summary in summaries])
-    _append(rows, [_gain(group) for group in own])
-    return markdown.table(("macro-F1 of method", *names, f"{F1} minus {SINGLE}"), rows)
+def _policies(part: DataFrame) -> str:
+    scores = policy_scores(part)
+    if scores.empty:
+        return "No row has threshold policies."
+    texts = {name: spread(scores[name], part.method, deviation=False) for name in scores}
+    gain = scores.get(F1, np.nan) - scores.get(SINGLE, Series(np.nan, part.index))
+    texts[f"{F1} minus {SINGLE}"] = gain.groupby(part.method, sort=False).agg(
+        lambda deltas: difference(deltas, len(deltas))
+    )
+    return markdown(DataFrame(texts).rename_axis("macro-F1 of method"))
 
 
-def _gain(group: Group) -> str:
-    ours, theirs = group.values(macro_f1(F1)), group.values(macro_f1(SINGLE))
-    gains = summarise(ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys())
-    return markdown.difference(gains, len(group.seeds))
-
-
-def policy_names(groups: Iterable[Group]) -> list[str]:
-    """Threshold policies of any row: `single` first, the others as the rows bring them."""
-    found = {name: None for group in groups for run in group.runs for name in _policies_of(run)}
-    return sorted(found, key=lambda name: name != SINGLE)
+def policy_scores(part: DataFrame) -> DataFrame:
+    """Macro-F1 on the test split by row and policy, `single` first."""
+    scores = [
+        {name: (policy or {}).get("macro_f1") for name, policy in found.items()}
+        for found in part.policies
+    ]
+    frame = DataFrame(scores, index=part.index).astype(float)
+    return frame[sorted(frame, key=lambda name: name != SINGLE)]
 
 
 def initial_losses(anchors: int = ANCHORS, classes: int = CLASSES) -> str:
-    """Cross entropy a positive before the first step, by the prior that the bias starts from.
+    """Table of the cross entropy per positive before the first step, by the bias's prior.
 
     Section 3 of arXiv 1909.04868. Loads torch.
 
     Args:
-        anchors: Anchors a positive one, `N / N_f`.
-        classes: `C`.
+        anchors: Anchors per positive anchor, `N / N_f`.
+        classes: Number of classes, `C`.
     """
     from ghm_triton.imbalance.sampling_free import initial_loss, optimal_prior
 
     counts = {"positives": 1, "counted": anchors, "classes": classes}
     best = optimal_prior(**counts)
-    rows = []
+    rows = {}
     for prior in sorted((*PRIORS, best), reverse=True):
         loss = initial_loss(prior, **counts)
         name = f"{prior:g}" + (" (optimal)" if prior == best else "")
-        rows.append([name, *(_significant(part) for part in (*loss, sum(loss)))])
-    return markdown.table(("prior", "of a positive", "of its negatives", "sum"), rows)
+        rows[name] = [_significant(part) for part in (*loss, sum(loss))]
+    head = ["of a positive", "of its negatives", "sum"]
+    return markdown(DataFrame.from_dict(rows, orient="index", columns=head).rename_axis("prior"))
 
 
 def _significant(value: float) -> str:
@@ -171,100 +204,51 @@ def _significant(value: float) -> str:
 
 
 def provenance(study: Study) -> str:
-    """Where the rows come from: one line for each grid, machine and set of versions."""
-    origins: dict[tuple[str, ...], list[Run]] = {}
-    for run in study.runs:
-        names = ("grid", "cpu", "cpu_threads", "gpu", "system", "python", "versions")
-        origins.setdefault(tuple(shown(run.get(name)) for name in names), []).append(run)
-    rows = [_origin(runs) for runs in origins.values()]
-    head = ("grid", "rows", "machine", "versions", "commits", "sources", "reduced")
-    return markdown.table(head, rows, left=(0, 2, 3, 4, 5, 6))
+    """Table of where the rows come from: one line per grid, machine and set of versions."""
+    names = ["grid", "cpu", "cpu_threads", "gpu", "system", "python", "versions"]
+    origins = study.runs.groupby([study.runs[name].map(shown) for name in names], sort=False)
+    table = DataFrame([_origin(rows) for _, rows in origins]).set_index("grid")
+    return markdown(table, left=["machine", "versions", "commits", "sources", "reduced"])
 
 
-def _origin(runs: Sequence[Run]) -> list[str]:
-    first = runs[0]
-    machine = [str(first[name]) for name in ("gpu", "cpu", "system") if first.get(name)]
-    if first.get("cpu_threads"):
-        machine.append(f"CPU threads a run: {first['cpu_threads']}")
-    versions = {"Python": first.get("python"), **(first.get("versions") or {})}
-    return [
-        shown(first.get("grid")),
-        str(len(runs)),
-        ", ".join(machine),
-        ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        _listed(dict.fromkeys(shown(run.get("commit")) for run in runs)),
-        _listed(dict.fromkeys(shown(run.get("source")) for run in runs)),
-        "no" if first.get("gpu") else "yes: trained without a GPU",
-    ]
+def _origin(rows: DataFrame) -> Run:
+    first = rows.iloc[0]
+    machine = [str(first[name]) for name in ("gpu", "cpu", "system") if first[name]]
+    if first.cpu_threads:
+        machine.append(f"CPU threads a run: {first.cpu_threads}")
+    versions = {"Python": first.python, **(first.versions or {})}
+    return {
+        "grid": shown(first.grid),
+        "rows": len(rows),
+        "machine": _listed(machine),
+        "versions": _listed(f"{name} {version}" for name, version in versions.items() if version),
+        "commits": _listed(rows.commit.map(shown).unique()),
+        "sources": _listed(rows.source.map(shown).unique()),
+        "reduced": "no" if first.gpu else "yes: trained without a GPU",
+    }
 
 
 def failures(study: Study) -> str:
-    """Runs that ended in an error and did not succeed on another line."""
+    """Table of the runs that ended in an error and did not succeed on another line."""
     rows = [
-        [
-            f"{run['section']}: {run['method']}",
-            f"{run['data']}, {run['detector']}, {run['steps']:,} steps",
-            str(run["seed"]),
-            " ".join(str(run["error"]).split())[:200],
-        ]
+        {
+            "run": f"{run['section']}: {run['method']}",
+            "setting": f"{run['data']}, {run['detector']}, {run['steps']:,} steps",
+            "seed": run["seed"],
+            "error": " ".join(str(run["error"]).split())[:200],
+        }
         for run in study.failures
     ]
-    return markdown.table(("run", "setting", "seed", "error"), rows, left=(0, 1, 3))
+    return markdown(DataFrame(rows).set_index("run"), left=["setting", "error"])
 
 
-def field(name: str) -> Value:
-    """A number that lies in a row itself."""
-    return lambda run: run.get(name)
-
-
-def of_class(name: str, place: int) -> Value:
-    """AP (place 0) or AP50 (1) of a class."""
-
-    def value(run: Run) -> Any:
-        pair = _per_class(run).get(name)
-        return pair[place] if isinstance(pair, list) and len(pair) > place else None
-
-    return value
-
-
-def macro_f1(policy: str) -> Value:
-    """Macro-F1 on the test split at the thresholds of a policy."""
-
-    def value(run: Run) -> Any:
-        return (_policies_of(run).get(policy) or {}).get("macro_f1")
-
-    return value
-
-
-def _per_class(run: Run) -> dict[str, Any]:
-    return run.get("ap_per_class") or {}
-
-
-def _policies_of(run: Run) -> dict[str, Any]:
-    return run.get("policies") or {}
-
-
-def _by_setting(groups: Sequence[Group], draw: Callable[[Sequence[Group]], str]) -> str:
-    settings = by_setting(groups)
-    names = titles(settings)
-    return "\n\n".join(
-        f"{_heading(setting, names[setting])}\n\n{draw(own)}" for setting, own in settings.items()
-    )
-
-
-def _heading(setting: Setting, title: str) -> str:
-    frame = f" ({setting.frame})" if setting.frame and setting.frame not in title else ""
-    return f"**{setting.section}: {title}**{frame}"
-
-
-def _append(rows: list[list[str]], cells: Iterable[str]) -> None:
-    for row, cell in zip(rows, cells, strict=True):
-        row.append(cell)
-
-
-def _plain(summary: Summary | None) -> Summary | None:
-    """Without the deviation, where a table shows means."""
-    return None if summary is None else summary._replace(std=None)
+def _per_setting(frame: DataFrame, draw: Callable[[DataFrame], str]) -> str:
+    tables = []
+    for section, title, part in by_setting(frame):
+        outline = part.frame.iloc[0]
+        note = f" ({outline})" if outline and outline not in title else ""
+        tables.append(f"**{section}: {title}**{note}\n\n{draw(part)}")
+    return "\n\n".join(tables)
 
 
 def _listed(values: Iterable[Any]) -> str:

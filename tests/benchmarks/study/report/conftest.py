@@ -44,13 +44,13 @@ def make(method="focal", seed=0, ap=0.5, **fields):
 
 @pytest.fixture(name="make")
 def make_fixture():
-    """One row: a method, a seed, an AP and whatever else it should say."""
+    """Make one row with a method, a seed, an AP and any other fields."""
     return make
 
 
 @pytest.fixture
 def write(tmp_path):
-    """Write rows, or lines as they are, to a file."""
+    """Write rows, or verbatim lines, to a file."""
 
     def write(*rows, name="study.jsonl", end="\n"):
         path = tmp_path / name
@@ -62,8 +62,8 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def groups(write):
-    """Rows as a study's groups, baseline first."""
+def frame(write):
+    """Rows as a study's data frame, baseline first."""
     from benchmarks.study.report.runs import read_study
 
-    return lambda *rows: read_study([write(*rows)]).groups(first="focal")
+    return lambda *rows: read_study([write(*rows)]).runs

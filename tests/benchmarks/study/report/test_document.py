@@ -79,14 +79,12 @@ def test_a_sweep_is_drawn_once_and_not_as_a_comparison_of_methods(write, make, t
         (("strength",), "strength of GHM-C"),
     ],
 )
-def test_the_axis_says_which_strengths_were_moved(groups, make, names, label):
+def test_the_axis_names_the_strengths_that_vary(write, make, names, label):
     options = dict.fromkeys(names, 0.5)
     rows = [make("ghm", section="strength", strength=0.25)]
     rows += [make("ghm-s0.5", section="strength", strength=0.5, options=options)]
-    found = groups(*rows, make("focal"))
-    (picture,) = (
-        each for each in pictures(found, found, "focal") if each.name == "ap_against_strength"
-    )
+    study = read_study([write(*rows, make("focal"))])
+    (picture,) = (each for each in pictures(study, "focal") if each.name == "ap_against_strength")
     assert picture.title == f"AP against {label}"
     assert picture.draw().axes[0].get_xlabel() == label
 
@@ -128,9 +126,3 @@ def test_no_picture_replaces_another(write, make, tmp_path, names):
     pictures = [path.name for path in written[1:]]
     assert len({name.lower() for name in pictures}) == len(pictures) == 3
     assert re.findall(r"!\[.*\]\((.*)\)", written[0].read_text()) == pictures
-
-
-def test_what_several_sections_show_is_counted_once(write, make, tmp_path):
-    rows = [make(), make(section="bins"), make(seed=1)]
-    text = write_report(read_study([write(*rows)]), tmp_path / "out")[0].read_text()
-    assert "\n2 trainings. AP" in text

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 
 from benchmarks.study.report import figures
-from benchmarks.study.report.style import NothingToDrawError, styles_of
+from benchmarks.study.report.figures import sweep, sweep_points
+from benchmarks.study.report.runs import by_method
+from benchmarks.study.report.style import (
+    NothingToDrawError,
+    legend_below,
+    log_scale,
+    panels,
+    styles_of,
+)
 
 
 def titles(figure):
@@ -13,9 +21,9 @@ def lines(axes):
     return [tuple(map(list, line.get_data())) for line in axes.get_lines()]
 
 
-def test_average_precision_draws_seeds_and_means(groups, make):
+def test_average_precision_draws_seeds_and_means(frame, make):
     rows = [make("focal", 0, 0.5), make("focal", 1, 0.7), make("ghm", 0, 0.8), make("ce", ap=None)]
-    found = groups(*rows, make("focal", data="voc:bccd", ap=0.3))
+    found = frame(*rows, make("focal", data="voc:bccd", ap=0.3))
     figure = figures.average_precision(found, styles_of(found), "focal")
     assert titles(figure) == ["digits\nretinanet, 600 steps", "voc:bccd\nretinanet, 600 steps"]
     digits, cells = figure.axes
@@ -36,10 +44,10 @@ def curves(step, classification, regression):
     return {"step": step, "classification": classification, "bbox_regression": regression}
 
 
-def test_loss_curves_are_means_over_seeds(groups, make):
+def test_loss_curves_are_means_over_seeds(frame, make):
     rows = [make(seed=0, curves=curves([10, 20], [4.0, 2.0], [1.0, None]))]
     rows += [make(seed=1, curves=curves([10, 20], [2.0, 1.0], [3.0, 0.0])), make("ce")]
-    found = groups(*rows)
+    found = frame(*rows)
     figure = figures.loss_curves(found, styles_of(found))
     classification, regression = figure.axes
     assert lines(classification) == [([10, 20], [3.0, 1.5])]
@@ -51,29 +59,30 @@ def test_loss_curves_are_means_over_seeds(groups, make):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["focal"]
 
 
-def test_a_guided_classification_is_drawn_as_it_was_before(groups, make):
+def test_a_guided_classification_is_drawn_as_it_was_before(frame, make):
     boxes, before = [1.0, 0.5, 0.3], [9.0, 8.0, 6.0]
     told = {**curves([10, 20, 30], boxes, boxes), "unguided_classification": before}
     earlier = curves([10, 20, 30], [2.00001, 1.0, 0.6], boxes)  # twice the boxes, as rows round
     free = curves([10, 20, 30], [2.0, 1.0, 0.5], boxes)
     rows = [make("focal", curves=free), make("ghm", 0, curves=told)]
     rows += [make("ghm", 1, curves=earlier), make("old", curves=earlier), make("none")]
-    found = groups(*rows)
+    found = frame(*rows)
     classification, regression = figures.loss_curves(found, styles_of(found)).axes
     drawn = [list(line.get_ydata()) for line in classification.get_lines()]
     assert drawn == [free["classification"], before]
     assert len(regression.get_lines()) == 3
-    lacking = [group.method for group in found if figures.lacks_classification(group)]
+    lacking = [name for name, rows in by_method(found) if figures.lacks_classification(rows)]
     assert lacking == ["old"]
-    assert figures.loss_curves([found[2]], styles_of(found)).axes[0].get_lines() == []
+    alone = figures.loss_curves(found[found.method == "old"], styles_of(found))
+    assert alone.axes[0].get_lines() == []
 
 
-def test_threshold_policies_are_bars_with_their_range(groups, make):
+def test_threshold_policies_are_bars_with_their_range(frame, make):
     def policies(f1, single):
         return {"f1": {"macro_f1": f1}, "single": {"macro_f1": single}}
 
     rows = [make(seed=0, policies=policies(0.6, 0.5)), make(seed=1, policies=policies(0.8, 0.6))]
-    found = groups(*rows, make("ghm", policies=policies(0.9, None)), make("ce"))
+    found = frame(*rows, make("ghm", policies=policies(0.9, None)), make("ce"))
     (axes,) = figures.threshold_policies(found).axes
     single, f1 = axes.containers[1], axes.containers[3]
     assert [container.get_label() for container in (single, f1)] == [
@@ -109,9 +118,260 @@ def test_the_initial_loss_is_lowest_at_the_mark():
     [
         (lambda found: figures.average_precision(found, styles_of(found), "ce"), "no row has an"),
         (lambda found: figures.loss_curves(found, styles_of(found)), "no row has loss curves"),
-        (figures.threshold_policies, "no row tells of threshold policies"),
+        (figures.threshold_policies, "no row has threshold policies"),
     ],
 )
-def test_a_figure_without_rows_is_not_drawn(groups, make, draw, reason):
+def test_a_figure_without_rows_is_not_drawn(frame, make, draw, reason):
     with pytest.raises(NothingToDrawError, match=reason):
-        draw(groups(make(ap=None)))
+        draw(frame(make(ap=None)))
+
+
+def bins(make, count, ap, seed=0, **fields):
+    fields = {"section": "bins", "options": {"bins": count}, **fields}
+    return make(f"bins-{count}", seed, ap, bins=count, **fields)
+
+
+def points_of(rows, options=("bins",)):
+    """AP by value, by line, of the sweep of the last rows' section."""
+    part = rows[(rows.section != "methods") & (rows.steps == 600)]
+    lines = {}
+    for point in sweep_points(part, rows, options).sort_values(["value", "seed"]).itertuples():
+        lines.setdefault(point.line, {}).setdefault(point.value, []).append(point.ap)
+    return lines
+
+
+def test_a_sweep_has_the_rows_of_its_section_and_the_default(frame, make):
+    rows = [bins(make, 40, 0.7), bins(make, 10, 0.5), bins(make, 10, 0.6, seed=1)]
+    rows += [make("ghm", 0, 0.65, bins=30), make("ghm", 0, 0.1, bins=31, steps=10)]
+    rows += [make("guided", 0, 0.2, bins=32, options={"guided_loss": True})]
+    rows += [make("clean", 0, 0.3, bins=33, config={"assigner": "cleanliness"})]
+    rows += [make("ce", 0, 0.4)]
+    assert points_of(frame(*rows)) == {"": {10: [0.5, 0.6], 30: [0.65], 40: [0.7]}}
+
+
+def test_other_seeds_are_left_out_of_line_and_baseline(frame, make):
+    rows = [bins(make, 10, 0.5, seed=1), bins(make, 20, 0.7, seed=1)]
+    rows += [make("ghm", seed, ap, bins=30) for seed, ap in ((1, 0.6), (2, 0.1))]
+    rows += [make("ghm40", 2, 0.1, bins=40)]
+    rows += [make("focal", seed, ap) for seed, ap in ((1, 0.4), (2, 0.9), (3, 0.9))]
+    found = frame(*rows)
+    (axes,) = sweep(found, styles_of(found), "bins", ["bins"], "regions", "focal").axes
+    line, *_, baseline = axes.get_lines()
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([10, 20, 30], [0.5, 0.7, 0.6])
+    assert line.get_label() == "seed 1"
+    assert list(baseline.get_ydata()) == [0.4, 0.4]
+    found = frame(*rows[:2], *rows[-2:])
+    (axes,) = sweep(found, styles_of(found), "bins", ["bins"], "regions", "focal").axes
+    assert "focal" not in [line.get_label() for line in axes.get_lines()]
+
+
+def test_a_line_without_a_second_seed_anywhere_is_no_mean(frame, make):
+    found = frame(bins(make, 10, 0.5, seed=2), bins(make, 20, 0.7, seed=1))
+    (axes,) = sweep(found, {}, "bins", ["bins"], "regions", "focal").axes
+    assert axes.get_lines()[0].get_label() == "seeds 1, 2"
+
+
+def test_what_other_defaults_made_is_not_on_the_line(frame, make):
+    rows = [bins(make, 10, 0.5, recipe="b10"), make("ghm", 0, 0.6, section="bins", recipe="b")]
+    rows[1]["bins"] = 30
+    rows += [make("ghm", 0, 0.1, bins=30, recipe="a")]
+    rows += [make("bins-20", 0, 0.2, bins=20, options={"bins": 20}, recipe="a20")]
+    assert points_of(frame(*rows)) == {"": {10: [0.5], 30: [0.6]}}
+    rows[2]["recipe"] = "b"
+    assert points_of(frame(*rows)) == {"": {10: [0.5], 20: [0.2], 30: [0.6]}}
+
+
+def test_seeds_of_different_recipes_are_different_lines(frame, make):
+    found = frame(bins(make, 10, 0.5, recipe="a"), bins(make, 10, 0.6, seed=1, recipe="b"))
+    assert points_of(found) == {"recipe a": {10: [0.5]}, "recipe b": {10: [0.6]}}
+
+
+def test_the_sections_own_row_comes_before_another_sections(frame, make):
+    found = frame(make("ghm", 0, 0.9, bins=10), bins(make, 10, 0.5), bins(make, 20, 0.6))
+    assert points_of(found) == {"": {10: [0.5], 20: [0.6]}}
+
+
+def test_other_options_make_another_line(frame, make):
+    def strength(value, ap, **others):
+        options = {"strength": value, "reg_strength": value, **others}
+        fields = {"section": "strength", "strength": value, "options": options}
+        return make(f"s{value}{others}", 0, ap, **fields)
+
+    found = frame(strength(0.0, 0.5), strength(0.5, 0.6), strength(1.0, 0.1, average="valid"))
+    points = points_of(found, ["strength", "reg_strength"])
+    assert points == {"": {0.0: [0.5], 0.5: [0.6]}, "average=valid": {1.0: [0.1]}}
+
+
+def test_what_is_drawn_is_the_means_the_seeds_and_the_baseline(frame, make):
+    rows = [bins(make, 10, 0.5), bins(make, 10, 0.6, seed=1), bins(make, 20, 0.7)]
+    rows += [make("focal", 0, 0.4), make("focal", 1, 0.5)]
+    found = frame(*rows)
+    (axes,) = sweep(found, styles_of(found), "bins", ["bins"], "regions", "focal").axes
+    line, ten, twenty, baseline = axes.get_lines()
+    assert line.get_label() == "mean over seeds"
+    assert list(line.get_xdata()) == [10, 20]
+    assert list(line.get_ydata()) == pytest.approx([0.55, 0.7])
+    assert (list(ten.get_xdata()), list(ten.get_ydata())) == ([10, 10], [0.5, 0.6])
+    assert (list(twenty.get_xdata()), list(twenty.get_ydata())) == ([20], [0.7])
+    assert list(baseline.get_ydata()) == pytest.approx([0.45, 0.45])
+    assert baseline.get_label() == "focal"
+    assert baseline.get_color() == "#E69F00"
+    assert axes.get_xlabel() == "regions"
+
+
+def test_without_rows_there_is_nothing_to_draw(frame, make):
+    found = frame(make("focal"), make("focal", section="bins"))
+    with pytest.raises(NothingToDrawError, match="no AP by bins in section 'bins'"):
+        sweep(found, styles_of(found), "bins", ["bins"], "regions", "focal")
+
+
+def norms(positives, negatives):
+    return {"positives": positives, "negatives": negatives}
+
+
+@pytest.fixture
+def harmonized(frame, make):
+    """Focal, and GHM at strength 0.5, with two seeds and two regions; CE has no histogram."""
+    rows = [make("focal", gradient_norms=norms([4, 0], [100, 10])), make("ce")]
+    for seed, many in ((0, 10), (1, 14)):
+        rows.append(
+            make("ghm", seed, strength=0.5, bins=2, gradient_norms=norms([2, 1], [many, 3]))
+        )
+    return frame(*rows)
+
+
+def test_histograms_are_drawn_apart_on_a_logarithmic_axis(harmonized):
+    figure = figures.histograms(harmonized, styles_of(harmonized))
+    positives, negatives = figure.axes
+    for axes, expected in ((positives, [[4, np.nan], [2, 1]]), (negatives, [[100, 10], [12, 3]])):
+        assert axes.get_yscale() == "log"
+        drawn = [patch.get_data() for patch in axes.patches]
+        np.testing.assert_array_equal([each.values for each in drawn], expected)
+        np.testing.assert_array_equal(drawn[0].edges, [0, 0.5, 1])
+    assert positives.get_ylabel() == "positives (entries)"
+    assert negatives.get_ylabel() == "negatives (entries)"
+    assert [patch.get_edgecolor()[:3] for patch in positives.patches][1] == pytest.approx(
+        (0, 0x72 / 255, 0xB2 / 255)
+    )
+
+
+def labelled(axes):
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+def test_reformulated_gradients_of_every_loss(harmonized):
+    (axes,) = figures.reformulated(harmonized).axes
+    drawn = labelled(axes)
+    assert list(drawn) == [
+        "CE",
+        "focal, of a positive",
+        "focal, of a negative",
+        "GHM, strength 0.5 (as trained)",
+        "GHM, strength 1 (paper)",
+    ]
+    np.testing.assert_array_equal(drawn["CE"].get_xdata(), drawn["CE"].get_ydata())
+    assert drawn["CE"].get_xdata()[-1] == 1
+    assert drawn["focal, of a positive"].get_ydata()[-1] == pytest.approx(0.25)
+    assert drawn["focal, of a negative"].get_ydata()[-1] == pytest.approx(0.75)
+    # 14 and 4 of 18 entries in 2 regions: beta is 18 / 28 and 18 / 8.
+    paper = drawn["GHM, strength 1 (paper)"]
+    np.testing.assert_allclose(paper.get_xdata(), [0.25, 0.75])
+    np.testing.assert_allclose(paper.get_ydata(), [0.25 * 18 / 28, 0.75 * 18 / 8])
+    trained = drawn["GHM, strength 0.5 (as trained)"].get_ydata()
+    np.testing.assert_allclose(trained, [0.25 * (18 / 28) ** 0.5, 0.75 * (18 / 8) ** 0.5])
+    assert axes.get_title().endswith("density of ghm")
+
+
+def test_contributions_are_shares_of_the_same_entries(harmonized):
+    (axes,) = figures.contribution(harmonized).axes
+    drawn = labelled(axes)
+    assert list(drawn) == [
+        "CE",
+        "focal",
+        "GHM, strength 0.5 (as trained)",
+        "GHM, strength 1 (paper)",
+    ]
+    # 14 x 0.25 and 4 x 0.75: 3.5 and 3.
+    np.testing.assert_allclose(drawn["CE"].get_ydata(), [3.5 / 6.5, 3 / 6.5])
+    np.testing.assert_allclose(drawn["GHM, strength 1 (paper)"].get_ydata(), [0.25, 0.75])
+    assert drawn["CE"].get_color() == "#7f7f7f"
+
+
+def test_the_density_is_of_the_method_called_ghm_or_of_the_first_with_a_strength(frame, make):
+    some = norms([1, 1], [5, 1])
+    rows = [make("focal", gradient_norms=some), make("late", strength=0.1, gradient_norms=some)]
+    rows += [make("ghm", strength=0.2, gradient_norms=some)]
+    ((chosen, _),) = figures.harmonized(frame(*rows)).values()
+    assert set(chosen.method) == {"ghm"}
+    ((chosen, _),) = figures.harmonized(frame(*rows[:2])).values()
+    assert set(chosen.method) == {"late"}
+
+
+def test_a_falling_strength_says_so_and_the_papers_is_drawn_once(frame, make):
+    row = make("ghm", strength=0.4, gradient_norms=norms([1, 1], [5, 1]))
+    falling = frame({**row, "options": {"strength_end": 0.0}})
+    (axes,) = figures.contribution(falling).axes
+    assert "GHM, strength 0.4 at first, 0 at last (as trained)" in labelled(axes)
+    (axes,) = figures.contribution(frame({**row, "strength": 1.0})).axes
+    assert list(labelled(axes)) == ["CE", "focal", "GHM, strength 1 (as trained; paper)"]
+
+
+@pytest.mark.parametrize("draw", [figures.reformulated, figures.contribution])
+def test_without_harmonized_rows_there_is_nothing_to_draw(frame, make, draw):
+    rows = [make("focal", gradient_norms=norms([1], [1])), make("ghm", strength=0.5)]
+    with pytest.raises(NothingToDrawError, match="GHM has gradient norms"):
+        draw(frame(*rows))
+    found = frame(rows[1])
+    with pytest.raises(NothingToDrawError, match="no row has gradient norms"):
+        figures.histograms(found, styles_of(found))
+
+
+def test_styles_are_of_methods_alone_and_all_different(frame, make):
+    names = [f"method {place}" for place in range(28)]
+    rows = [make(name) for name in names] + [make("ghm", strength=1.0), make("focal"), make("ce")]
+    styles = styles_of(frame(*rows, make("full", strength=1.0), make("too", strength=1.0)))
+    assert styles["ce"].color == "#7f7f7f"
+    assert styles["ghm"].color == "#0072B2"
+    assert styles["full"].color == "#D55E00"
+    assert styles["too"].color != "#D55E00"
+    assert len({styles[name] for name in [*names, "ghm", "focal", "ce", "full"]}) == 32
+    assert set(styles) == {*names, "ghm", "focal", "ce", "full", "too"}
+
+
+def test_panels_beyond_the_count_are_hidden():
+    figure, grid = panels(list("abcd"), 2.0, 2.0)
+    assert len(grid) == 4
+    assert [axes.get_visible() for axes in figure.axes] == [True] * 4 + [False] * 2
+
+
+def test_a_legend_has_every_label_once_and_fits():
+    figure, grid = panels(["a", "b"], 3.0, 2.0)
+    for axes in grid:
+        for place in range(8):
+            axes.plot([0, 1], [0, 1], label=f"a rather long label {place}")
+    legend_below(figure, grid)
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 8
+    figure.draw_without_rendering()
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    assert panels(["a"], 3.0, 2.0)[0].legends == []
+
+
+def labels(low, high):
+    figure, (axes,) = panels(["a"], 3.0, 3.0)
+    axes.plot([0, 1], [low, high])
+    log_scale(axes)
+    figure.draw_without_rendering()
+    lower, upper = axes.get_ylim()
+    ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+    found = {tick.get_loc(): tick.label1.get_text() for tick in ticks}
+    return [found[place] for place in sorted(found) if lower <= place <= upper]
+
+
+def test_a_logarithmic_axis_speaks_plain_numbers():
+    assert [text for text in labels(0.15, 2.5) if text] == ["0.2", "0.3", "0.5", "1", "2"]
+    near = labels(0.55, 0.95)
+    assert len(near) >= 3
+    assert all(float(text) for text in near)

@@ -1,4 +1,6 @@
+import pandas as pd
 import pytest
+from pandas import DataFrame, Series
 
 from benchmarks.study.report import tables
 from benchmarks.study.report.runs import read_study
@@ -6,18 +8,43 @@ from benchmarks.study.report.runs import read_study
 
 def cells(text):
     """The rows of a Markdown table by their first cell."""
-    found = {}
+    rows = {}
     for line in text.splitlines():
         if line.startswith("|"):
             first, *rest = (cell.strip() for cell in line.strip("|").split(" | "))
-            found[first] = rest
-    return found
+            rows[first] = rest
+    return rows
 
 
-def test_methods_have_means_deviations_and_paired_differences(groups, make):
+def methods(rows, baseline="focal"):
+    return tables.methods(rows, baseline, rows)
+
+
+def test_a_table_escapes_bars_and_keeps_the_text_of_numbers():
+    text = tables.markdown(DataFrame({"n": ["1.50", "10"]}, index=pd.Index(["a|b", "c"], name="x")))
+    assert [line.split() for line in text.splitlines()[2:]] == [
+        ["|", "a\\|b", "|", "1.50", "|"],
+        ["|", "c", "|", "10", "|"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "seeds", "text"),
+    [
+        ([0.03, -0.01, 0.04], 3, "+0.020 (-0.010 to +0.040)"),
+        ([-0.03, -0.01, None], 3, "-0.020 (-0.030 to -0.010), 2 of 3 seeds"),
+        ([0.02], 3, "+0.020, 1 of 3 seeds"),
+        ([None], 3, "-"),
+    ],
+)
+def test_differences_have_a_range_and_count_missing_seeds(deltas, seeds, text):
+    assert tables.difference(Series(deltas, dtype=float), seeds) == text
+
+
+def test_methods_have_means_deviations_and_paired_differences(frame, make):
     rows = [make("ghm", 0, 0.60, ap50=0.7, step_ms=90.0), make("ghm", 1, 0.64, ap50=0.9)]
     rows += [make("focal", 0, 0.50), make("focal", 1, 0.62, step_ms=81.0)]
-    text = tables.methods(groups(*rows), "focal")
+    text = methods(frame(*rows))
     assert "**methods: digits, retinanet, 600 steps** (batch 16, 128x128 pixels, 48 channels)" in (
         text
     )
@@ -38,9 +65,9 @@ def test_methods_have_means_deviations_and_paired_differences(groups, make):
     assert "shared" not in text
 
 
-def test_footnotes_tell_of_rows_that_do_not_belong_together(groups, make):
+def test_footnotes_tell_of_rows_that_do_not_belong_together(frame, make):
     rows = [make("focal", 0), make("focal", 1, commit="bbb"), make("ghm", 0, cpu="B", parallel=2)]
-    text = tables.methods(groups(*rows), "focal")
+    text = methods(frame(*rows))
     assert "focal †" in cells(text)
     assert "ghm" in cells(text)
     assert "† focal: seeds differ in commit: aaa (seed 0); bbb (seed 1)." in text
@@ -49,46 +76,46 @@ def test_footnotes_tell_of_rows_that_do_not_belong_together(groups, make):
     assert "Runs that shared the machine while steps were timed: 1, 2." in text
 
 
-def test_the_baseline_of_another_section_is_named_and_a_missing_one_too(groups, make):
+def test_the_baseline_of_another_section_is_named_and_a_missing_one_too(frame, make):
     rows = [make("focal", ap=0.5), make("ghm", ap=0.6, section="bins")]
-    text = tables.methods(groups(*rows), "focal")
+    text = methods(frame(*rows))
     assert cells(text)["ghm"][4] == "+0.100"
     assert "focal is that of section methods." in text
-    text = tables.methods(groups(make("ghm")), "focal")
+    text = methods(frame(make("ghm")))
     assert cells(text)["ghm"][4] == "-"
     assert "There is no row of focal to compare with." in text
 
 
-def test_classes_are_columns_of_ap_and_ap50(groups, make):
+def test_classes_are_columns_of_ap_and_ap50(frame, make):
     rows = [make(seed=0, ap_per_class={"a": [0.2, 0.4], "b": [0.5, 0.9]})]
     rows += [make(seed=1, ap_per_class={"a": [0.4, 0.6], "b": [None, 0.7]})]
     rows += [make("ce", ap_per_class={"a": [0.1, 0.6]})]
-    first, second = tables.classes(groups(*rows)).split("\n\n")[1:]
+    first, second = tables.classes(frame(*rows)).split("\n\n")[1:]
     assert cells(first)["AP of class"] == ["a", "b"]
     assert cells(first)["focal"] == ["**0.300**", "0.500"]
     assert cells(first)["ce"] == ["0.100", "-"]
     assert cells(second)["AP50 of class"] == ["a", "b"]
     assert cells(second)["focal"] == ["0.500", "0.800"]
     assert cells(second)["ce"] == ["**0.600**", "-"]
-    assert "No row tells the classes apart." in tables.classes(groups(make()))
+    assert "No row has AP by class." in tables.classes(frame(make()))
 
 
-def policies(single, f1, **others):
+def scores(single, f1, **others):
     found = {"f1": f1, **others, "single": single}
     return {name: {"macro_f1": value} for name, value in found.items()}
 
 
-def test_policies_are_compared_with_one_threshold_by_seed(groups, make):
-    rows = [make(seed=0, policies=policies(0.50, 0.60, prior=0.1))]
-    rows += [make(seed=1, policies=policies(0.70, 0.68, prior=0.3))]
-    rows += [make(seed=2, policies=policies(None, 0.80))]
-    text = tables.policies(groups(*rows, make("ce")))
+def test_policies_are_compared_with_one_threshold_by_seed(frame, make):
+    rows = [make(seed=0, policies=scores(0.50, 0.60, prior=0.1))]
+    rows += [make(seed=1, policies=scores(0.70, 0.68, prior=0.3))]
+    rows += [make(seed=2, policies=scores(None, 0.80))]
+    text = tables.policies(frame(*rows, make("ce")))
     found = cells(text)
     assert found["macro-F1 of method"] == ["single", "f1", "prior", "f1 minus single"]
     gain = "+0.040 (-0.020 to +0.100), 2 of 3 seeds"
     assert found["focal"] == ["0.600", "0.693", "0.200", gain]
     assert found["ce"] == ["-", "-", "-", "-"]
-    assert "No row tells of threshold policies." in tables.policies(groups(make()))
+    assert "No row has threshold policies." in tables.policies(frame(make()))
 
 
 def test_initial_losses_are_the_papers():
@@ -126,6 +153,6 @@ def test_failures_are_one_line_each(write, make):
 
 
 @pytest.mark.parametrize("value", [None, [], [0.5]])
-def test_a_class_without_a_pair_has_no_number(groups, make, value):
-    (group,) = groups(make(ap_per_class={"a": value}))
-    assert group.summary(tables.of_class("a", 1)) is None
+def test_a_class_without_a_pair_has_no_number(frame, make, value):
+    rows = frame(make(ap_per_class={"a": value}))
+    assert tables.class_precision(rows, 1).a.isna().all()
