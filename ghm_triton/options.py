@@ -1,0 +1,152 @@
+"""Command-line options written once, as fields of a dataclass.
+
+A field made by `option` carries its default, help text, choices and value check. `add_options`
+generates the flags of a parser from such fields, `chosen` reads them back, and `check_options`
+validates an instance, whether its values come from a command line, a file or Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import types
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+
+class Check(NamedTuple):
+    """A condition on a value; `text` completes the sentence "NAME must ..."."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Check("be positive", lambda value: value > 0)
+FRACTION = Check("lie in [0, 1]", lambda value: 0.0 <= value <= 1.0)
+WEIGHT = Check("be finite and not negative", lambda value: math.isfinite(value) and value >= 0)
+
+
+def at_least(least: int) -> Check:
+    """A check that a value is `least` or more."""
+    return Check(f"be at least {least}", lambda value: value >= least)
+
+
+class Rule(NamedTuple):
+    """A combination of values that is refused; the sentence may name `{values}` by attribute."""
+
+    refused: Callable[[Any], bool]
+    sentence: str
+
+
+def require(rules: Iterable[Rule], values: Any) -> None:
+    """Raise ValueError with the sentence of the first rule that refuses `values`."""
+    for rule in rules:
+        if rule.refused(values):
+            raise ValueError(rule.sentence.format(**vars(values)))
+
+
+@dataclass(frozen=True)
+class _Option:
+    help: str
+    flag: str | None
+    choices: tuple[str, ...] | None
+    check: Check | None
+    group: str | None
+    shown: str | None
+    argparse: dict[str, Any]
+
+
+def option(
+    default: Any = MISSING,
+    help: str = "",  # noqa: A002  (argparse's name)
+    *,
+    flag: str | None = None,
+    choices: Sequence[str] | None = None,
+    check: Check | None = None,
+    group: str | None = None,
+    shown: str | None = None,
+    **arguments: Any,
+) -> Any:
+    """A dataclass field that is also a command-line option.
+
+    Args:
+        default: Default of the field. Without it (and without `shown`) the option is required.
+        help: One sentence; the default is appended to it.
+        flag: By default the field's name with dashes; a name without leading dashes is positional.
+        choices: Allowed values.
+        check: Condition that any value but a default of None satisfies.
+        group: Heading in `--help`.
+        shown: The default in `--help`, where the value does not print well; empty hides it.
+        **arguments: For `add_argument`: `metavar`, `type`, `nargs`, `const`. The type is by
+            default the annotated one.
+    """
+    allowed = None if choices is None else tuple(choices)
+    entry = _Option(help, flag, allowed, check, group, shown, arguments)
+    return field(default=default, metadata={"option": entry})
+
+
+def add_options(parser: argparse.ArgumentParser, *classes: type) -> None:
+    """Add the options of dataclasses to a parser. Those that are not given stay unset."""
+    groups: dict[str | None, argparse._ActionsContainer] = {None: parser}
+    for cls in classes:
+        hints = get_type_hints(cls)
+        for entry, own in _options(cls):
+            if own.group not in groups:
+                groups[own.group] = parser.add_argument_group(own.group)
+            _add(groups[own.group], entry, own, hints[entry.name])
+
+
+def chosen(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The options of a dataclass that were given on the command line, by field name."""
+    names = [entry.name for entry, _ in _options(cls)]
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def check_options(options: Any) -> None:
+    """Validate the fields of a dataclass; call it from `__post_init__`.
+
+    Raises:
+        ValueError: A value is not one of the choices or fails its check; the message names both.
+    """
+    for entry, own in _options(type(options)):
+        value = getattr(options, entry.name)
+        if value is None and entry.default is None:
+            continue
+        if own.choices is not None and value not in own.choices:
+            allowed = ", ".join(own.choices)
+            raise ValueError(f"{entry.name} must be one of {allowed}; got {value!r}")
+        if own.check is not None and not own.check.holds(value):
+            raise ValueError(f"{entry.name} must {own.check.text}, got {value!r}")
+
+
+def _options(cls: type) -> list[tuple[Field[Any], _Option]]:
+    entries = fields(cls)
+    return [(entry, entry.metadata["option"]) for entry in entries if "option" in entry.metadata]
+
+
+def _add(group: argparse._ActionsContainer, entry: Field[Any], own: _Option, hint: Any) -> None:
+    flag = own.flag or f"--{entry.name.replace('_', '-')}"
+    required = entry.default is MISSING and own.shown is None
+    how: dict[str, Any] = {"help": _help(entry, own), "default": argparse.SUPPRESS}
+    if get_origin(hint) in (Union, types.UnionType):  # the annotation without None
+        hint = next(kind for kind in get_args(hint) if kind is not type(None))
+    if hint is bool:
+        how["action"] = "store_true" if entry.default is False else argparse.BooleanOptionalAction
+    else:
+        how |= {"choices": own.choices, "type": hint, **own.argparse}
+    if flag.startswith("-"):
+        group.add_argument(flag, dest=entry.name, required=required, **how)
+    else:
+        group.add_argument(entry.name, nargs=None if required else "?", **how)
+
+
+def _help(entry: Field[Any], own: _Option) -> str:
+    default = entry.default
+    if own.shown is not None:
+        shown = own.shown
+    elif default is MISSING or default is None or default is False:
+        shown = ""
+    else:
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+    return (f"{own.help} (default: {shown})" if shown else own.help).replace("%", "%%")
