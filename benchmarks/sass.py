@@ -100,12 +100,12 @@ COLUMNS: dict[str, Callable[[Costs], str] | None] = {
     "kernel": None,
     "instructions": lambda row: f"{row.instructions:.1f}",
     "special functions": lambda row: f"{row.special + row.conversions:.1f}",
-    "bytes a load, a store": lambda row: ", ".join(str(w) for w in row.widths.values() if w),
+    "bytes per load, per store": lambda row: ", ".join(str(w) for w in row.widths.values() if w),
     "registers": lambda row: str(row.registers),
     "memory": _roof("memory"),
     "issue": _roof("issue"),
     "special": _roof("special"),
-    "binds": lambda row: min(row.roofs, key=row.roofs.__getitem__),
+    "bound by": lambda row: min(row.roofs, key=row.roofs.__getitem__),
 }
 
 

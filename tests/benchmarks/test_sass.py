@@ -155,7 +155,7 @@ def test_the_table_shows_what_binds():
         [half, ROW, row, replace(row, target="sm_80", registers=99)]
     ).splitlines()
     assert header.startswith(
-        "| kernel | instructions | special functions | bytes a load, a store |"
+        "| kernel | instructions | special functions | bytes per load, per store |"
     )
     expected = "| count_bce index | 20.0 | 3.0 | 16 / 16, 4 | 40 | 750 / 1500 | 1436 | 1197 "
     assert shown == [expected + "| memory / special |"]
