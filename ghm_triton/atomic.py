@@ -1,34 +1,39 @@
-"""Writing a file so that a reader sees the old one or the new one, and never half of one."""
+"""Atomic replacement of files: a reader sees the old file or the new one, never a part of it."""
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file that a reader sees whole or not at all, even if the machine stops half-way.
+def write_atomically(path: str | Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
+    """Write a file that readers see whole or not at all, even after a power failure.
 
-    Where the system has files without a name (Linux), a process that is killed meanwhile leaves
-    nothing behind.
+    Where the system has files without a name (Linux), a process that is killed while it writes
+    leaves nothing behind.
 
     Args:
-        path: Where to write. A file that is there is replaced.
-        content: The bytes.
+        path: Where to write. An existing file is replaced.
+        content: The bytes, or a function that writes them to the stream it is passed.
 
     Raises:
-        OSError: The folder is missing or cannot be written.
+        OSError: The folder is missing or not writable.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     descriptor, unnamed = _open_new(temporary)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            if unnamed:  # the folder is given so that the link is followed to the file behind it
+            if unnamed:  # src_dir_fd makes `link` follow /proc's symbolic link to the file
                 os.link(f"/proc/self/fd/{descriptor}", temporary, src_dir_fd=descriptor)
         temporary.replace(path)
     except BaseException:
@@ -38,20 +43,20 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 
 def _open_new(path: Path) -> tuple[int, bool]:
-    """Open a new file for writing: `(descriptor, whether it has no name yet)`.
+    """Open a new file for writing; return its descriptor, and whether it has no name yet.
 
-    Not by tempfile: its files are private, and this one becomes a file like any other.
+    The tempfile module would make it private, mode 0600; this file has the usual permissions.
     """
     if hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
         try:
             return os.open(path.parent, os.O_WRONLY | os.O_TMPFILE, 0o666), True
-        except OSError:  # a file system without them; what else is wrong, the next line says
+        except OSError:  # not on this file system; any other error recurs below
             pass
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), False
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` last, where folders can be opened (not on Windows)."""
+    """Flush a rename in `folder` to disk, where folders can be opened (not on Windows)."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -15,6 +15,8 @@ def test_writes_and_replaces(tmp_path):
     for content in (b"first", b"second and longer"):
         write_atomically(path, content)
         assert path.read_bytes() == content
+    write_atomically(path, lambda stream: stream.write(b"streamed"))
+    assert path.read_bytes() == b"streamed"
     assert list(tmp_path.iterdir()) == [path]
 
 

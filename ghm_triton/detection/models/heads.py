@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 
 from ghm_triton.imbalance.adversarial import Adversary
 from ghm_triton.imbalance.cleanliness import cleanliness, paired_iou
-from ghm_triton.imbalance.sampling_free import GuidedLoss
+from ghm_triton.imbalance.sampling_free import GuidedLoss, prior_bias
 
 BETWEEN_THRESHOLDS = -2  # torchvision's Matcher: neither foreground nor background
 
@@ -236,7 +235,7 @@ class HarmonizedRetinaNetHead(LearningHead, RetinaNetHead):  # type: ignore[misc
 
     def set_prior(self, prior: float) -> None:
         """Start at foreground probability `prior`: bias `-log((1 - prior) / prior)`."""
-        nn.init.constant_(self.classification_head.cls_logits.bias, -math.log((1 - prior) / prior))
+        nn.init.constant_(self.classification_head.cls_logits.bias, prior_bias(prior))
 
     def compute_loss(
         self,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ghm_triton.atomic import write_atomically
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.detector import Detector
 from ghm_triton.detection.models.registry import build_detector
@@ -50,16 +49,7 @@ class Checkpoint:
         """Write atomically: a killed run leaves the old file or the new one, never half of one."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict_shallow(self)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                torch.save(content, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(path, lambda stream: torch.save(content, stream))
 
     @classmethod
     def load(cls, path: Path) -> Self:

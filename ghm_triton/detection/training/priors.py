@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ghm_triton.atomic import write_atomically
 from ghm_triton.detection.data import DetectionDataset
 from ghm_triton.detection.data.loader import TrainingView
 from ghm_triton.detection.models.config import DetectorConfig
@@ -137,11 +137,9 @@ def _read(path: Path, key: str) -> ClassStatistics | None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """Atomically: several processes of one run write the same."""
+    # Several processes of one run write the same file.
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content) + "\n")
-    unfinished.replace(path)
+    write_atomically(path, f"{json.dumps(content)}\n".encode())
 
 
 def _targets(
