@@ -257,7 +257,7 @@ example:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Carry out `ghm verify`."""
-    from export.verify.report import verify
+    from export.verify.verify import verify
     from ghm_triton.detection.data import open_dataset
     from ghm_triton.detection.training.checkpoint import Checkpoint
 

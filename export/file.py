@@ -7,7 +7,7 @@ and only then handed to a runtime. Writing refuses whatever reading would refuse
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from math import prod
@@ -148,6 +148,18 @@ def detector_bytes(model: ModelProto, card: DetectorCard) -> bytes:
     written.metadata_props.add(key=CARD_KEY, value=card.to_json())
     _check(written)
     return seal(written.SerializeToString(deterministic=True), written.ir_version)
+
+
+def set_default(model: ModelProto, name: str, values: Sequence[float]) -> None:
+    """Replace the values of a float32 initializer.
+
+    Args:
+        model: The graph; it is changed.
+        name: The initializer, such as `class_thresholds`.
+        values: As many as it has.
+    """
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(np.array(values, dtype=np.float32), name))
 
 
 def _check(model: ModelProto) -> None:

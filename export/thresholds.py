@@ -6,16 +6,14 @@ travel with the file. Needs onnx and numpy, never torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx
-from onnx import ModelProto, numpy_helper
 
 from export.card import FORMAT_VERSION, IOU_INPUT, THRESHOLDS_INPUT, DetectorCard
-from export.file import read_detector, write_detector
+from export.file import read_detector, set_default, write_detector
 from ghm_triton.evidence import ClassStatistics, ClassThreshold, as_float32
 
 
@@ -112,9 +110,3 @@ def _by_hand(
 def _require_probability(what: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:  # written so that NaN is outside
         raise ValueError(f"{what} must lie in [0, 1], got {value}")
-
-
-def set_default(model: ModelProto, name: str, values: Sequence[float]) -> None:
-    """Put other numbers into an initializer of a graph."""
-    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
-    tensor.CopyFrom(numpy_helper.from_array(np.array(values, dtype=np.float32), name))

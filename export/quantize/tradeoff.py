@@ -19,12 +19,11 @@ from export.card import (
     QuantizationCard,
 )
 from export.detector import check_outputs, make_card, write_variants
-from export.file import detector_bytes
+from export.file import detector_bytes, set_default
 from export.graph import build_graph
 from export.quantize.calibrate import Image
 from export.quantize.convert import Int8Recipe, to_float16, to_int8
 from export.quantize.measure import Measured, detect_all, measure, prepared, spread
-from export.thresholds import set_default
 from ghm_triton.detection.data import DetectionDataset, open_dataset
 from ghm_triton.detection.evaluate import observe
 from ghm_triton.detection.models.config import DetectorConfig

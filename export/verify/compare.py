@@ -1,24 +1,33 @@
-"""Are these the same detections? Two lists of one image, matched one to one."""
+"""Comparison of two detectors' outputs for one image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from export.card import IOU_INPUT, THRESHOLDS_INPUT
+
+Floats = npt.NDArray[np.float32]
+# Padded boxes, scores and labels of one image, and the number of its detections.
+Outputs = tuple[Floats, Floats, npt.NDArray[np.int64], int]
+# Detections are ranked by logit, and a runtime's sigmoid need not be monotone in its last bits.
+LAST_BITS = 1e-6
+
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two equal detectors may differ, by the rounding of their runtimes.
+    """Differences that are explained by the rounding of two runtimes.
 
     Attributes:
         box: Largest difference of a coordinate, in input pixels.
-        score: Largest difference of a score; also how near a score must lie to its threshold, to
-            a rival's or to the last place for rounding to decide.
-        iou: How near an overlap must lie to NMS's threshold for rounding to decide: runtimes
-            agree to 1e-3 px, which moves the overlap of boxes of 8 px by less than this.
+        score: Largest difference of a score; also how near a score must be to its threshold, to a
+            rival's or to the lowest of a full list for rounding to decide.
+        iou: How near an overlap must be to the NMS threshold for rounding to decide. Runtimes
+            agree to 1e-3 px, which changes the overlap of boxes of 8 px by less than this.
     """
 
     box: float = 0.1
@@ -27,8 +36,36 @@ class Tolerance:
 
 
 @dataclass(frozen=True, eq=False)
+class Setting:
+    """The thresholds that both detectors run with.
+
+    Attributes:
+        class_names: The classes in label order.
+        class_thresholds: float32 `[C]`.
+        iou_threshold: Of NMS.
+        max_detections: Most detections per image.
+        name: The name in reports.
+        overridden: The graph inputs that are passed; others keep the file's default.
+    """
+
+    class_names: Sequence[str]
+    class_thresholds: Floats
+    iou_threshold: float
+    max_detections: int
+    name: str = ""
+    overridden: tuple[str, ...] = ()
+
+    @property
+    def overrides(self) -> dict[str, Floats]:
+        """Values for the overridden inputs, by name."""
+        iou = np.array([self.iou_threshold], dtype=np.float32)
+        values = {THRESHOLDS_INPUT: self.class_thresholds, IOU_INPUT: iou}
+        return {name: values[name] for name in self.overridden}
+
+
+@dataclass(frozen=True, eq=False)
 class Detections:
-    """What one detector finds in one image.
+    """The detections in one image.
 
     Attributes:
         boxes: float32 `[N, 4]`, x1 y1 x2 y2 in input pixels.
@@ -36,15 +73,21 @@ class Detections:
         labels: int64 `[N]`.
     """
 
-    boxes: npt.NDArray[np.float32]
-    scores: npt.NDArray[np.float32]
+    boxes: Floats
+    scores: Floats
     labels: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, outputs: Outputs) -> Detections:
+        """The detections in the padded outputs for one image."""
+        boxes, scores, labels, count = outputs
+        return cls(boxes[:count], scores[:count], labels[:count])
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def without(self, rows: Sequence[int]) -> Detections:
-        """The others."""
+        """The detections in all other rows."""
         keep = np.ones(len(self), dtype=bool)
         keep[list(rows)] = False
         return Detections(self.boxes[keep], self.scores[keep], self.labels[keep])
@@ -52,52 +95,35 @@ class Detections:
 
 @dataclass(frozen=True, eq=False)
 class Proposals:
-    """All that a detector proposes for one image, before thresholds and NMS choose.
+    """The candidates of one image, before thresholds and NMS.
 
     Attributes:
         boxes: float32 `[A, 4]`, x1 y1 x2 y2 in input pixels.
         scores: float32 `[A, C]`.
     """
 
-    boxes: npt.NDArray[np.float32]
-    scores: npt.NDArray[np.float32]
+    boxes: Floats
+    scores: Floats
 
-    def hold(self, detections: Detections, i: int, tolerance: Tolerance) -> bool:
+    def include(self, detections: Detections, i: int, tolerance: Tolerance) -> bool:
         """Whether detection `i` is one of them, within the tolerances."""
         score = np.abs(self.scores[:, detections.labels[i]] - detections.scores[i])
         box = np.abs(self.boxes - detections.boxes[i]).max(axis=1, initial=0.0)
         return bool(((score <= tolerance.score) & (box <= tolerance.box)).any())
 
 
-@dataclass(frozen=True, eq=False)
-class Rules:
-    """What both detectors were asked for.
-
-    Attributes:
-        class_names: The classes in label order.
-        class_thresholds: float32 `[C]`.
-        iou_threshold: Of NMS.
-        capacity: Most detections an image.
-    """
-
-    class_names: Sequence[str]
-    class_thresholds: npt.NDArray[np.float32]
-    iou_threshold: float
-    capacity: int
-
-
 @dataclass
 class Comparison:
-    """What a comparison found; comparisons of several images add up.
+    """The result of a comparison; results of several images add up.
 
     Attributes:
-        matched: Detections found by both, by label, int64 `[C]`.
+        matched: Detections on both sides, by label, int64 `[C]`.
         box: Largest difference of a coordinate between matched detections, in pixels.
         score: Largest difference of a score between matched detections.
-        borderline: Detections of one side alone, that rounding explains: the score lies at its
-            threshold or at the last place of a full list, NMS had to choose between equals, or
-            the overlap lies at NMS's threshold.
-        mismatches: Detections of one side alone that nothing explains, in words.
+        borderline: Detections on one side that rounding explains: the score is at its threshold or
+            at the lowest of a full list, NMS had to choose between equals, or the overlap is at
+            the NMS threshold.
+        mismatches: Descriptions of the other detections on one side.
     """
 
     matched: npt.NDArray[np.int64]
@@ -107,7 +133,7 @@ class Comparison:
     mismatches: list[str] = field(default_factory=list)
 
     def add(self, other: Comparison) -> None:
-        """Take another comparison's findings in."""
+        """Add the result of another comparison."""
         self.matched += other.matched
         self.box = max(self.box, other.box)
         self.score = max(self.score, other.score)
@@ -119,62 +145,59 @@ def compare(
     expected: Detections,
     found: Detections,
     proposals: Proposals,
-    rules: Rules,
+    setting: Setting,
     tolerance: Tolerance,
 ) -> Comparison:
-    """Match the detections of one image one to one, whatever their order.
+    """Match the detections of one image one to one, in any order.
 
     Args:
-        expected: The checkpoint's.
-        found: The file's.
-        proposals: What the checkpoint had to choose from.
-        rules: What both were asked for.
+        expected: The checkpoint's detections.
+        found: The file's detections.
+        proposals: The checkpoint's proposals.
+        setting: The thresholds of both.
         tolerance: How far a matched pair may differ.
     """
     box = np.abs(expected.boxes[:, None] - found.boxes[None]).max(axis=2, initial=0.0)
     score = np.abs(expected.scores[:, None] - found.scores[None])
     pairs = _pairs(expected, found, box, score, tolerance)
-    result = Comparison(np.zeros(len(rules.class_names), dtype=np.int64))
+    result = Comparison(np.zeros(len(setting.class_names), dtype=np.int64))
     for i, j in pairs:
         result.matched[expected.labels[i]] += 1
         result.box = max(result.box, float(box[i, j]))
         result.score = max(result.score, float(score[i, j]))
     missing = expected.without([i for i, _ in pairs])
     extra = found.without([j for _, j in pairs])
-    # Rounding moves a choice between proposals; it never makes a detection out of nothing.
-    genuine = [proposals.hold(extra, j, tolerance) for j in range(len(extra))]
-    chosen_instead = extra.without([j for j, held in enumerate(genuine) if not held])
-    for i in range(len(missing)):
-        if _rounding_decides(missing, i, expected, found, chosen_instead, rules, tolerance):
-            result.borderline += 1
-        else:
-            result.mismatches.append(_describe("checkpoint", missing, i, found, rules.class_names))
-    for j, held in enumerate(genuine):
-        if held and _rounding_decides(extra, j, found, expected, missing, rules, tolerance):
-            result.borderline += 1
-        else:
-            result.mismatches.append(_describe("file", extra, j, expected, rules.class_names))
+    # Rounding changes a choice between proposals; it never creates a detection.
+    genuine = [j for j in range(len(extra)) if proposals.include(extra, j, tolerance)]
+    invented = [j for j in range(len(extra)) if j not in genuine]
+    sides = (
+        ("checkpoint", "file", missing, expected, found, extra.without(invented)),
+        ("file", "checkpoint", extra, found, expected, missing),
+    )
+    for side, other_side, alone, its, others, others_alone in sides:
+        for i in range(len(alone)):
+            excusable = alone is missing or i in genuine
+            if excusable and _rounding_decides(
+                alone, i, its, others, others_alone, setting, tolerance
+            ):
+                result.borderline += 1
+            else:
+                text = _describe(alone, i, others, setting.class_names)
+                result.mismatches.append(text.format(side=side, other_side=other_side))
     return result
 
 
 def _pairs(
-    expected: Detections,
-    found: Detections,
-    box: npt.NDArray[np.float32],
-    score: npt.NDArray[np.float32],
-    tolerance: Tolerance,
+    expected: Detections, found: Detections, box: Floats, score: Floats, tolerance: Tolerance
 ) -> list[tuple[int, int]]:
     """Pairs of one class within the tolerances, nearest first, each detection once."""
     same = expected.labels[:, None] == found.labels[None]
     allowed = same & (box <= tolerance.box) & (score <= tolerance.score)
     distance = box / tolerance.box + score / tolerance.score
-    candidates = np.argwhere(allowed)
-    order = np.argsort(distance[allowed], kind="stable")
-    pairs, taken, given = [], set(), set()
-    for i, j in candidates[order].tolist():
-        if i not in taken and j not in given:
-            taken.add(i)
-            given.add(j)
+    candidates = np.argwhere(allowed)[np.argsort(distance[allowed], kind="stable")]
+    pairs: list[tuple[int, int]] = []
+    for i, j in candidates.tolist():
+        if all(i != row and j != column for row, column in pairs):
             pairs.append((i, j))
     return pairs
 
@@ -182,48 +205,75 @@ def _pairs(
 def _rounding_decides(
     alone: Detections,
     i: int,
-    own: Detections,
-    other: Detections,
-    other_alone: Detections,
-    rules: Rules,
+    its: Detections,
+    others: Detections,
+    others_alone: Detections,
+    setting: Setting,
     tolerance: Tolerance,
 ) -> bool:
-    """Whether rounding explains that only one side (`own`) shows detection `i` of `alone`."""
+    """Whether rounding explains that detection `i` of `alone` is on its side only."""
     score, label, box = alone.scores[i], alone.labels[i], alone.boxes[i]
-    if abs(score - rules.class_thresholds[label]) <= tolerance.score:
+    if abs(score - setting.class_thresholds[label]) <= tolerance.score:
         return True
-    for side in (own, other):
-        if len(side) >= rules.capacity and score <= side.scores.min() + tolerance.score:
+    for side in (its, others):
+        full = len(side) >= setting.max_detections
+        if full and score <= side.scores.min() + tolerance.score:
             return True
-    # Suppressed on the other side by a better box, at an overlap that is or is not too much ...
-    better = (other.labels == label) & (other.scores >= score - tolerance.score)
-    at_threshold = np.abs(_iou(box, other.boxes) - rules.iou_threshold) <= tolerance.iou
-    # ... or by its equal, which this side suppressed in turn.
-    equal = (other_alone.labels == label) & (np.abs(other_alone.scores - score) <= tolerance.score)
-    rival = equal & (_iou(box, other_alone.boxes) > rules.iou_threshold)
+    # Suppressed on the other side by a better box whose overlap is at the NMS threshold ...
+    better = (others.labels == label) & (others.scores >= score - tolerance.score)
+    at_threshold = np.abs(_iou(box, others.boxes) - setting.iou_threshold) <= tolerance.iou
+    # ... or by a box with the same score, which this side suppressed in turn.
+    equal = np.abs(others_alone.scores - score) <= tolerance.score
+    overlaps = _iou(box, others_alone.boxes) > setting.iou_threshold
+    rival = (others_alone.labels == label) & equal & overlaps
     return bool((better & at_threshold).any() or rival.any())
 
 
-def _iou(box: npt.NDArray[np.float32], boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _iou(box: Floats, boxes: Floats) -> Floats:
     low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
     intersection = (high - low).clip(min=0).prod(axis=1)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
-    union = areas - intersection
-    overlap: npt.NDArray[np.float32] = intersection / np.maximum(union, np.float32(1e-9))
+    overlap: Floats = intersection / np.maximum(areas - intersection, np.float32(1e-9))
     return overlap
 
 
-def _describe(side: str, own: Detections, i: int, other: Detections, names: Sequence[str]) -> str:
-    """A detection that the other side lacks, and the nearest that it has."""
-    missing = "file" if side == "checkpoint" else "checkpoint"
-    corners = ", ".join(f"{value:.2f}" for value in own.boxes[i].tolist())
+def _describe(alone: Detections, i: int, others: Detections, names: Sequence[str]) -> str:
+    """Describe a detection, and the nearest one of its class on the other side."""
+    corners = ", ".join(f"{value:.2f}" for value in alone.boxes[i].tolist())
     text = (
-        f"{names[own.labels[i]]} {own.scores[i]:.5f} at [{corners}]"
-        f" is in the {side}, not in the {missing}"
+        f"{names[alone.labels[i]]} {alone.scores[i]:.5f} at [{corners}]"
+        " is in the {side}, not in the {other_side}"
     )
-    rivals = np.flatnonzero(other.labels == own.labels[i])
+    rivals = np.flatnonzero(others.labels == alone.labels[i])
     if not len(rivals):
         return f"{text}, which has none of its class"
-    apart = np.abs(other.boxes[rivals] - own.boxes[i]).max(axis=1)
+    apart = np.abs(others.boxes[rivals] - alone.boxes[i]).max(axis=1)
     nearest = rivals[apart.argmin()]
-    return f"{text}; its nearest scores {other.scores[nearest]:.5f}, {apart.min():.2f} px away"
+    return f"{text}; its nearest scores {others.scores[nearest]:.5f}, {apart.min():.2f} px away"
+
+
+def split_batch(outputs: Sequence[npt.NDArray[Any]]) -> list[Outputs]:
+    """Split the outputs for a batch, in the order of `export.card.OUTPUTS`, by image."""
+    boxes, scores, labels, counts = outputs
+    return [(boxes[i], scores[i], labels[i], int(counts[i])) for i in range(len(counts))]
+
+
+def contract_violations(outputs: Outputs, setting: Setting) -> list[str]:
+    """Check the padded outputs for one image against the file's contract.
+
+    Returns:
+        A description of each violation; empty if there is none.
+    """
+    boxes, scores, labels, count = outputs
+    if not 0 <= count <= len(scores):
+        return [f"num_detections is {count} of {len(scores)}"]
+    if not ((labels[:count] >= 0) & (labels[:count] < len(setting.class_names))).all():
+        return [f"a label is none of 0..{len(setting.class_names) - 1}"]
+    violations = []
+    if (labels[count:] != -1).any() or scores[count:].any() or boxes[count:].any():
+        violations.append("the padding is not 0, 0 and -1")
+    if (np.diff(scores[:count]) > LAST_BITS).any():
+        violations.append("the scores do not fall")
+    if not (scores[:count] >= setting.class_thresholds[labels[:count]]).all():
+        violations.append("a score lies below its class's threshold")
+    return violations

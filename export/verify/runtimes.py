@@ -1,6 +1,7 @@
-"""What runs a detector's file on a CPU: onnxruntime, OpenVINO, and onnx's own reference.
+"""CPU runtimes for a detector's file: onnxruntime, OpenVINO, and onnx's reference evaluator.
 
-The three share no code, so a file on whose answers they agree means what ONNX says it means.
+The three share no code. Where their outputs agree, the file computes what the ONNX standard
+defines.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import numpy.typing as npt
 import onnx
 
 from export.card import INPUT, OUTPUTS
-from export.file import DetectorFile
-from export.thresholds import set_default
+from export.file import DetectorFile, set_default
+from export.session import open_session
 
 Array = npt.NDArray[Any]
+Overrides = Mapping[str, npt.NDArray[np.float32]]
 ALL = "all"
 
 
 class MissingRuntimeError(ValueError):
-    """A runtime was asked for that is not there."""
+    """A runtime that was requested by name is not installed."""
 
 
 class UnrunnableError(RuntimeError):
@@ -32,19 +34,19 @@ class UnrunnableError(RuntimeError):
 
 
 class Runtime(ABC):
-    """A file, loaded for the CPU.
+    """A detector's file, loaded for the CPU.
 
     Args:
         file: The detector.
 
     Attributes:
-        name: What it is asked for by.
-        package: What it is imported as.
-        extra: The extra of `ghm-triton` that brings it.
-        slow: Whether a comparison on many images takes it minutes.
+        name: The name that `find_runtimes` takes.
+        package: The package to import.
+        extra: The extra of `ghm-triton` that installs it.
+        slow: Whether comparing many images takes minutes.
 
     Raises:
-        UnrunnableError: The runtime refuses the file.
+        UnrunnableError: The runtime cannot load the file.
     """
 
     name: ClassVar[str]
@@ -54,19 +56,19 @@ class Runtime(ABC):
 
     def __init__(self, file: DetectorFile) -> None:
         try:
-            self._load(file)
-        except Exception as error:  # their errors share no class
+            self._load(file.content)
+        except Exception as error:  # the runtimes' exceptions have no common base
             raise UnrunnableError(f"{self.name} refuses the file: {error}") from error
 
-    def run(self, batch: Array, overrides: Mapping[str, npt.NDArray[np.float32]]) -> list[Array]:
-        """Detect.
+    def run(self, batch: Array, overrides: Overrides) -> list[Array]:
+        """Detect objects in a batch of images.
 
         Args:
-            batch: `images`, as the file's card says.
-            overrides: Values for `class_thresholds` and `iou_threshold` instead of the file's.
+            batch: `images`, of the shape and type that the file's card describes.
+            overrides: `class_thresholds` and `iou_threshold`; the file's defaults where absent.
 
         Returns:
-            The contract's outputs, in its order.
+            The arrays named in `export.card.OUTPUTS`, in that order.
 
         Raises:
             UnrunnableError: The runtime fails.
@@ -74,25 +76,31 @@ class Runtime(ABC):
         try:
             return self._run(batch, overrides)
         except Exception as error:
-            place = f"a batch of {len(batch)}"
-            raise UnrunnableError(f"{self.name} fails on {place}: {error}") from error
+            raise UnrunnableError(
+                f"{self.name} fails on a batch of {len(batch)}: {error}"
+            ) from error
 
     @classmethod
     def missing(cls) -> bool:
-        """Whether it is not installed."""
+        """Whether the runtime is not installed."""
         return find_spec(cls.package) is None
 
     @classmethod
     def title(cls) -> str:
-        """Its name and version."""
+        """Name and version."""
         number = str(import_module(cls.package).__version__)
         return f"{cls.name} {number.partition('-')[0]}"  # OpenVINO appends its build
 
-    @abstractmethod
-    def _load(self, file: DetectorFile) -> None: ...
+    @classmethod
+    def how_to_install(cls) -> str:
+        """The command that installs the runtime."""
+        return f"pip install 'ghm-triton[{cls.extra}]'"
 
     @abstractmethod
-    def _run(self, batch: Array, overrides: Mapping[str, Array]) -> list[Array]: ...
+    def _load(self, content: bytes) -> None: ...
+
+    @abstractmethod
+    def _run(self, batch: Array, overrides: Overrides) -> list[Array]: ...
 
 
 class OnnxRuntime(Runtime):
@@ -100,64 +108,61 @@ class OnnxRuntime(Runtime):
 
     name = package = "onnxruntime"
 
-    def _load(self, file: DetectorFile) -> None:
-        import onnxruntime
+    def _load(self, content: bytes) -> None:
+        self.session = open_session(content)
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # it warns of every initializer that can be overridden
-        providers = ["CPUExecutionProvider"]
-        self.session = onnxruntime.InferenceSession(file.content, options, providers=providers)
-
-    def _run(self, batch: Array, overrides: Mapping[str, Array]) -> list[Array]:
-        answer: list[Array] = self.session.run(list(OUTPUTS), {INPUT: batch, **overrides})
-        return answer
+    def _run(self, batch: Array, overrides: Overrides) -> list[Array]:
+        outputs: list[Array] = self.session.run(list(OUTPUTS), {INPUT: batch, **overrides})
+        return outputs
 
 
 class OpenVino(Runtime):
-    """OpenVINO, which bakes thresholds in: others take a model with its defaults rewritten."""
+    """OpenVINO, which compiles defaults in: overrides need a model with other initializers."""
 
     name = package = extra = "openvino"
 
-    def _load(self, file: DetectorFile) -> None:
-        self.model = onnx.load_model_from_string(file.content)
+    def _load(self, content: bytes) -> None:
+        self.model = onnx.load_model_from_string(content)
         self._compile({})
 
-    def _compile(self, overrides: Mapping[str, Array]) -> None:
+    def _compile(self, overrides: Mapping[str, list[float]]) -> None:
         import openvino
 
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         for name, values in overrides.items():
-            set_default(model, name, values.tolist())
-        content = model.SerializeToString()
-        # Its default rounds to bfloat16 where the processor can.
-        precise = {"INFERENCE_PRECISION_HINT": "f32"}
+            set_default(model, name, values)
         core = openvino.Core()
-        self.compiled = core.compile_model(core.read_model(content), "CPU", precise)
-        self.baked_in = _fingerprint(overrides)
+        # By default OpenVINO rounds to bfloat16 where the processor supports it.
+        precise = {"INFERENCE_PRECISION_HINT": "f32"}
+        loaded = core.read_model(model.SerializeToString())
+        self.compiled = core.compile_model(loaded, "CPU", precise)
+        self.compiled_with = overrides
 
-    def _run(self, batch: Array, overrides: Mapping[str, Array]) -> list[Array]:
-        if self.baked_in != _fingerprint(overrides):
-            self._compile(overrides)
-        answer = self.compiled({INPUT: batch}, share_outputs=False)  # or calls overwrite it
-        return [np.asarray(answer[name]) for name in OUTPUTS]
+    def _run(self, batch: Array, overrides: Overrides) -> list[Array]:
+        values = {name: array.tolist() for name, array in overrides.items()}
+        if values != self.compiled_with:
+            self._compile(values)
+        # Outputs that are shared would be overwritten by the next call.
+        outputs = self.compiled({INPUT: batch}, share_outputs=False)
+        return [np.asarray(outputs[name]) for name in OUTPUTS]
 
 
 class Reference(Runtime):
-    """onnx's reference in numpy: the standard's word on what a graph means, and slow."""
+    """onnx's reference evaluator in numpy, which defines the operators, and is slow."""
 
     name, package = "reference", "onnx"
     slow = True
 
-    def _load(self, file: DetectorFile) -> None:
+    def _load(self, content: bytes) -> None:
         from onnx.reference import ReferenceEvaluator
 
-        self.evaluator = ReferenceEvaluator(onnx.load_model_from_string(file.content))
+        self.evaluator = ReferenceEvaluator(onnx.load_model_from_string(content))
 
-    def _run(self, batch: Array, overrides: Mapping[str, Array]) -> list[Array]:
-        with np.errstate(all="ignore"):  # a sigmoid's exp overflows to the right answer
-            answer = self.evaluator.run(list(OUTPUTS), {INPUT: batch, **overrides})
-        return [np.asarray(values) for values in answer]
+    def _run(self, batch: Array, overrides: Overrides) -> list[Array]:
+        with np.errstate(all="ignore"):  # the exp of a sigmoid overflows to the right result
+            outputs = self.evaluator.run(list(OUTPUTS), {INPUT: batch, **overrides})
+        return [np.asarray(values) for values in outputs]
 
 
 RUNTIMES: tuple[type[Runtime], ...] = (OnnxRuntime, OpenVino, Reference)
@@ -165,17 +170,17 @@ RUNTIME_NAMES = tuple(runtime.name for runtime in RUNTIMES)
 
 
 def find_runtimes(names: Sequence[str]) -> tuple[list[type[Runtime]], list[type[Runtime]]]:
-    """The runtimes asked for.
+    """Look runtimes up by name.
 
     Args:
-        names: Of `RUNTIME_NAMES`, or `all`: whatever is installed.
+        names: Entries of `RUNTIME_NAMES`, or `all` for those that are installed.
 
     Returns:
-        Those that are there, in the order of `RUNTIMES`; and, for `all`, those that are missing.
+        The runtimes found, in the order of `RUNTIMES`; and, for `all`, those not installed.
 
     Raises:
-        MissingRuntimeError: One that was asked for by name is not installed.
-        ValueError: There is no such runtime, or none was asked for.
+        MissingRuntimeError: A runtime requested by name is not installed.
+        ValueError: A name is unknown, or there are no names.
     """
     known = (*RUNTIME_NAMES, ALL)
     if not names:
@@ -183,23 +188,11 @@ def find_runtimes(names: Sequence[str]) -> tuple[list[type[Runtime]], list[type[
     for name in names:
         if name not in known:
             raise ValueError(f"unknown runtime {name!r}; known: {', '.join(known)}")
-    there, absent = [], []
-    for runtime in RUNTIMES:
-        if ALL not in names and runtime.name not in names:
-            continue
-        if not runtime.missing():
-            there.append(runtime)
-        elif runtime.name in names:
-            raise MissingRuntimeError(f"{runtime.name} is not installed: {how_to_install(runtime)}")
-        else:
-            absent.append(runtime)
-    return there, absent
-
-
-def how_to_install(runtime: type[Runtime]) -> str:
-    """The command that brings a runtime."""
-    return f"pip install 'ghm-triton[{runtime.extra}]'"
-
-
-def _fingerprint(overrides: Mapping[str, Array]) -> dict[str, bytes]:
-    return {name: values.tobytes() for name, values in overrides.items()}
+    requested = [runtime for runtime in RUNTIMES if ALL in names or runtime.name in names]
+    missing = [runtime for runtime in requested if runtime.missing()]
+    for runtime in missing:
+        if runtime.name in names:
+            raise MissingRuntimeError(
+                f"{runtime.name} is not installed: {runtime.how_to_install()}"
+            )
+    return [runtime for runtime in requested if runtime not in missing], missing

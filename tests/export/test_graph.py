@@ -11,7 +11,7 @@ import torch
 
 from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
 from export.graph import IR_VERSION, MAX_BATCH, OPSET, build_graph
-from export.verify.compare import Detections, Proposals, Rules, Tolerance, compare
+from export.verify.compare import Detections, Proposals, Setting, Tolerance, compare
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.postprocess import DeployedDetector
 from ghm_triton.detection.models.registry import build_detector
@@ -49,10 +49,10 @@ def assert_equal(
         expected = split(deployed(images, torch.tensor(thresholds), torch.tensor([iou])))
     found = split(file.run(list(OUTPUTS), {INPUT: images.numpy(), **feeds}))
     config = deployed.config
-    rules = Rules(config.class_names, thresholds, iou, config.max_detections)
+    setting = Setting(config.class_names, thresholds, iou, config.max_detections)
     none = Proposals(np.zeros((0, 4), np.float32), np.zeros((0, len(thresholds)), np.float32))
     for ours, theirs in zip(expected, found, strict=True):
-        result = compare(ours, theirs, none, rules, CLOSE)
+        result = compare(ours, theirs, none, setting, CLOSE)
         assert result.mismatches == []
         assert result.borderline == 0
         assert result.matched.sum() == len(theirs)

@@ -17,7 +17,7 @@ from PIL import Image
 from export.card import IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard, Preprocessing
 from export.file import read_detector
 from export.preprocess import PREFIX, accept_uint8
-from export.verify.compare import Detections, Proposals, Rules, Tolerance, compare
+from export.verify.compare import Detections, Proposals, Setting, Tolerance, compare
 from ghm_triton.detection.data import open_dataset
 from service.images.decode import letterbox
 
@@ -200,7 +200,7 @@ def assert_same_detections(both, images: list[Image.Image], feeds: Feeds) -> int
     floats, bytes_, card = both
     thresholds = feeds.get(THRESHOLDS_INPUT, np.array(card.class_thresholds, np.float32))
     iou = float(feeds.get(IOU_INPUT, [card.iou_threshold])[0])
-    rules = Rules(card.class_names, thresholds, iou, card.max_detections)
+    setting = Setting(card.class_names, thresholds, iou, card.max_detections)
     nothing = Proposals(np.zeros((0, 4), np.float32), np.zeros((0, len(thresholds)), np.float32))
     total = 0
     for image in images:
@@ -214,7 +214,7 @@ def assert_same_detections(both, images: list[Image.Image], feeds: Feeds) -> int
             Detections(back, host.scores, host.labels),
             ours,
             nothing,
-            rules,
+            setting,
             Tolerance(box=0.1 * grown, score=1e-4),
         )
         assert result.mismatches == []

@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from export.card import CARD_KEY, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
 from export.file import read_detector
 from export.thresholds import rewrite_thresholds, set_thresholds
-from export.verify.report import card_problems
+from export.verify.verify import card_problems
 from ghm_triton.cli import main
 from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.evidence import ClassStatistics, ClassThresholds, ThresholdWarning, as_float32

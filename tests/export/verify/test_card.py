@@ -11,8 +11,8 @@ import pytest
 from onnx import ModelProto
 
 from export.card import CARD_KEY, IOU_INPUT, THRESHOLDS_INPUT, CardError, DetectorCard
-from export.thresholds import set_default
-from export.verify.report import verify
+from export.file import set_default
+from export.verify.verify import verify
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.training.checkpoint import Checkpoint

@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export.verify.compare import Comparison, Detections, Proposals, Rules, Tolerance, compare
+from export.verify.compare import Comparison, Detections, Proposals, Setting, Tolerance, compare
 
 TOLERANCE = Tolerance()
-RULES = Rules(("cat", "dog"), np.array([0.5, 0.3], dtype=np.float32), 0.5, 100)
+SETTING = Setting(("cat", "dog"), np.array([0.5, 0.3], dtype=np.float32), 0.5, 100)
 
 Row = tuple[float, int, list[float]]
 CAT: Row = (0.9, 0, [0, 0, 10, 10])
@@ -31,11 +31,11 @@ def proposing(*parts: Detections) -> Proposals:
     return Proposals(boxes, scores)
 
 
-def check(a: Detections, b: Detections, rules: Rules = RULES) -> Comparison:
+def check(a: Detections, b: Detections, setting: Setting = SETTING) -> Comparison:
     """Compare two choices from the same proposals, both ways: sides must not matter."""
     proposals = proposing(a, b)
-    one = compare(a, b, proposals, rules, TOLERANCE)
-    other = compare(b, a, proposals, rules, TOLERANCE)
+    one = compare(a, b, proposals, setting, TOLERANCE)
+    other = compare(b, a, proposals, setting, TOLERANCE)
     assert one.matched.tolist() == other.matched.tolist()
     assert one.borderline == other.borderline
     assert len(one.mismatches) == len(other.mismatches)
@@ -73,7 +73,7 @@ def test_the_largest_differences_within_the_tolerance_are_told() -> None:
 )
 def test_a_difference_beyond_the_tolerance_is_a_mismatch_on_each_side(other: Row) -> None:
     expected = found(CAT, DOG)
-    result = compare(expected, found(other, DOG), proposing(expected), RULES, TOLERANCE)
+    result = compare(expected, found(other, DOG), proposing(expected), SETTING, TOLERANCE)
     assert result.matched.tolist() == [0, 1]
     assert len(result.mismatches) == 2
     assert result.borderline == 0
@@ -116,16 +116,16 @@ def test_the_threshold_is_that_of_the_class() -> None:
 
 
 def test_the_last_place_of_a_full_list_is_borderline() -> None:
-    rules = Rules(RULES.class_names, RULES.class_thresholds, 0.5, capacity=2)
+    setting = Setting(SETTING.class_names, SETTING.class_thresholds, 0.5, max_detections=2)
     last, rival = (0.7, 0, [30, 30, 40, 40]), (0.70005, 1, [60, 60, 80, 80])
-    result = check(found(CAT, last), found(CAT, rival), rules)
+    result = check(found(CAT, last), found(CAT, rival), setting)
     assert (result.borderline, result.mismatches) == (2, [])
     assert len(check(found(CAT, last), found(CAT, rival)).mismatches) == 2  # room for both
 
 
 def test_a_full_list_excuses_only_its_last_place() -> None:
-    rules = Rules(RULES.class_names, RULES.class_thresholds, 0.5, capacity=2)
-    result = check(found((0.95, 1, [60, 60, 80, 80]), CAT), found(CAT, FAR), rules)
+    setting = Setting(SETTING.class_names, SETTING.class_thresholds, 0.5, max_detections=2)
+    result = check(found((0.95, 1, [60, 60, 80, 80]), CAT), found(CAT, FAR), setting)
     assert result.borderline == 1  # FAR, the last of a full list; the best of the other is missing
     assert len(result.mismatches) == 1
 
@@ -139,13 +139,13 @@ def test_nms_between_equals_is_borderline() -> None:
 
 def test_a_box_that_was_never_proposed_is_no_equal() -> None:
     a, b = (0.7, 0, [30, 30, 40, 40]), (0.7, 0, [31, 30, 41, 40])
-    result = compare(found(CAT, a), found(CAT, b), proposing(found(CAT, a)), RULES, TOLERANCE)
+    result = compare(found(CAT, a), found(CAT, b), proposing(found(CAT, a)), SETTING, TOLERANCE)
     assert (result.borderline, len(result.mismatches)) == (0, 2)
 
 
 def test_a_box_that_was_never_proposed_is_not_excused_by_its_threshold() -> None:
     made_up = found(CAT, (0.50005, 0, [30, 30, 40, 40]))
-    result = compare(found(CAT), made_up, proposing(found(CAT)), RULES, TOLERANCE)
+    result = compare(found(CAT), made_up, proposing(found(CAT)), SETTING, TOLERANCE)
     assert (result.borderline, len(result.mismatches)) == (0, 1)
 
 

@@ -12,7 +12,7 @@ import pytest
 from onnx import ModelProto, numpy_helper
 
 from export.card import THRESHOLDS_INPUT
-from export.verify.report import Samples, verify
+from export.verify.verify import Samples, verify
 from ghm_triton.detection.data import Sample
 
 Tamper = Callable[[Callable[[ModelProto], None]], Path]

@@ -12,8 +12,9 @@ from onnx import ModelProto
 
 from export.detector import export_detector
 from export.verify.compare import Comparison, Tolerance
-from export.verify.report import VerifyReport, verify
+from export.verify.report import VerifyReport
 from export.verify.runtimes import OpenVino
+from export.verify.verify import verify
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.evaluate import in_image_pixels
@@ -92,7 +93,7 @@ def test_every_runtime_is_compared_and_those_that_can_are_given_a_map(
         assert side.ap == pytest.approx(found["checkpoint"].ap, abs=1e-3)  # ties may reorder
     lines = report.table().splitlines()
     assert any(line.startswith("reference") and line.endswith("2 of the images") for line in lines)
-    assert f"checkpoint   {found['checkpoint'].ap:7.4f}  {found['checkpoint'].ap50:7.4f}" in lines
+    assert f"checkpoint   {found['checkpoint'].ap:.4f}  {found['checkpoint'].ap50:.4f}" in lines
 
 
 def test_without_ground_truth_there_is_no_map(

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from export.file import read_detector
-from export.verify.compare import Rules, Tolerance
-from export.verify.runtimes import OnnxRuntime, Reference, UnrunnableError
-from export.verify.side_by_side import Outputs, SideBySide, broken_rules
+from export.verify.compare import Outputs, Setting, contract_violations
+from export.verify.report import VerifyReport
+from export.verify.runtimes import OnnxRuntime, Reference, Runtime, UnrunnableError
+from export.verify.side_by_side import SideBySide
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.training.checkpoint import Checkpoint
 
-RULES = Rules(("cat", "dog"), np.array([0.5, 0.3], dtype=np.float32), 0.5, 4)
+SETTING = Setting(("cat", "dog"), np.array([0.5, 0.3], dtype=np.float32), 0.5, 4)
 
 
 def answer() -> Outputs:
@@ -26,7 +27,7 @@ def answer() -> Outputs:
 
 
 def test_an_answer_that_keeps_the_contract() -> None:
-    assert broken_rules(answer(), RULES) == []
+    assert contract_violations(answer(), SETTING) == []
 
 
 @pytest.mark.parametrize(
@@ -46,21 +47,32 @@ def test_an_answer_that_keeps_the_contract() -> None:
 def test_each_promise_of_the_contract(part: int, place: int, value: float, said: str) -> None:
     outputs = answer()
     outputs[part][place] = value  # type: ignore[index]
-    assert said in broken_rules(outputs, RULES)
+    assert said in contract_violations(outputs, SETTING)
 
 
 @pytest.mark.parametrize("count", [-1, 5])
 def test_a_number_of_detections_that_cannot_be(count: int) -> None:
-    assert broken_rules((*answer()[:3], count), RULES) == [f"num_detections is {count} of 4"]
+    assert contract_violations((*answer()[:3], count), SETTING) == [
+        f"num_detections is {count} of 4"
+    ]
+
+
+def pair_of(
+    path: Path, checkpoint: Checkpoint, *runtimes: type[Runtime], slow_images: int = 2
+) -> SideBySide:
+    report = VerifyReport(0, checkpoint.config.class_names)
+    file = read_detector(path)
+    return SideBySide(report, file, checkpoint, runtimes, slow_images=slow_images)
 
 
 @pytest.fixture
 def pair(detector_path: Path, checkpoint: Checkpoint) -> SideBySide:
-    return SideBySide(read_detector(detector_path), checkpoint, Tolerance(), [OnnxRuntime], 2)
+    return pair_of(detector_path, checkpoint, OnnxRuntime)
 
 
 def test_every_setting_and_batch_size_is_run(pair: SideBySide, samples: list[Sample]) -> None:
-    runs = pair.compare(samples, [1, 3, 8]).runs
+    pair.compare(samples, [1, 3, 8])
+    runs = pair.report.runs
     assert set(runs) == {
         ("onnxruntime", name, size)
         for name in ("the file's own thresholds", "every class shown", "every class, IoU 0.6")
@@ -97,8 +109,9 @@ def test_a_runtime_that_fails_is_told_and_not_asked_again(
         raise UnrunnableError("out of memory")
 
     monkeypatch.setattr(pair.runtimes[0], "run", fail)
-    assert pair.compare(samples[:2], [1]).faults == {"onnxruntime": "out of memory"}
-    assert pair.runtimes == []
+    pair.compare(samples[:2], [1])
+    assert pair.report.problems == ["out of memory"]
+    assert (pair.runtimes, pair.report.runs, list(pair.detected)) == ([], {}, ["checkpoint"])
 
 
 def test_slow_runtimes_get_the_first_images_of_all_that_are_compared(
@@ -107,23 +120,27 @@ def test_slow_runtimes_get_the_first_images_of_all_that_are_compared(
     samples: list[Sample],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    file = read_detector(detector_path)
     seen: list[np.ndarray] = []
-    pair = SideBySide(file, checkpoint, Tolerance(), [OnnxRuntime, Reference], 3)
+    pair = pair_of(detector_path, checkpoint, OnnxRuntime, Reference, slow_images=3)
     fast, slow = pair.runtimes
     monkeypatch.setattr(
         slow, "run", lambda batch, overrides: seen.append(batch) or fast.run(batch, overrides)
     )
-    first, second, third = (pair.compare(samples[i : i + 2], [1]) for i in (0, 2, 4))
     key = ("every class shown", 1)
-    for findings in (first, second):
-        assert findings.runs["reference", *key].matched.any()
-    assert not third.runs["reference", *key].matched.any()
-    assert third.runs["onnxruntime", *key].matched.any()
+    matched = []
+    for start in (0, 2, 4):
+        pair.compare(samples[start : start + 2], [1])
+        totals = [
+            pair.report.run(name, *key).matched.sum() for name in ("reference", "onnxruntime")
+        ]
+        matched.append(totals)
+    (slow_1, fast_1), (slow_2, fast_2), (slow_3, fast_3) = matched
+    assert 0 < slow_1 < slow_2 == slow_3
+    assert 0 < fast_1 < fast_2 < fast_3
     given = [pair.letterbox(sample.image)[0] for sample in samples[:3]]
     wanted = [given[0], given[1], given[0], given[1], given[0], given[1], *[given[2]] * 3]
     np.testing.assert_array_equal(np.concatenate(seen), torch.stack(wanted))
-    assert list(first.found) == ["checkpoint", "onnxruntime"]  # no mAP of the first few
+    assert list(pair.detected) == ["checkpoint", "onnxruntime"]  # no mAP of the first few
 
 
 def test_a_class_that_scores_low_is_seen(pair: SideBySide) -> None:
@@ -145,8 +162,7 @@ def test_an_answer_that_breaks_the_contract_is_a_mismatch(
         model.graph.initializer.append(zero)
         node.input[2] = "zero"
 
-    pair = SideBySide(
-        read_detector(tampered(pad_with_zero)), checkpoint, Tolerance(), [OnnxRuntime], 2
-    )
-    run = pair.compare(samples, [3]).runs["onnxruntime", "the file's own thresholds", 3]
+    pair = pair_of(tampered(pad_with_zero), checkpoint, OnnxRuntime)
+    pair.compare(samples, [3])
+    run = pair.report.runs["onnxruntime", "the file's own thresholds", 3]
     assert run.mismatches[0] == "cloud_0.png: the padding is not 0, 0 and -1"
