@@ -14,7 +14,8 @@ from service.core.errors import ProblemError
 from service.core.params import DetectOptions, read_options
 from service.http.forms import parse_form
 from service.http.uploads import _read_json
-from service.images.decode import ImageError, decode
+from service.images.decode import decode
+from service.images.headers.base import ImageError
 
 MAX_PIXELS = 2**20
 _PNG = b"\x89PNG\r\n\x1a\n"

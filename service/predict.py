@@ -135,7 +135,8 @@ def _predict_one(
 
 def _decode(path: Path) -> Image.Image:
     from service.core.settings import MOST_PIXELS
-    from service.images.decode import ImageError, decode
+    from service.images.decode import decode
+    from service.images.headers.base import ImageError
 
     try:
         return decode(path.read_bytes(), MOST_PIXELS)

@@ -19,16 +19,14 @@ from service.api.state import ServiceState
 from service.core.errors import ProblemError
 from service.core.params import ModelOptions, read_options
 from service.http.uploads import Upload, read_upload
-from service.images.decode import (
+from service.images.decode import Geometry, decode, prepare
+from service.images.headers import measure
+from service.images.headers.base import (
     DamagedImageError,
-    Geometry,
     ImageError,
     ImageHeader,
     ImageTooLargeError,
     UnsupportedImageError,
-    decode,
-    measure,
-    prepare,
 )
 from service.observability.metrics import Metrics
 

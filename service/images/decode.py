@@ -1,59 +1,40 @@
-"""From the bytes of an image to one row of the model's input, and from its boxes back.
+"""Decoding of images to upright RGB, and preprocessing to the model's input.
 
-What every kind of image becomes, so that nothing is left to chance:
-
-- the orientation of EXIF is honoured: width and height are those a viewer shows;
-- 16-bit grey is scaled to 8 bits (`round(x / 257)`), never clipped; 16-bit colour keeps the high
-  byte, which is what Pillow decodes it to;
-- transparency (an alpha channel, a transparent palette entry or colour) is composited on white;
-- CMYK and YCbCr are converted to RGB, grey becomes three equal channels;
-- of an animation, the first frame is taken;
-- colour profiles are ignored, as they are in training;
-- 32-bit integers, floats and Lab are refused: nothing says which of their values is white.
+- EXIF orientation is applied: width and height are those a viewer shows.
+- 16-bit grey is scaled to 8 bits (`round(x / 257)`), not clipped; of 16-bit colour the high byte is
+  kept, as Pillow decodes it.
+- Transparency (an alpha channel, a transparent palette entry or colour) is composited on white.
+- CMYK and YCbCr are converted to RGB, grey becomes three equal channels.
+- Of an animation or a document, the first frame is taken.
+- Colour profiles are ignored, as in training.
+- 32-bit integers, floats and Lab are refused: their white is not defined.
 """
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from export.card import DetectorCard, Preprocessing
-from service.images.headers import (
-    FORMATS,
-    DamagedImageError,
+from service.images.headers import measure
+from service.images.headers.base import (
     ImageError,
     ImageHeader,
-    ImageTooLargeError,
     UnsupportedImageError,
-    measure,
+    damaged,
 )
-
-__all__ = [
-    "FORMATS",
-    "DamagedImageError",
-    "Geometry",
-    "ImageError",
-    "ImageHeader",
-    "ImageTooLargeError",
-    "UnsupportedImageError",
-    "canvas",
-    "decode",
-    "letterbox",
-    "measure",
-    "prepare",
-]
+from service.images.headers.pillow import open_lazily, short_reason
 
 _TIFF_BITS_PER_SAMPLE = 258
 _TIFF_PHOTOMETRIC = 262
 _TIFF_WHITE_IS_ZERO = 0
-_BAND = 64  # rows converted at a time: a conversion costs no second and third copy
+_BAND = 64  # rows composited at a time, so that no further full copies are needed
 
-# The transposition that undoes each value of EXIF's orientation; 1 is upright.
+# The transposition that undoes each EXIF orientation; 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -67,13 +48,13 @@ _UPRIGHT = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where an image went in the model's input.
+    """Position of an image in the model's input: its upper left corner, resized.
 
     Attributes:
-        width: Of the image, in pixels.
-        height: Of the image, in pixels.
-        resized_width: Of the image inside the input, from its left edge.
-        resized_height: Of the image inside the input, from its upper edge.
+        width: Width of the image, in pixels.
+        height: Height of the image, in pixels.
+        resized_width: Width of the image inside the input.
+        resized_height: Height of the image inside the input.
     """
 
     width: int
@@ -82,7 +63,7 @@ class Geometry:
     resized_height: int
 
     def to_image(self, boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-        """Take boxes from input pixels to image pixels, clipped to the image.
+        """Map boxes from input pixels to image pixels, clipped to the image.
 
         Args:
             boxes: float32 `[N, 4]`, x1, y1, x2, y2 in pixels of the model's input.
@@ -102,55 +83,51 @@ def decode(content: bytes, max_pixels: int, header: ImageHeader | None = None) -
     """Decode an image file.
 
     Args:
-        content: The bytes of a JPEG, PNG, WebP, BMP, TIFF or GIF file. The kind is read from
-            them, not from what a client calls them.
-        max_pixels: The most pixels to decode. What the header states is checked before any
+        content: A JPEG, PNG, WebP, BMP, TIFF or GIF file. The format is detected from the bytes.
+        max_pixels: Largest number of pixels to decode, compared with the header's before any
             pixel is decoded.
-        header: What `measure` returned for it, if it was asked before.
+        header: Result of `measure` for this file, if already known.
 
     Returns:
         The upright image, mode RGB.
 
     Raises:
-        UnsupportedImageError: The bytes are no image of these kinds.
-        DamagedImageError: There are no bytes, or the image is cut short or broken.
-        ImageTooLargeError: The image has more pixels than allowed.
+        UnsupportedImageError: The format or mode is not supported.
+        DamagedImageError: The file is empty, cut short or broken.
+        ImageTooLargeError: The image has more than `max_pixels` pixels.
     """
     header = measure(content, max_pixels) if header is None else header
+    image: Image.Image = open_lazily(header.essence, header.kind)
+    if image.size != (header.width, header.height):
+        raise damaged(
+            header.kind,
+            f"it is {header.width} x {header.height} pixels in one place and"
+            f" {image.width} x {image.height} in another",
+        )
     try:
-        image: Image.Image = Image.open(io.BytesIO(header.essence), formats=(header.kind.upper(),))
-        if image.size != (header.width, header.height):
-            raise DamagedImageError(
-                f"the {header.kind} image is damaged: it is {header.width} x {header.height}"
-                f" pixels in one place and {image.width} x {image.height} in another"
-            )
         image.load()
-        image = _to_rgb(image)  # under the same name, so that what it was made of is freed
+        image = _to_rgb(image)  # rebound, so that the source is freed
         turn = _UPRIGHT.get(header.orientation)
         return image if turn is None else image.transpose(turn)
     except ImageError:
         raise
-    except UnidentifiedImageError as error:  # its own message prints the address of a buffer
-        raise DamagedImageError(
-            f"the {header.kind} image's header is damaged, or of a variant that is not read"
-        ) from error
-    except Exception as error:  # decoders raise what they please on broken bytes
-        raise DamagedImageError(f"the {header.kind} image is damaged: {_reason(error)}") from error
+    except Exception as error:  # decoders raise any exception on broken bytes
+        raise damaged(header.kind, short_reason(error)) from error
 
 
 def prepare(image: Image.Image, card: DetectorCard) -> tuple[npt.NDArray[Any], Geometry]:
-    """Make an image a row of the model's input, whichever kind of input its card says.
+    """Convert an image to a row of the model's input.
 
-    A graph that takes uint8 images of any size gets them letterboxed all the same, which it then
-    leaves as they are: so images of many sizes share a batch, and a large one takes its memory
-    once. The answers are those of the graph that takes float32.
+    Images for a graph with uint8 input are letterboxed too, which the graph then leaves unchanged:
+    images of different sizes can share a batch, and a large image is held once. The results are
+    those of the float32 graph.
 
     Args:
         image: Mode RGB.
-        card: The model's.
+        card: The model's card.
 
     Returns:
-        float32 `[3, H, W]` or uint8 `[H, W, 3]`, and the geometry that takes boxes back to the
+        float32 `[3, H, W]` or uint8 `[H, W, 3]`, and the geometry that maps boxes back to the
         image.
 
     Raises:
@@ -163,14 +140,14 @@ def prepare(image: Image.Image, card: DetectorCard) -> tuple[npt.NDArray[Any], G
 def letterbox(
     image: Image.Image, preprocessing: Preprocessing
 ) -> tuple[npt.NDArray[np.float32], Geometry]:
-    """Letterbox and normalise an image, as the card says.
+    """Letterbox and normalise an image.
 
     Args:
         image: Mode RGB.
-        preprocessing: The card's.
+        preprocessing: Preprocessing of the card.
 
     Returns:
-        float32 `[3, H, W]`, and the geometry that takes boxes back to the image.
+        float32 `[3, H, W]`, and the geometry that maps boxes back to the image.
 
     Raises:
         ValueError: The image is not RGB.
@@ -180,7 +157,7 @@ def letterbox(
     height, width = pixels.shape[:2]
     row = np.empty((3, preprocessing.height, preprocessing.width), dtype=np.float32)
     grey = np.float32(255)
-    # A channel at a time and in place: five passes over a plane that stays in the cache.
+    # Per channel and in place: five passes over a plane that stays in the cache.
     for channel, plane in enumerate(row):
         mean = np.float32(preprocessing.mean[channel])
         std = np.float32(preprocessing.std[channel])
@@ -195,14 +172,14 @@ def letterbox(
 def canvas(
     image: Image.Image, preprocessing: Preprocessing
 ) -> tuple[npt.NDArray[np.uint8], Geometry]:
-    """Letterbox an image, as the card says, and leave its grey levels.
+    """Letterbox an image without normalising it.
 
     Args:
         image: Mode RGB.
-        preprocessing: The card's.
+        preprocessing: Preprocessing of the card.
 
     Returns:
-        uint8 `[H, W, 3]`, and the geometry that takes boxes back to the image.
+        uint8 `[H, W, 3]`, and the geometry that maps boxes back to the image.
 
     Raises:
         ValueError: The image is not RGB.
@@ -215,7 +192,7 @@ def canvas(
 
 
 def _fit(image: Image.Image, preprocessing: Preprocessing) -> tuple[Image.Image, Geometry]:
-    """The image as large as it is inside the model's input."""
+    """Resize an image to its size inside the model's input."""
     if image.mode != "RGB":
         raise ValueError(f"the image's mode must be RGB, got {image.mode}")
     size = preprocessing.resized(image.width, image.height)
@@ -228,8 +205,8 @@ def _fit(image: Image.Image, preprocessing: Preprocessing) -> tuple[Image.Image,
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F", "LAB"):
         raise UnsupportedImageError(
-            f"a {image.format} image of mode {image.mode} is not read: 32-bit integers, floats and"
-            " Lab say nothing of which value is white"
+            f"a {image.format} image of mode {image.mode} is not read: the white of 32-bit"
+            " integers, floats and Lab is not defined"
         )
     if image.mode.startswith("I;16"):
         image = _to_eight_bits(image)
@@ -249,16 +226,11 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of up to 16 bits, scaled so that its white is 255."""
-    tags = getattr(image, "tag_v2", {})  # of TIFF, which also knows 12 bits and inverted grey
+    """Scale grey of up to 16 bits so that white is 255."""
+    tags = getattr(image, "tag_v2", {})  # TIFF also has 12 bits and inverted grey
     bits = min(tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0], 16)
     levels = np.arange(2**16, dtype=np.float32) * np.float32(255 / (2**bits - 1))
     table = np.rint(np.minimum(levels, 255)).astype(np.uint8)
     if tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO:
         table = 255 - table
     return Image.fromarray(table[np.asarray(image)])
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, short enough to answer with."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

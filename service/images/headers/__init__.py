@@ -1,10 +1,10 @@
-"""What an image file says of itself, read before anything is decoded.
+"""Image headers, read before anything is decoded.
 
-Each kind has a module of its own whose `read(content)` returns an `ImageHeader`. It walks the file
-far enough to know size, orientation and cost, and hands the decoder only what decoding needs:
-texts, profiles, previews and further frames stay behind, and with them the traps that are laid in
-them (a zTXt chunk that inflates to gigabytes, an IFD whose thousand entries all point at the same
-ten megabytes).
+Each format has a module whose `read(content)` returns an `ImageHeader`: size, orientation and an
+upper bound of the memory that decoding takes. The decoder is given only the parts of the file that
+decoding needs. Texts, colour profiles, previews and further frames are dropped, and with them
+attacks that hide there, such as a zTXt chunk that inflates to gigabytes or a TIFF directory with a
+thousand entries that all refer to the same ten megabytes.
 """
 
 from __future__ import annotations
@@ -16,23 +16,13 @@ from service.images.headers import bmp, gif, jpeg, png, tiff, webp
 from service.images.headers.base import (
     FORMATS,
     DamagedImageError,
-    ImageError,
     ImageHeader,
     ImageTooLargeError,
     UnsupportedImageError,
+    damaged,
 )
 
-__all__ = [
-    "FORMATS",
-    "DamagedImageError",
-    "ImageError",
-    "ImageHeader",
-    "ImageTooLargeError",
-    "UnsupportedImageError",
-    "measure",
-]
-
-_SLACK = 2 * 2**20  # the decoder's own tables, and the rows it works on
+_SLACK = 2 * 2**20  # the decoder's tables and row buffers
 
 _READERS = {
     "JPEG": jpeg.read,
@@ -43,64 +33,61 @@ _READERS = {
     "GIF": gif.read,
 }
 
-_SIGNATURES = (
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"BM", "BMP"),
-    (b"GIF87a", "GIF"),
-    (b"GIF89a", "GIF"),
-    (b"II*\x00", "TIFF"),
-    (b"MM\x00*", "TIFF"),
-    (b"II+\x00", "TIFF"),
-    (b"MM\x00+", "TIFF"),
-)
+_SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"BM": "BMP",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"II*\x00": "TIFF",
+    b"MM\x00*": "TIFF",
+    b"II+\x00": "TIFF",
+    b"MM\x00+": "TIFF",
+}
 
 
 def measure(content: bytes, max_pixels: int) -> ImageHeader:
-    """Read what an image file says of itself, decoding nothing.
+    """Read the header of an image file without decoding it.
 
     Args:
-        content: The bytes of a JPEG, PNG, WebP, BMP, TIFF or GIF file. The kind is read from
-            them, not from what a client calls them.
-        max_pixels: The most pixels allowed.
+        content: A JPEG, PNG, WebP, BMP, TIFF or GIF file. The format is detected from the bytes.
+        max_pixels: Largest number of pixels allowed.
 
     Returns:
-        The header. Its `decoded_bytes` bound the memory that `service.images.decode.decode`
-        takes for it, beyond the file itself.
+        The header. `decoded_bytes` bounds the memory that `service.images.decode.decode` takes
+        beyond the file itself.
 
     Raises:
-        UnsupportedImageError: The bytes are no image of these kinds.
-        DamagedImageError: There are no bytes, or the header is broken, or promises more pixels
-            than so few bytes can hold.
-        ImageTooLargeError: The image has more pixels than allowed, or more parts or scans than
-            any honest file.
+        UnsupportedImageError: The format is not supported.
+        DamagedImageError: The file is empty, its header is broken, or it has more pixels than
+            its bytes can hold.
+        ImageTooLargeError: The image has more than `max_pixels` pixels, or more parts or scans
+            than any real file.
     """
     if not content:
         raise DamagedImageError("the image is empty: 0 bytes")
     kind = _kind(content)
     try:
         header = _READERS[kind](content)
-    except (struct.error, IndexError) as error:  # reading past the end
-        raise DamagedImageError(f"the {kind} image is damaged: its header is cut short") from error
+    except (struct.error, IndexError, TypeError) as error:  # past the end, or of another type
+        raise damaged(kind, "its header is cut short or broken") from error
     if min(header.width, header.height) < 1:
-        raise DamagedImageError(
-            f"the {kind} image is damaged: it is {header.width} x {header.height} pixels"
-        )
+        raise damaged(kind, f"it is {header.width} x {header.height} pixels")
     if header.width * header.height > max_pixels:
         raise ImageTooLargeError(
             f"the image is {header.width} x {header.height} pixels; at most {max_pixels} are read"
         )
     if header.min_bytes > len(content):
-        raise DamagedImageError(
-            f"the {kind} image is damaged: {len(content)} bytes are too few for"
-            f" {header.width} x {header.height} pixels"
+        raise damaged(
+            kind,
+            f"{len(content)} bytes are too few for {header.width} x {header.height} pixels",
         )
     copied = 0 if header.essence is content else len(header.essence)
     return replace(header, decoded_bytes=header.decoded_bytes + copied + _SLACK)
 
 
 def _kind(content: bytes) -> str:
-    for signature, kind in _SIGNATURES:
+    for signature, kind in _SIGNATURES.items():
         if content.startswith(signature):
             return kind
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":

@@ -1,4 +1,4 @@
-"""What the readers of headers share: their result, and their errors."""
+"""The result of reading an image's header, and its errors."""
 
 from __future__ import annotations
 
@@ -6,39 +6,38 @@ from dataclasses import dataclass, field
 
 FORMATS = ("JPEG", "PNG", "WebP", "BMP", "TIFF", "GIF")
 
-# Parts before the pixels, or of them. Honest files have dozens; walking a million takes a second.
+# Segments, chunks or blocks read per file. Real files have dozens; a million take a second.
 MOST_PARTS = 10_000
 
 
 class ImageError(ValueError):
-    """The bytes are not an image that can be answered for."""
+    """An image file that cannot be decoded."""
 
 
 class UnsupportedImageError(ImageError):
-    """Not an image, or not of a kind that is read here."""
+    """Not an image, or not of a supported format."""
 
 
 class DamagedImageError(ImageError):
-    """An image of a known kind that ends too early or does not decode."""
+    """An image of a supported format that is cut short or does not decode."""
 
 
 class ImageTooLargeError(ImageError):
-    """An image of more pixels than allowed, or that would cost more than any honest one."""
+    """An image of more pixels than allowed, or costlier to decode than any real file."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What an image file says of itself.
+    """Properties of an image file, read without decoding it.
 
     Attributes:
         kind: One of `FORMATS`.
-        width: Stored columns, before EXIF's orientation.
+        width: Stored columns, before EXIF orientation is applied.
         height: Stored rows.
-        decoded_bytes: An upper bound of the memory that decoding takes at its peak, conversion
-            to upright RGB included.
-        essence: The file with nothing but what decoding needs.
-        orientation: EXIF's, 1 to 8; 1 is upright.
-        min_bytes: No file that has all these pixels is shorter.
+        decoded_bytes: Upper bound of the peak memory of decoding to upright RGB.
+        essence: The file reduced to what decoding needs.
+        orientation: EXIF orientation, 1 to 8; 1 is upright.
+        min_bytes: Lower bound of the size of a file with this many pixels.
     """
 
     kind: str
@@ -50,8 +49,13 @@ class ImageHeader:
     min_bytes: int = 0
 
 
+def damaged(kind: str, reason: str) -> DamagedImageError:
+    """Return the error for a damaged file."""
+    return DamagedImageError(f"the {kind} image is damaged: {reason}")
+
+
 def too_many_parts(kind: str) -> ImageTooLargeError:
-    """The error for a file of more parts than are walked."""
+    """Return the error for a file with more than `MOST_PARTS` parts."""
     return ImageTooLargeError(
         f"the {kind} image has more than {MOST_PARTS} parts; no more are read"
     )

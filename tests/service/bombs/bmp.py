@@ -27,7 +27,7 @@ def _() -> bytes:
     return bmp_file(2, -(2**31), 24, 0, b"")
 
 
-@case("400-negative-width.bmp")
+@case("413-negative-width.bmp")
 def _() -> bytes:
     return bmp_file(-5, 5, 24, 0, b"\0" * 100)
 

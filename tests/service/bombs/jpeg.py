@@ -74,3 +74,8 @@ def _() -> bytes:
 @case("200-preview-index-of-nothing.jpg")
 def _() -> bytes:
     return with_segment(encoded("JPEG"), jpeg_segment(0xE2, b"MPF\0II*\0\xff\xff\xff\xff"))
+
+
+@case("200-motion-photo.jpg")
+def _() -> bytes:
+    return encoded("JPEG") + b"\0\0\0\x18ftypmp42" + b"\xff\xda" * 200  # a video behind its end

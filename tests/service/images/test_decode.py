@@ -11,16 +11,12 @@ from PIL import Image, PngImagePlugin, TiffImagePlugin
 from export.card import Preprocessing
 from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.models.config import DetectorConfig
-from service.images.decode import (
+from service.images.decode import Geometry, canvas, decode, letterbox, prepare
+from service.images.headers.base import (
     DamagedImageError,
-    Geometry,
     ImageError,
     ImageTooLargeError,
     UnsupportedImageError,
-    canvas,
-    decode,
-    letterbox,
-    prepare,
 )
 
 LIMIT = 1_000_000
