@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from ghm_triton.ops import asl1, bce, binning, density, focal, scaling, softmax
+from ghm_triton.ops import asl1, bce, density, focal, scaling, softmax
 from ghm_triton.ops.tiles import MAX_PROGRAMS
 
 TARGETS = {
@@ -101,21 +101,31 @@ def calls(dtype: str) -> Iterator[Call]:
     ):
         data, read = (values, target, None), size + extra
         weighed = (*data, table, scale, False, True)
-        yield name, read, binning.count_bce, (*data, 30)
-        yield name, read + size, bce.weighted_bce, (*weighed, True)
+        yield name, read, bce.launch_count, (*data, 30)
+        yield name, read + size, bce.WEIGHTED_BCE.forward, (*weighed, True)
         if name != "index20":
-            yield name, read + size, focal.focal, (*data, scale, 0.25, 2.0, False, True, True)
+            yield (
+                name,
+                read + size,
+                focal.FOCAL.forward,
+                (*data, scale, 0.25, 2.0, False, True, True),
+            )
         if name == "index":
             # In float16 the gradient has a pass of its own.
             again = (*data, table, scale, outer, False)
-            yield "gradient", read + size, bce.weighted_bce_backward, again
-            yield "", read, softmax.count_softmax, (*data, 30)
-            yield "", read + size, softmax.weighted_softmax, (*weighed, True)
+            yield "gradient", read + size, bce.WEIGHTED_BCE.backward, again
+            yield "", read, softmax.launch_count, (*data, 30)
+            yield "", read + size, softmax.WEIGHTED_SOFTMAX.forward, (*weighed, True)
 
     pred, deltas, weight = (_empty(ROWS, DELTAS, dtype=dtype) for _ in range(3))
     pair, mu = (pred, deltas, weight), 0.02
-    yield "", 3 * size, binning.count_asl1, (*pair, 10, mu)
-    yield "", 4 * size, asl1.weighted_asl1, (*pair, _empty(10), scale, mu, False, True, True)
+    yield "", 3 * size, asl1.launch_count, (*pair, 10, mu)
+    yield (
+        "",
+        4 * size,
+        asl1.WEIGHTED_ASL1.forward,
+        (*pair, _empty(10), scale, mu, False, True, True),
+    )
     yield "", 2 * size, scaling.scale_gradient, (logits, outer)
 
 
@@ -125,7 +135,7 @@ def state_calls() -> Iterator[Call]:
     state = (_empty(30), _empty(dtype="i64"), _empty())
     for ema in ("debiased", "mmdet"):
         options: tuple[Any, ...] = (0.75, ema, "valid_bins", None, True, "positives", 1.0)
-        yield ema, 0.0, density.update_density, (*counts, *state, *options)
+        yield ema, 0.0, density.launch_density, (*counts, *state, *options)
     yield "", 0.0, scaling.sum_partials, (_empty(MAX_PROGRAMS), _empty())
 
 

@@ -21,7 +21,7 @@ from benchmarks.loss_cases import DTYPES
 from benchmarks.provenance import provenance
 from benchmarks.result_file import Row, Rows
 from benchmarks.timing import Work, copy_rate, race
-from ghm_triton.ops import bce, binning, tiles
+from ghm_triton.ops import bce, tiles
 
 RESULTS = Path(__file__).parent / "results" / "tune.jsonl"
 PROGRAMS = (2, 3, 4, 5, 6, 7, 8)
@@ -33,8 +33,8 @@ def passes(logits: Tensor, target: Tensor) -> Iterator[tuple[str, float, Work]]:
     read = logits.nbytes + target.nbytes
     table = torch.ones(BINS, device=logits.device)
     scale = torch.ones((), device=logits.device)
-    yield "count", read, partial(binning.count_bce, logits, target, None, BINS)
-    loss = partial(bce.weighted_bce, logits, target, None, table, scale, False, True, True)
+    yield "count", read, partial(bce.launch_count, logits, target, None, BINS)
+    loss = partial(bce.WEIGHTED_BCE.forward, logits, target, None, table, scale, False, True, True)
     yield "loss and gradient", read + logits.nbytes, loss
 
 

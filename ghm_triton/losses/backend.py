@@ -1,6 +1,8 @@
-"""Which implementation runs: Triton's kernels, or plain torch."""
+"""Choice of the implementation: Triton kernels, or plain torch."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from torch import Tensor
 
@@ -9,26 +11,28 @@ from ghm_triton.losses.inputs import require_choice
 from ghm_triton.ops.interpreter import interpreting
 from ghm_triton.reference.interface import Kernels
 
+Backend = Literal["auto", "triton", "torch"]
+
 BACKENDS = ("auto", "triton", "torch")
 
 
 def select_backend(backend: str, tensor: Tensor) -> Kernels:
-    """The module with the kernels for `tensor`.
+    """Choose the kernels for a tensor.
 
     Args:
         backend: `auto`: Triton for CUDA tensors or under its interpreter, torch elsewhere (and
-            for float64, which the kernels do not take); `triton`; `torch`.
-        tensor: What will be computed on.
+            for float64, which the kernels do not support); `triton`; `torch`.
+        tensor: The predictions.
 
     Raises:
-        ValueError: The backend is unknown, or cannot take this tensor.
-        ModuleNotFoundError: `triton` was asked for and is not installed.
+        ValueError: The backend is unknown, or does not support this tensor.
+        ModuleNotFoundError: `triton` was requested and is not installed.
     """
     require_choice("backend", backend, BACKENDS)
     if backend == "torch":
         return cpu
     try:
-        return _kernels(tensor)
+        return _triton(tensor)
     except (ValueError, ModuleNotFoundError) as obstacle:
         foreign = isinstance(obstacle, ModuleNotFoundError) and obstacle.name != "triton"
         if backend == "triton" or foreign:
@@ -36,7 +40,7 @@ def select_backend(backend: str, tensor: Tensor) -> Kernels:
         return cpu
 
 
-def _kernels(tensor: Tensor) -> Kernels:
+def _triton(tensor: Tensor) -> Kernels:
     if tensor.dtype.itemsize > 4 or not (tensor.is_cuda or interpreting()):
         raise ValueError(
             f"backend='triton' cannot run on a {tensor.dtype} tensor on {tensor.device}: it takes"
@@ -44,15 +48,15 @@ def _kernels(tensor: Tensor) -> Kernels:
             " use backend='torch'"
         )
     try:
-        from ghm_triton.ops import operators
+        from ghm_triton.ops import backend as kernels
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         raise ModuleNotFoundError(
             "backend='triton' needs the package triton, which is not installed", name="triton"
         ) from error
-    if not (operators.INTERPRETED or (tensor.is_cuda and operators.COMPILED)):
+    if not (kernels.INTERPRETED or (tensor.is_cuda and kernels.COMPILED)):
         raise ValueError(
             "TRITON_INTERPRET=1 was set after Triton was imported: set it before Python starts"
         )
-    return operators
+    return kernels

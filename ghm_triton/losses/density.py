@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Density = Literal["unit_region", "exact", "streaming"]
 
+DEFAULT_STRENGTH = 0.25  # measured in docs/study.md; the paper's is 1
 EMAS = ("debiased", "mmdet")
 NORMALIZERS = ("valid_bins", "bins")
 DENSITIES = ("unit_region", "exact", "streaming")
@@ -138,6 +139,19 @@ class GradientDensity(SharedState):
         # Filled where it lives: a copy from the host would wait for the device.
         strength_here = torch.full((), self._constant, dtype=torch.float32, device=device)
         self.register_buffer("strength", strength_here, persistent=False)
+
+    @classmethod
+    def without_average(
+        cls,
+        bins: int,
+        strength: float | StrengthSchedule,
+        normalizer: str,
+        max_weight: float | None,
+        device: torch.device,
+        density: str,
+    ) -> Self:
+        """Make the density of a single call."""
+        return cls(bins, 0.0, strength, normalizer, "debiased", max_weight, None, device, density)
 
     def gather(self, counts: RegionCounts) -> RegionCounts:
         """The counts of every rank of the process group; of this process without one."""

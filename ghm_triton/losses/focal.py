@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ghm_triton.losses.backend import BACKENDS, select_backend
-from ghm_triton.losses.inputs import classification_inputs, require_choice
-from ghm_triton.losses.options import Average, Backend, Reduction, require_reduction
+from ghm_triton.losses.backend import Backend, select_backend
+from ghm_triton.losses.inputs import classification_inputs
+from ghm_triton.losses.options import Average, LossModule, LossOptions, Reduction
 from ghm_triton.reference.binning import compute_dtype
 from ghm_triton.reference.focal import entries, positives
 from ghm_triton.reference.interface import ClassificationInputs
@@ -27,70 +27,70 @@ def focal_loss(
     backend: Backend = "auto",
     validate: bool | None = None,
 ) -> Tensor:
-    r"""Sigmoid focal loss: `-alpha_t (1 - p_t)^gamma log(p_t)` (arXiv 1708.02002, equation 5).
+    r"""Sigmoid focal loss, with the target conventions of the harmonized losses.
 
-    For comparison with the harmonized losses, by their conventions and under the same roof.
+    $$ L = -\frac{1}{N} \sum_i \alpha_t (1 - p_t)^\gamma \log p_t $$
+
+    Equation 5 of arXiv 1708.02002. Dense targets interpolate between the terms of a positive and
+    of a negative.
 
     Args:
-        logits: As in `ghm_c_loss`.
-        target: As in `ghm_c_loss`; dense targets interpolate between the two sides.
-        label_weight: As in `ghm_c_loss`.
+        logits: `[..., C]`, float32, float16 or bfloat16, any strides; arithmetic in float32.
+            float64 runs in torch.
+        target: Dense, the shape of `logits`, floating in [0, 1] or bool; or class indices, integer
+            `logits.shape[:-1]`: `0..C-1` foreground, `C` background, negative ignored.
+        label_weight: Broadcasts to `logits`; 0 ignores an entry, any positive value keeps it.
         alpha: Weight of the positives, in [0, 1]; negatives have `1 - alpha`.
         gamma: Focusing exponent, at least 0.
-        average: As in `ghm_c_loss`.
+        average: `mean` divides by `positives`: the sum of the targets, at least 1 (the paper); or
+            by the number of `valid` entries.
         loss_weight: Multiplies the loss.
-        weighted: As in `ghm_c_loss`.
-        reduction: As in `ghm_c_loss`.
-        backend: As in `ghm_c_loss`.
-        validate: As in `ghm_c_loss`.
+        weighted: Multiply by `label_weight` as well.
+        reduction: `mean`, `sum` (not divided), or `none` (the shape of `logits`).
+        backend: `auto`, `triton` or `torch`.
+        validate: Check the values of target and weight, which synchronises with a GPU. None: on the
+            CPU only; elsewhere a target out of range makes its entries NaN instead.
 
     Returns:
         float32 scalar, or the shape of `logits`. A non-finite logit at a valid entry makes the loss
         NaN. Without valid entries the loss is 0.
 
     Raises:
-        TypeError: A dtype does not fit.
-        ValueError: A shape, option or value does not fit.
+        TypeError: A dtype is not supported.
+        ValueError: A shape, device, option or (when validating) value is invalid.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[2.0, -1.0], [-3.0, 0.5]], requires_grad=True)
+        >>> loss = focal_loss(logits, torch.tensor([0, 2]))  # the second row is background
+        >>> loss.backward()
     """
-    require_reduction(reduction, average)
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    if not gamma >= 0.0:
-        raise ValueError(f"gamma must be at least 0, got {gamma}")
+    options = LossOptions(loss_weight, average, weighted, reduction, backend, validate)
+    _require_factors(alpha, gamma)
     inputs = classification_inputs(logits, target, label_weight, validate)
-    kernels = select_backend(backend, logits)
-    with torch.no_grad():
-        scale = _scale(inputs, reduction, average, loss_weight)
-    loss: Tensor = kernels.weighted_focal(
-        inputs, scale, alpha=alpha, gamma=gamma, weighted=weighted, reduce=reduction != "none"
-    )
-    return loss.view(inputs.shape) if reduction == "none" else loss
+    return _focal(inputs, options, alpha, gamma)
 
 
-def _scale(
-    inputs: ClassificationInputs, reduction: str, average: str, loss_weight: float
-) -> Tensor:
-    """What multiplies the sum, a scalar in the arithmetic's dtype, where the logits are."""
-    dtype = compute_dtype(inputs.logits)
-    scale = torch.full((), loss_weight, dtype=dtype, device=inputs.logits.device)
-    if reduction != "mean":
-        return scale
-    divisor = entries(inputs) if average == "valid" else positives(inputs)
-    return scale / divisor.clamp(min=1).to(dtype)
-
-
-class FocalLoss(nn.Module):
-    """Sigmoid focal loss with the target conventions of `GHMCLoss` (arXiv 1708.02002).
+class FocalLoss(LossModule):
+    """Sigmoid focal loss as a module; see `focal_loss` for the equation.
 
     Args:
-        alpha: Weight of the positives, in [0, 1].
+        alpha: Weight of the positives, in [0, 1]; negatives have `1 - alpha`.
         gamma: Focusing exponent, at least 0.
         loss_weight: Multiplies the loss.
         average: `positives` (the paper) or `valid`.
         weighted: Multiply by `label_weight` as well as select by it.
         reduction: `mean`, `sum` or `none`.
         backend: `auto`, `triton` or `torch`.
-        validate: As in `ghm_c_loss`.
+        validate: Check the values of target and weight; None: on the CPU only.
+
+    Raises:
+        ValueError: An option is invalid.
+
+    Example:
+        >>> import torch
+        >>> criterion = FocalLoss()
+        >>> loss = criterion(torch.randn(8, 100, 80), torch.randint(0, 81, (8, 100)))
     """
 
     def __init__(
@@ -104,30 +104,41 @@ class FocalLoss(nn.Module):
         backend: Backend = "auto",
         validate: bool | None = None,
     ) -> None:
-        super().__init__()
-        require_reduction(reduction, average)
-        require_choice("backend", backend, BACKENDS)
-        self.alpha = alpha
-        self.gamma = gamma
-        self.loss_weight = loss_weight
-        self.average: Average = average
-        self.weighted = weighted
-        self.reduction: Reduction = reduction
-        self.backend: Backend = backend
-        self.validate = validate
+        super().__init__(LossOptions(loss_weight, average, weighted, reduction, backend, validate))
+        _require_factors(alpha, gamma)
+        self.alpha, self.gamma = alpha, gamma
 
     def forward(self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
-        """The loss; shapes, dtypes and errors as in `focal_loss`."""
-        return focal_loss(
-            logits,
-            target,
-            label_weight,
-            alpha=self.alpha,
-            gamma=self.gamma,
-            average=self.average,
-            loss_weight=self.loss_weight,
-            weighted=self.weighted,
-            reduction=self.reduction,
-            backend=self.backend,
-            validate=self.validate,
-        )
+        """Compute the loss; shapes, dtypes and errors are those of `focal_loss`."""
+        inputs = classification_inputs(logits, target, label_weight, self.validate)
+        return _focal(inputs, self, self.alpha, self.gamma)
+
+
+def _require_factors(alpha: float, gamma: float) -> None:
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    if not gamma >= 0.0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+
+
+def _focal(
+    inputs: ClassificationInputs, options: LossOptions, alpha: float, gamma: float
+) -> Tensor:
+    kernels = select_backend(options.backend, inputs.logits)
+    reduce = options.reduction != "none"
+    with torch.no_grad():
+        scale = _scale(inputs, options)
+    loss = kernels.weighted_focal(
+        inputs, scale, alpha=alpha, gamma=gamma, weighted=options.weighted, reduce=reduce
+    )
+    return loss if reduce else loss.view(inputs.shape)
+
+
+def _scale(inputs: ClassificationInputs, options: LossOptions) -> Tensor:
+    """Return the factor of the sum: a scalar in the dtype of the arithmetic."""
+    dtype = compute_dtype(inputs.logits)
+    scale = torch.full((), options.loss_weight, dtype=dtype, device=inputs.logits.device)
+    if options.reduction != "mean":
+        return scale
+    divisor = entries(inputs) if options.average == "valid" else positives(inputs)
+    return scale / divisor.clamp(min=1).to(dtype)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from ghm_triton.losses.backend import BACKENDS, select_backend
-from ghm_triton.losses.density import Density, GradientDensity
-from ghm_triton.losses.inputs import classification_inputs, require_choice
+from ghm_triton.losses.backend import Backend, select_backend
+from ghm_triton.losses.density import DEFAULT_STRENGTH, Density, GradientDensity
+from ghm_triton.losses.inputs import classification_inputs
 from ghm_triton.losses.options import (
-    DEFAULT_STRENGTH,
     Average,
-    Backend,
+    HarmonizedLoss,
+    LossOptions,
     Reduction,
-    density_for,
-    mean_of,
-    require_reduction,
+    harmonized_loss,
 )
 from ghm_triton.losses.schedule import StrengthSchedule
 from ghm_triton.reference.exact import weigh_bce
+from ghm_triton.reference.interface import ClassificationInputs
 
 
 def ghm_c_loss(
@@ -42,11 +40,11 @@ def ghm_c_loss(
 ) -> Tensor:
     r"""GHM-C: binary cross entropy, each entry weighted by the inverse density of its gradient.
 
-    .. math:: L = \frac{1}{N} \sum_i \beta_i^s \, BCE(x_i, p^*_i), \quad
-              \beta_i = \frac{N}{R_{ind(g_i)} \, n}, \quad g_i = |\sigma(x_i) - p^*_i|
+    $$ L = \frac{1}{N} \sum_i \beta_i^s \, BCE(x_i, p^*_i), \quad
+       \beta_i = \frac{N}{R_{ind(g_i)} \, n}, \quad g_i = |\sigma(x_i) - p^*_i| $$
 
-    Equations 5 and 9 of arXiv 1811.05181 with unit regions; at `strength` `s = 1` the paper's
-    loss. No gradient flows through `beta`.
+    Equations 5 and 9 of arXiv 1811.05181 with unit regions; with `strength` `s = 1` it is the
+    paper's loss. No gradient flows through `beta`.
 
     Args:
         logits: `[..., C]`, float32, float16 or bfloat16, any strides; arithmetic in float32.
@@ -54,24 +52,24 @@ def ghm_c_loss(
         target: Dense, the shape of `logits`, floating in [0, 1] or bool; or class indices, integer
             `logits.shape[:-1]`: `0..C-1` foreground, `C` background, negative ignored.
         label_weight: Broadcasts to `logits`; 0 ignores an entry, any positive value keeps it.
-        bins: Unit regions `M`.
-        strength: `s` in [0, 1]: 0 is plain binary cross entropy. Not of the paper.
+        bins: Number of unit regions `M`, 1 to 1024.
+        strength: `s` in [0, 1], or a schedule; 0 is plain binary cross entropy. Not in the paper.
         density: `unit_region`; `exact`: `beta = N / GD(g)` with the paper's sliding window of width
             `1 / M`, by sorting in `O(N log N)`; `streaming`: that window from the counts of fine
-            regions. `GradientDensity` tells more.
-        normalizer: `n`: `valid_bins` counts the occupied regions (released code), `bins` is `M`
-            (the paper). Only `unit_region` has one.
-        average: `mean` divides by `valid` entries (the paper), or by `positives`: the sum of the
-            targets, at least 1, as focal loss does.
+            regions. See `GradientDensity`.
+        normalizer: `n`: `valid_bins` is the number of occupied regions (released code), `bins` is
+            `M` (the paper). For `unit_region` only.
+        average: `mean` divides by the number of `valid` entries (the paper), or by `positives`: the
+            sum of the targets, at least 1, as focal loss does.
         max_weight: Upper bound of a weight.
         loss_weight: Multiplies the loss.
         weighted: Multiply by `label_weight` as well.
         reduction: `mean`, `sum` (not divided), or `none` (the shape of `logits`).
-        state: A `GradientDensity` with its moving average; then `bins`, `strength`, `density`,
-            `normalizer` and `max_weight` are the state's, and these arguments are not looked at.
+        state: A `GradientDensity` with its moving average; it then replaces `bins`, `strength`,
+            `density`, `normalizer` and `max_weight`.
         backend: `auto`, `triton` or `torch`.
-        validate: Look at the values of target and weight, which waits for a GPU. None: on the CPU
-            only; elsewhere a class index above `C`, or a dense target outside [0, 1], makes the
+        validate: Check the values of target and weight, which synchronises with a GPU. None: on the
+            CPU only; elsewhere a class index above `C`, or a dense target outside [0, 1], makes the
             loss NaN instead.
 
     Returns:
@@ -79,42 +77,33 @@ def ghm_c_loss(
         valid entry makes the loss NaN. Without valid entries the loss is 0.
 
     Raises:
-        TypeError: A dtype does not fit.
-        ValueError: A shape, device, option or (validating) value does not fit.
+        TypeError: A dtype is not supported.
+        ValueError: A shape, device, option or (when validating) value is invalid.
 
     Example:
+        >>> import torch
         >>> logits = torch.tensor([[2.0, -1.0], [-3.0, 0.5]], requires_grad=True)
         >>> labels = torch.tensor([0, 2])  # the second row is background
         >>> loss = ghm_c_loss(logits, labels, average="positives")
         >>> loss.backward()
     """
-    require_reduction(reduction, average)
+    options = LossOptions(loss_weight, average, weighted, reduction, backend, validate)
     inputs = classification_inputs(logits, target, label_weight, validate)
-    kernels = select_backend(backend, logits)
-    norms = density_for(state, bins, strength, density, normalizer, max_weight, logits)
-    with torch.no_grad():
-        counts = norms.gather(kernels.count_bce(inputs, norms.regions))
-        if norms.method == "exact":
-            given = (norms.bins, norms.current_strength(), norms.max_weight)
-            inputs = weigh_bce(inputs, *given, weighted=weighted)
-            weighted = True
-        table, scale = norms.weigh(
-            counts, kernels, *mean_of(reduction, average, loss_weight, norms)
+    if state is None:
+        state = GradientDensity.without_average(
+            bins, strength, normalizer, max_weight, logits.device, density
         )
-    loss: Tensor = kernels.weighted_bce(
-        inputs, table, scale, weighted=weighted, reduce=reduction != "none"
-    )
-    return loss.view(inputs.shape) if reduction == "none" else loss
+    return _ghm_c(inputs, state, options)
 
 
-class GHMCLoss(nn.Module):
-    """GHM-C with its moving average: harmonized binary cross entropy (arXiv 1811.05181).
+class GHMCLoss(HarmonizedLoss):
+    """GHM-C with a moving average of its counts; see `ghm_c_loss` for the equation.
 
     Args:
-        bins: Unit regions `M`.
-        momentum: Of the moving average of the counts, in [0, 1).
+        bins: Number of unit regions `M`, 1 to 1024.
+        momentum: Of the moving average of the counts, in [0, 1); 0 keeps no average.
         strength: The weight is `beta ** strength`, in [0, 1], or a `StrengthSchedule`. 1 is the
-            paper, 0 plain cross entropy. Ours, not the paper's.
+            paper's, 0 is plain cross entropy.
         loss_weight: Multiplies the loss.
         density: `unit_region`; `exact`, the paper's sliding window, which sorts the entries; or
             `streaming`, that window from a fine histogram. See `GradientDensity`.
@@ -124,14 +113,17 @@ class GHMCLoss(nn.Module):
         max_weight: Upper bound of a weight, or None.
         weighted: Multiply by `label_weight` as well as select by it.
         reduction: `mean`, `sum` or `none`.
-        process_group: Ranks that share one density. A loss of `N` ranks, averaged (as DDP does
-            with gradients), then equals that of one rank with the whole batch. Not with `exact`.
-            `GradientDensity` tells how to use it with DDP and FSDP2.
+        process_group: Ranks that share one density. The average of the losses of `N` ranks (DDP
+            averages gradients) then equals the loss of one rank with the whole batch. Not for
+            `exact`. `GradientDensity` documents the use with DDP and FSDP2.
         backend: `auto`, `triton` or `torch`.
-        validate: As in `ghm_c_loss`.
+        validate: Check the values of target and weight; None: on the CPU only.
 
-    The state (`density.smoothed`, `density.updates`) is in the `state_dict`; it moves in training
+    The state (`density.smoothed`, `density.updates`) is in the `state_dict`; it changes in training
     mode only.
+
+    Raises:
+        ValueError: An option is invalid.
 
     Example:
         >>> import torch
@@ -156,30 +148,24 @@ class GHMCLoss(nn.Module):
         backend: Backend = "auto",
         validate: bool | None = None,
     ) -> None:
-        super().__init__()
-        self.density = GradientDensity(
-            bins, momentum, strength, normalizer, ema, max_weight, process_group, density=density
+        super().__init__(
+            GradientDensity(
+                bins, momentum, strength, normalizer, ema, max_weight, process_group, None, density
+            ),
+            LossOptions(loss_weight, average, weighted, reduction, backend, validate),
         )
-        require_reduction(reduction, average)
-        require_choice("backend", backend, BACKENDS)
-        self.loss_weight = loss_weight
-        self.average: Average = average
-        self.weighted = weighted
-        self.reduction: Reduction = reduction
-        self.backend: Backend = backend
-        self.validate = validate
 
     def forward(self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
-        """The loss; shapes, dtypes and errors as in `ghm_c_loss`."""
-        return ghm_c_loss(
-            logits,
-            target,
-            label_weight,
-            average=self.average,
-            loss_weight=self.loss_weight,
-            weighted=self.weighted,
-            reduction=self.reduction,
-            state=self.density,
-            backend=self.backend,
-            validate=self.validate,
-        )
+        """Compute the loss; shapes, dtypes and errors are those of `ghm_c_loss`."""
+        inputs = classification_inputs(logits, target, label_weight, self.validate)
+        return _ghm_c(inputs, self.density, self)
+
+
+def _ghm_c(inputs: ClassificationInputs, density: GradientDensity, options: LossOptions) -> Tensor:
+    kernels = select_backend(options.backend, inputs.logits)
+    return harmonized_loss(
+        *(inputs, inputs.logits, density, options, kernels),
+        count=kernels.count_bce,
+        loss=kernels.weighted_bce,
+        weigh=weigh_bce,
+    )

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from functools import partial
 
-from ghm_triton.losses.backend import BACKENDS, select_backend
-from ghm_triton.losses.density import Density, GradientDensity
-from ghm_triton.losses.inputs import regression_inputs, require_choice
-from ghm_triton.losses.options import (
-    DEFAULT_STRENGTH,
-    Backend,
-    Reduction,
-    density_for,
-    mean_of,
-    require_reduction,
-)
+import torch.distributed as dist
+from torch import Tensor
+
+from ghm_triton.losses.backend import Backend, select_backend
+from ghm_triton.losses.density import DEFAULT_STRENGTH, Density, GradientDensity
+from ghm_triton.losses.inputs import regression_inputs
+from ghm_triton.losses.options import HarmonizedLoss, LossOptions, Reduction, harmonized_loss
 from ghm_triton.losses.schedule import StrengthSchedule
 from ghm_triton.reference.exact import weigh_asl1
+from ghm_triton.reference.interface import RegressionInputs
 
 
 def ghm_r_loss(
@@ -41,74 +36,86 @@ def ghm_r_loss(
 ) -> Tensor:
     r"""GHM-R: authentic smooth L1, each entry weighted by the inverse density of its gradient.
 
-    .. math:: L = \frac{1}{N} \sum_i \beta_i^s \, ASL_1(d_i), \quad
-              ASL_1(d) = \sqrt{d^2 + \mu^2} - \mu, \quad g = \frac{|d|}{\sqrt{d^2 + \mu^2}}
+    $$ L = \frac{1}{N} \sum_i \beta_i^s \, ASL_1(d_i), \quad
+       ASL_1(d) = \sqrt{d^2 + \mu^2} - \mu, \quad g = \frac{|d|}{\sqrt{d^2 + \mu^2}} $$
 
-    Equations 11 to 14 of arXiv 1811.05181.
+    Equations 11 to 14 of arXiv 1811.05181; `d = pred - target`, `beta` as in `ghm_c_loss`.
 
     Args:
-        pred: Box deltas of the positive samples, any shape, floating.
-        target: The same shape. No gradient reaches it.
-        label_weight: Broadcasts to `pred`; 0 ignores an entry.
+        pred: Box deltas of the positive samples, any shape and strides, float32, float16 or
+            bfloat16; arithmetic in float32. float64 runs in torch.
+        target: The same shape, floating. No gradient reaches it.
+        label_weight: Broadcasts to `pred`; 0 ignores an entry, any positive value keeps it.
         mu: Width of the quadratic part, positive.
-        bins: Unit regions `M`.
-        strength: As in `ghm_c_loss`.
-        density: As in `ghm_c_loss`.
-        normalizer: As in `ghm_c_loss`.
-        max_weight: As in `ghm_c_loss`.
-        loss_weight: As in `ghm_c_loss`.
-        weighted: As in `ghm_c_loss`.
-        reduction: `mean` divides by the valid entries; `sum`; `none`.
-        state: As in `ghm_c_loss`.
-        backend: As in `ghm_c_loss`.
-        validate: As in `ghm_c_loss`.
+        bins: Number of unit regions `M`, 1 to 1024.
+        strength: `s` in [0, 1], or a schedule; 0 is plain authentic smooth L1.
+        density: `unit_region`, `exact` or `streaming`; see `ghm_c_loss`.
+        normalizer: `valid_bins` (released code) or `bins` (the paper).
+        max_weight: Upper bound of a weight.
+        loss_weight: Multiplies the loss.
+        weighted: Multiply by `label_weight` as well.
+        reduction: `mean` divides by the number of valid entries; `sum`; `none` (the shape of
+            `pred`).
+        state: A `GradientDensity` with its moving average; it then replaces `bins`, `strength`,
+            `density`, `normalizer` and `max_weight`.
+        backend: `auto`, `triton` or `torch`.
+        validate: Check the values of the weight, which synchronises with a GPU. None: on the CPU
+            only.
 
     Returns:
-        float32 scalar, or the shape of `pred`. 0 for empty input.
+        float32 scalar, or the shape of `pred`. NaN when a valid difference is not finite. Without
+        valid entries the loss is 0.
 
     Raises:
-        TypeError: A dtype does not fit.
-        ValueError: A shape, device, option or (validating) value does not fit.
+        TypeError: A dtype is not supported.
+        ValueError: A shape, device, option or (when validating) value is invalid.
+
+    Example:
+        >>> import torch
+        >>> pred = torch.tensor([[0.1, -0.2, 0.0, 0.05]], requires_grad=True)
+        >>> loss = ghm_r_loss(pred, torch.zeros(1, 4))
+        >>> loss.backward()
     """
-    require_reduction(reduction, "valid")
-    if not mu > 0:
-        raise ValueError(f"mu must be positive, got {mu}")
+    options = LossOptions(loss_weight, "valid", weighted, reduction, backend, validate)
+    mu = require_mu(mu)
     inputs = regression_inputs(pred, target, label_weight, validate)
-    kernels = select_backend(backend, pred)
-    norms = density_for(state, bins, strength, density, normalizer, max_weight, pred)
-    with torch.no_grad():
-        counts = norms.gather(kernels.count_asl1(inputs, norms.regions, mu))
-        if norms.method == "exact":
-            given = (norms.bins, norms.current_strength(), norms.max_weight)
-            inputs = weigh_asl1(inputs, *given, mu=mu, weighted=weighted)
-            weighted = True
-        table, scale = norms.weigh(
-            counts, kernels, *mean_of(reduction, "valid", loss_weight, norms)
+    if state is None:
+        state = GradientDensity.without_average(
+            bins, strength, normalizer, max_weight, pred.device, density
         )
-    loss: Tensor = kernels.weighted_asl1(
-        inputs, table, scale, mu=mu, weighted=weighted, reduce=reduction != "none"
-    )
-    return loss.view(inputs.shape) if reduction == "none" else loss
+    return _ghm_r(inputs, state, options, mu)
 
 
-class GHMRLoss(nn.Module):
-    """GHM-R with its moving average: harmonized authentic smooth L1 (arXiv 1811.05181).
+class GHMRLoss(HarmonizedLoss):
+    """GHM-R with a moving average of its counts; see `ghm_r_loss` for the equation.
 
     Args:
-        mu: Width of the quadratic part of ASL1.
-        bins: Unit regions `M`.
-        momentum: Of the moving average of the counts, in [0, 1).
-        strength: As in `GHMCLoss`.
+        mu: Width of the quadratic part of ASL1, positive.
+        bins: Number of unit regions `M`, 1 to 1024.
+        momentum: Of the moving average of the counts, in [0, 1); 0 keeps no average.
+        strength: The weight is `beta ** strength`, in [0, 1], or a `StrengthSchedule`. 1 is the
+            paper's, 0 is plain authentic smooth L1.
         loss_weight: Multiplies the loss; the released configuration uses 10.
-        density: As in `GHMCLoss`.
-        normalizer: As in `GHMCLoss`.
-        ema: As in `GHMCLoss`.
-        max_weight: As in `GHMCLoss`.
-        weighted: As in `GHMCLoss`.
-        reduction: As in `GHMCLoss`.
-        process_group: As in `GHMCLoss`.
-        backend: As in `GHMCLoss`.
-        validate: As in `ghm_r_loss`.
+        density: `unit_region`, `exact` or `streaming`; see `GradientDensity`.
+        normalizer: `valid_bins` (released code) or `bins` (the paper).
+        ema: `debiased` or `mmdet` (the released behaviour).
+        max_weight: Upper bound of a weight, or None.
+        weighted: Multiply by `label_weight` as well as select by it.
+        reduction: `mean`, `sum` or `none`.
+        process_group: Ranks that share one density; see `GradientDensity`. Not for `exact`.
+        backend: `auto`, `triton` or `torch`.
+        validate: Check the values of the weight; None: on the CPU only.
+
+    The state (`density.smoothed`, `density.updates`) is in the `state_dict`; it changes in training
+    mode only.
+
+    Raises:
+        ValueError: An option is invalid.
+
+    Example:
+        >>> import torch
+        >>> criterion = GHMRLoss(loss_weight=10.0)
+        >>> loss = criterion(torch.randn(32, 4), torch.randn(32, 4))
     """
 
     def __init__(
@@ -128,32 +135,34 @@ class GHMRLoss(nn.Module):
         backend: Backend = "auto",
         validate: bool | None = None,
     ) -> None:
-        super().__init__()
-        self.density = GradientDensity(
-            bins, momentum, strength, normalizer, ema, max_weight, process_group, density=density
+        super().__init__(
+            GradientDensity(
+                bins, momentum, strength, normalizer, ema, max_weight, process_group, None, density
+            ),
+            LossOptions(loss_weight, "valid", weighted, reduction, backend, validate),
         )
-        if not mu > 0:
-            raise ValueError(f"mu must be positive, got {mu}")
-        require_reduction(reduction, "valid")
-        require_choice("backend", backend, BACKENDS)
-        self.mu = mu
-        self.loss_weight = loss_weight
-        self.weighted = weighted
-        self.reduction: Reduction = reduction
-        self.backend: Backend = backend
-        self.validate = validate
+        self.mu = require_mu(mu)
 
     def forward(self, pred: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
-        """The loss; shapes, dtypes and errors as in `ghm_r_loss`."""
-        return ghm_r_loss(
-            pred,
-            target,
-            label_weight,
-            mu=self.mu,
-            loss_weight=self.loss_weight,
-            weighted=self.weighted,
-            reduction=self.reduction,
-            state=self.density,
-            backend=self.backend,
-            validate=self.validate,
-        )
+        """Compute the loss; shapes, dtypes and errors are those of `ghm_r_loss`."""
+        inputs = regression_inputs(pred, target, label_weight, self.validate)
+        return _ghm_r(inputs, self.density, self, self.mu)
+
+
+def require_mu(mu: float) -> float:
+    """Return `mu` if it is positive, or raise ValueError."""
+    if not mu > 0:
+        raise ValueError(f"mu must be positive, got {mu}")
+    return mu
+
+
+def _ghm_r(
+    inputs: RegressionInputs, density: GradientDensity, options: LossOptions, mu: float
+) -> Tensor:
+    kernels = select_backend(options.backend, inputs.pred)
+    return harmonized_loss(
+        *(inputs, inputs.pred, density, options, kernels),
+        count=partial(kernels.count_asl1, mu=mu),
+        loss=partial(kernels.weighted_asl1, mu=mu),
+        weigh=partial(weigh_asl1, mu=mu),
+    )

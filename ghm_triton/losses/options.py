@@ -1,68 +1,116 @@
-"""What the losses have in common: their options, and the density that weighs."""
+"""Options that all losses share, and the steps that all harmonized losses share."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ghm_triton.losses.backend import BACKENDS, Backend
 from ghm_triton.losses.density import GradientDensity
 from ghm_triton.losses.inputs import require_choice
-from ghm_triton.losses.schedule import StrengthSchedule
+from ghm_triton.reference.interface import (
+    ClassificationInputs,
+    Kernels,
+    RegionCounts,
+    RegressionInputs,
+    SoftmaxInputs,
+)
 
 Reduction = Literal["mean", "sum", "none"]
 Average = Literal["valid", "positives"]
-Backend = Literal["auto", "triton", "torch"]
 
 REDUCTIONS = ("mean", "sum", "none")
 AVERAGES = ("valid", "positives")
-DEFAULT_STRENGTH = 0.25  # docs/study.md says why; the paper is 1
+
+Inputs = TypeVar("Inputs", ClassificationInputs, RegressionInputs, SoftmaxInputs)
 
 
-def density_for(
-    state: GradientDensity | None,
-    bins: int,
-    strength: float | StrengthSchedule,
-    density: str,
-    normalizer: str,
-    max_weight: float | None,
-    like: Tensor,
-) -> GradientDensity:
-    """The state that was given, or a new one that keeps no average.
+@dataclass(eq=False, repr=False)
+class LossOptions:
+    """Options of a call, which every loss has.
 
     Raises:
-        ValueError: The state is on another device, or an option does not fit.
+        ValueError: `reduction`, `average` or `backend` is unknown.
     """
-    if state is None:
-        return GradientDensity(
-            bins,
-            strength=strength,
-            normalizer=normalizer,
-            max_weight=max_weight,
-            device=like.device,
-            density=density,
-        )
-    if state.smoothed.device != like.device:
+
+    loss_weight: float = 1.0
+    average: Average = "valid"
+    weighted: bool = False
+    reduction: Reduction = "mean"
+    backend: Backend = "auto"
+    validate: bool | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("reduction", self.reduction, REDUCTIONS)
+        require_choice("average", self.average, AVERAGES)
+        require_choice("backend", self.backend, BACKENDS)
+
+
+class LossModule(nn.Module, LossOptions):
+    """Base of the losses as modules: the options are attributes, which may be changed."""
+
+    def __init__(self, options: LossOptions) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(options))
+
+
+class HarmonizedLoss(LossModule):
+    """Base of the losses with a gradient density.
+
+    The state (`density.smoothed`, `density.updates`) is in the `state_dict`; it changes in training
+    mode only.
+    """
+
+    def __init__(self, density: GradientDensity, options: LossOptions) -> None:
+        super().__init__(options)
+        self.density = density
+
+
+def harmonized_loss(
+    inputs: Inputs,
+    values: Tensor,
+    density: GradientDensity,
+    options: LossOptions,
+    kernels: Kernels,
+    *,
+    count: Callable[[Inputs, int], RegionCounts],
+    loss: Callable[..., Tensor],
+    weigh: Callable[..., Inputs] | None = None,
+) -> Tensor:
+    """Count the gradient norms, weigh the unit regions, and compute the weighted loss.
+
+    Args:
+        inputs: As rows.
+        values: The predictions among them.
+        density: Holds the moving average.
+        options: Of the call.
+        kernels: The implementation that `count` and `loss` belong to.
+        count: Counts the inputs by unit region.
+        loss: Computes the loss from the inputs, the weights and the scale of the sum.
+        weigh: Weighs each entry for `density="exact"`; None where that is not supported.
+
+    Raises:
+        ValueError: The density is on another device than the inputs.
+    """
+    if density.smoothed.device != values.device:
         raise ValueError(
-            f"the loss keeps its state on {state.smoothed.device}, the predictions are on"
-            f" {like.device}: move the loss with .to({str(like.device)!r})"
+            f"the loss keeps its state on {density.smoothed.device}, the predictions are on"
+            f" {values.device}: move the loss with .to({str(values.device)!r})"
         )
-    return state
-
-
-def mean_of(
-    reduction: str, average: str, loss_weight: float, density: GradientDensity
-) -> tuple[str | None, float]:
-    """What the sum is divided by and what it is multiplied by.
-
-    Ranks average their gradients, so each rank's share of a mean is multiplied by their number.
-    """
-    if reduction != "mean":
-        return None, loss_weight
-    return average, loss_weight * density.world_size()
-
-
-def require_reduction(reduction: str, average: str) -> None:
-    """Raise ValueError unless both are known."""
-    require_choice("reduction", reduction, REDUCTIONS)
-    require_choice("average", average, AVERAGES)
+    weighted, mean = options.weighted, options.reduction == "mean"
+    # Ranks average their gradients, so each rank's share of a mean is multiplied by their number.
+    factor = options.loss_weight * (density.world_size() if mean else 1)
+    with torch.no_grad():
+        counts = density.gather(count(inputs, density.regions))
+        if density.method == "exact" and weigh is not None:
+            strength = density.current_strength()
+            inputs = weigh(inputs, density.bins, strength, density.max_weight, weighted=weighted)
+            weighted = True
+        table, scale = density.weigh(counts, kernels, options.average if mean else None, factor)
+    reduce = options.reduction != "none"
+    result = loss(inputs, table, scale, weighted=weighted, reduce=reduce)
+    return result if reduce else result.view(inputs.shape)

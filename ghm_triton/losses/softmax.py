@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from ghm_triton import cpu
-from ghm_triton.losses.backend import BACKENDS, select_backend
-from ghm_triton.losses.density import Density, GradientDensity
+from ghm_triton.losses.backend import Backend, select_backend
+from ghm_triton.losses.density import DEFAULT_STRENGTH, Density, GradientDensity
 from ghm_triton.losses.inputs import require_choice, softmax_inputs
-from ghm_triton.losses.options import (
-    DEFAULT_STRENGTH,
-    Backend,
-    Reduction,
-    density_for,
-    mean_of,
-    require_reduction,
-)
+from ghm_triton.losses.options import HarmonizedLoss, LossOptions, Reduction, harmonized_loss
 from ghm_triton.losses.schedule import StrengthSchedule
-from ghm_triton.reference.interface import Kernels
+from ghm_triton.reference.interface import SoftmaxInputs
 from ghm_triton.reference.softmax import MAX_CLASSES
 
 
@@ -42,89 +33,84 @@ def ghm_softmax_loss(
 ) -> Tensor:
     r"""Softmax GHM: cross entropy, each sample weighted by the inverse density of its gradient.
 
-    .. math:: L = -\frac{1}{N} \sum_i \beta_i^s \log p_{y_i}, \quad
-              \beta_i = \frac{N}{R_{ind(g_i)} \, n}, \quad g_i = 1 - p_{y_i}, \quad
-              p = \mathrm{softmax}(x_i)
+    $$ L = -\frac{1}{N} \sum_i \beta_i^s \log p_{y_i}, \quad
+       \beta_i = \frac{N}{R_{ind(g_i)} \, n}, \quad g_i = 1 - p_{y_i}, \quad
+       p = \mathrm{softmax}(x_i) $$
 
-    An extension: neither arXiv 1811.05181, which weighs sigmoids, nor its released code has it. The
-    entry is the sample, and `g` the gradient norm of its own class's logit.
+    An extension: it is neither in arXiv 1811.05181, which weights sigmoids, nor in its released
+    code. An entry is a sample, and `g` is the gradient norm of the logit of its class.
 
     Args:
         logits: `[..., C]`, float32, float16 or bfloat16, any strides; arithmetic in float32.
-            float64 runs in torch. Background, where there is one, is a class like any other.
+            float64 runs in torch. Background, if any, is a class like any other.
         target: Class indices, integer `logits.shape[:-1]`: `0..C-1`, negative ignored.
         label_weight: Broadcasts to `target`; 0 ignores a sample, any positive value keeps it.
-        bins: Unit regions `M`.
-        strength: `s` in [0, 1]: 0 is plain cross entropy.
+        bins: Number of unit regions `M`, 1 to 1024.
+        strength: `s` in [0, 1], or a schedule; 0 is plain cross entropy.
         density: `unit_region` or `streaming`, as in `ghm_c_loss`; not `exact`.
-        normalizer: As in `ghm_c_loss`.
-        max_weight: As in `ghm_c_loss`.
-        loss_weight: As in `ghm_c_loss`.
-        weighted: As in `ghm_c_loss`.
-        reduction: `mean` divides by the valid samples; `sum`; `none` (the shape of `target`).
-        state: As in `ghm_c_loss`; of the same densities.
-        backend: As in `ghm_c_loss`. The kernels take up to 4096 classes; with more, `auto` is
-            torch.
-        validate: As in `ghm_c_loss`.
+        normalizer: `valid_bins` (released code) or `bins` (the paper).
+        max_weight: Upper bound of a weight.
+        loss_weight: Multiplies the loss.
+        weighted: Multiply by `label_weight` as well.
+        reduction: `mean` divides by the number of valid samples; `sum`; `none` (the shape of
+            `target`).
+        state: A `GradientDensity` with its moving average, of one of these densities; it then
+            replaces `bins`, `strength`, `density`, `normalizer` and `max_weight`.
+        backend: `auto`, `triton` or `torch`. The kernels take up to 4096 classes; with more,
+            `auto` is torch.
+        validate: Check the values of target and weight, which synchronises with a GPU. None: on the
+            CPU only; elsewhere a class index of `C` or more makes the loss NaN instead.
 
     Returns:
         float32 scalar, or the shape of `target`. A non-finite logit in a valid sample makes the
-        loss NaN: a class is masked by a large negative number, not by -inf. Without valid samples
-        the loss is 0.
+        loss NaN: mask a class by a large negative number, not by -inf. Without valid samples the
+        loss is 0.
 
     Raises:
-        TypeError: A dtype does not fit.
-        ValueError: A shape, device, option or (validating) value does not fit.
+        TypeError: A dtype is not supported.
+        ValueError: A shape, device, option or (when validating) value is invalid.
 
     Example:
+        >>> import torch
         >>> logits = torch.tensor([[2.0, -1.0, 0.0], [0.5, 0.5, 3.0]], requires_grad=True)
         >>> loss = ghm_softmax_loss(logits, torch.tensor([0, 1]))
         >>> loss.backward()
     """
-    require_reduction(reduction, "valid")
+    options = LossOptions(loss_weight, "valid", weighted, reduction, backend, validate)
     inputs = softmax_inputs(logits, target, label_weight, validate)
-    kernels = _kernels(backend, logits)
-    norms = density_for(state, bins, strength, density, normalizer, max_weight, logits)
-    if norms.method == "exact":
-        raise ValueError("softmax GHM has density='unit_region' or 'streaming', not 'exact'")
-    with torch.no_grad():
-        counts = norms.gather(kernels.count_softmax(inputs, norms.regions))
-        table, scale = norms.weigh(
-            counts, kernels, *mean_of(reduction, "valid", loss_weight, norms)
+    if state is None:
+        state = GradientDensity.without_average(
+            bins, strength, normalizer, max_weight, logits.device, density
         )
-    loss: Tensor = kernels.weighted_softmax(
-        inputs, table, scale, weighted=weighted, reduce=reduction != "none"
-    )
-    return loss.view(inputs.shape) if reduction == "none" else loss
+    return _ghm_softmax(inputs, state, options)
 
 
-def _kernels(backend: str, logits: Tensor) -> Kernels:
-    """As `select_backend`; `auto` leaves rows that are too long for the kernels to torch."""
-    if backend == "auto" and logits.shape[-1] > MAX_CLASSES:
-        return cpu
-    return select_backend(backend, logits)
+class GHMSoftmaxLoss(HarmonizedLoss):
+    """Softmax GHM with a moving average of its counts; see `ghm_softmax_loss` for the equation.
 
-
-class GHMSoftmaxLoss(nn.Module):
-    """Softmax GHM with its moving average: harmonized cross entropy; an extension.
-
-    For classes that exclude each other, as in the second stage of Faster R-CNN. Neither the paper
-    nor its released code has it.
+    For exclusive classes, as in the second stage of Faster R-CNN. An extension of the paper.
 
     Args:
-        bins: Unit regions `M`.
-        momentum: Of the moving average of the counts, in [0, 1).
-        strength: As in `GHMCLoss`.
+        bins: Number of unit regions `M`, 1 to 1024.
+        momentum: Of the moving average of the counts, in [0, 1); 0 keeps no average.
+        strength: The weight is `beta ** strength`, in [0, 1], or a `StrengthSchedule`. 0 is plain
+            cross entropy.
         loss_weight: Multiplies the loss.
-        density: `unit_region` or `streaming`.
-        normalizer: As in `GHMCLoss`.
-        ema: As in `GHMCLoss`.
-        max_weight: As in `GHMCLoss`.
-        weighted: As in `GHMCLoss`.
+        density: `unit_region` or `streaming`; see `GradientDensity`.
+        normalizer: `valid_bins` (released code) or `bins` (the paper).
+        ema: `debiased` or `mmdet` (the released behaviour).
+        max_weight: Upper bound of a weight, or None.
+        weighted: Multiply by `label_weight` as well as select by it.
         reduction: `mean`, `sum` or `none`.
-        process_group: As in `GHMCLoss`.
+        process_group: Ranks that share one density; see `GradientDensity`.
         backend: `auto`, `triton` or `torch`.
-        validate: As in `ghm_c_loss`.
+        validate: Check the values of target and weight; None: on the CPU only.
+
+    The state (`density.smoothed`, `density.updates`) is in the `state_dict`; it changes in training
+    mode only.
+
+    Raises:
+        ValueError: An option is invalid.
 
     Example:
         >>> import torch
@@ -148,29 +134,27 @@ class GHMSoftmaxLoss(nn.Module):
         backend: Backend = "auto",
         validate: bool | None = None,
     ) -> None:
-        super().__init__()
         require_choice("density", density, ("unit_region", "streaming"))
-        self.density = GradientDensity(
-            bins, momentum, strength, normalizer, ema, max_weight, process_group, density=density
+        super().__init__(
+            GradientDensity(
+                bins, momentum, strength, normalizer, ema, max_weight, process_group, None, density
+            ),
+            LossOptions(loss_weight, "valid", weighted, reduction, backend, validate),
         )
-        require_reduction(reduction, "valid")
-        require_choice("backend", backend, BACKENDS)
-        self.loss_weight = loss_weight
-        self.weighted = weighted
-        self.reduction: Reduction = reduction
-        self.backend: Backend = backend
-        self.validate = validate
 
     def forward(self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
-        """The loss; shapes, dtypes and errors as in `ghm_softmax_loss`."""
-        return ghm_softmax_loss(
-            logits,
-            target,
-            label_weight,
-            loss_weight=self.loss_weight,
-            weighted=self.weighted,
-            reduction=self.reduction,
-            state=self.density,
-            backend=self.backend,
-            validate=self.validate,
-        )
+        """Compute the loss; shapes, dtypes and errors are those of `ghm_softmax_loss`."""
+        inputs = softmax_inputs(logits, target, label_weight, self.validate)
+        return _ghm_softmax(inputs, self.density, self)
+
+
+def _ghm_softmax(inputs: SoftmaxInputs, density: GradientDensity, options: LossOptions) -> Tensor:
+    if density.method == "exact":
+        raise ValueError("softmax GHM has density='unit_region' or 'streaming', not 'exact'")
+    too_wide = options.backend == "auto" and inputs.logits.shape[1] > MAX_CLASSES
+    kernels = select_backend("torch" if too_wide else options.backend, inputs.logits)
+    return harmonized_loss(
+        *(inputs, inputs.logits, density, options, kernels),
+        count=kernels.count_softmax,
+        loss=kernels.weighted_softmax,
+    )

@@ -1,10 +1,8 @@
-"""What the kernels compute for one entry.
+"""Arithmetic of the kernels for one entry.
 
-Counting and weighing share every line of it, without contraction, so that an entry is weighed by
-the very region it was counted in.
-
-Each special function is one instruction: `exp2`, `rsqrt` and an approximate division, where `exp`
-and an exact one would guard against operands that cannot occur here.
+Counting and weighing share it, without contraction, so that an entry is weighed by the region that
+it is counted in. Each special function is one instruction: `exp2`, `rsqrt` and an approximate
+division, where `exp` and an exact one would guard against operands that cannot occur.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ from ghm_triton.ops.interpreter import interpreting
 INTERPRETED = tl.constexpr(interpreting())
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# log(1 + e) / e on [0, 1], relative error 3e-8 (Remez): as exact in float32 as a logarithm at an
-# eighth of its instructions, and small e lose nothing.
+# log(1 + e) / e on [0, 1] with a relative error of 3e-8 (Remez): as exact in float32 as a logarithm
+# with an eighth of its instructions, also for small e.
 L0 = tl.constexpr(0.9999999403953552)
 L1 = tl.constexpr(-0.4999949336051941)
 L2 = tl.constexpr(0.3331909775733948)
@@ -34,7 +32,7 @@ L8 = tl.constexpr(0.005232685245573521)
 @triton.jit
 def reciprocal(y):
     """`1 / y` for `1 <= y`, up to infinity; exact for 1 and 2."""
-    if INTERPRETED:  # which has no device library
+    if INTERPRETED:  # the interpreter has no device library
         inverse = 1.0 / y
     else:
         inverse = libdevice.fast_dividef(1.0, y)
@@ -103,7 +101,7 @@ def asl1(d, MU: tl.constexpr):
 
 @triton.jit
 def unit_region(norm, BINS: tl.constexpr):
-    """The region of a norm, for counting and weighing alike; `g = 1` belongs to the last.
+    """Return the region of a norm; `g = 1` belongs to the last one.
 
     Unsigned, so that the compiler sees the bounds and a histogram need not check them.
     """

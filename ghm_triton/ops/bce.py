@@ -1,13 +1,13 @@
-"""Step 3 for classification: binary cross entropy, weighted by unit region, and its gradient.
+"""GHM-C: gradient norms of binary cross entropy by unit region, then the weighted loss.
 
-Memory traffic, bytes an element, with `b` those of a logit (4 float32, 2 float16 and bfloat16):
-loss and gradient together read `b + 8 / C` with class indices, `b + t` with dense targets of `t`
-bytes, and write `b`. The table of weights is 4 bytes a unit region and stays in the first cache.
-After `count_bce` that makes `3 b` for a training step with class indices: 12 bytes an element in
-float32, 6 in bfloat16, the least there is: the loss cannot be known before everything is counted.
+Memory traffic in bytes per element, with `b` those of a logit (4 in float32, 2 in float16 and
+bfloat16) and `t` those of a dense target. Counting reads `b + 8 / C` with class indices and `b + t`
+with dense targets. Loss and gradient together read the same and write `b`; the table of weights
+stays in the first-level cache. A training step with class indices moves `3 b`: 12 bytes in float32
+and 6 in bfloat16, the least possible, as the loss depends on all counts. `label_weight` adds its
+own bytes to each pass.
 
-Two cases keep the gradient for a pass of its own, which reads the inputs again: without reduction,
-and in float16, where a gradient that the loss scale has not reached yet would vanish.
+Without reduction, and in float16, the gradient has a pass of its own, which reads the inputs again.
 """
 
 from __future__ import annotations
@@ -17,82 +17,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ghm_triton.ops import launch
 from ghm_triton.ops.arithmetic import bce, bce_slope, unit_region
-from ghm_triton.ops.loads import arguments, load_bce, load_outer, outer_strides, store_tile
-from ghm_triton.ops.scaling import sum_partials
-from ghm_triton.ops.tiles import (
-    OPTIONS,
-    alignment,
-    first_tile,
-    previous_tile,
-    strides,
-    tiling,
-)
-
-
-def weighted_bce(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    table: Tensor,
-    scale: Tensor,
-    weighted: bool,
-    reduce: bool,
-    gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """The loss (scalar or `[R, C]`, float32) and, when asked for, the gradient of its sum."""
-    cut = tiling(logits)
-    shape = (cut.programs,) if reduce else logits.shape
-    loss = torch.empty(shape, dtype=torch.float32, device=logits.device)
-    slope = torch.empty_like(logits) if gradient else logits.new_empty(0)
-    align = alignment(logits, target, weight, slope)
-    with torch.cuda.device_of(logits):
-        bce_kernel[(cut.programs,)](
-            *arguments(logits, target, weight, align),
-            *(table, scale, None, None, None),
-            *(loss, slope if gradient else None, *strides(slope if gradient else None, align)),
-            cut.tiles,
-            LOSS="sum" if reduce else "entries",
-            INDEX=target.dim() == 1,
-            WEIGHTED=weighted,
-            BINS=table.numel(),
-            **cut.constants(logits.shape[1], align),
-            **OPTIONS,
-        )
-        return sum_partials(loss, scale) if reduce else loss, slope
-
-
-def weighted_bce_backward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    table: Tensor,
-    scale: Tensor,
-    grad_loss: Tensor,
-    weighted: bool,
-) -> Tensor:
-    """The gradient of the logits, in their dtype and layout; `grad_loss` is scalar or `[R, C]`."""
-    cut = tiling(logits)
-    slope = torch.empty_like(logits)
-    align = alignment(logits, target, weight, slope)
-    with torch.cuda.device_of(logits):
-        bce_kernel[(cut.programs,)](
-            *arguments(logits, target, weight, align),
-            *(table, scale, grad_loss),
-            *outer_strides(grad_loss),
-            *(None, slope, *strides(slope, align)),
-            cut.tiles,
-            LOSS=None,
-            INDEX=target.dim() == 1,
-            WEIGHTED=weighted,
-            BINS=table.numel(),
-            **cut.constants(logits.shape[1], align),
-            **OPTIONS,
-        )
-    return slope
+from ghm_triton.ops.loads import add_counts, load_bce, write_results
+from ghm_triton.ops.tiles import first_tile, next_tile, previous_tile
+from ghm_triton.reference.interface import ClassificationInputs, RegionCounts
 
 
 # fmt: off
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def count_bce_kernel(
+    logits_ptr, target_ptr, weight_ptr,
+    logits_row, logits_col, target_row, target_col, weight_row, weight_col, rows, cols,
+    counts_ptr, positives_ptr, tiles,
+    INDEX: tl.constexpr, BINS: tl.constexpr, BLOCK_BINS: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Walk over tiles; one histogram and one sum of targets per program."""
+    histogram = tl.zeros([BLOCK_BINS], tl.int32)
+    positives = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    tile_r, tile_c = first_tile(tl.program_id(0), cols, BLOCK_C)
+    step_r, step_c = first_tile(tl.num_programs(0), cols, BLOCK_C)
+    for _ in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        x, target, _, valid, share = load_bce(
+            logits_ptr, target_ptr, weight_ptr,
+            logits_row, logits_col, target_row, target_col, weight_row, weight_col, rows, cols,
+            tile_r, tile_c, INDEX, WHOLE, ALIGN, BLOCK_R, BLOCK_C,
+        )
+        slope = bce_slope(x, target, INDEX)
+        # Entries that are not counted go to a bin of their own: older Triton has no mask here.
+        region = tl.where(valid, unit_region(tl.abs(slope), BINS), BINS)
+        histogram += tl.histogram(tl.ravel(region), BLOCK_BINS)
+        positives = tl.fma(x, 0.0, positives + share)  # NaN once a logit is not finite
+        tile_r, tile_c = next_tile(tile_r, tile_c, step_r, step_c, cols, BLOCK_C)
+    total = tl.sum(tl.ravel(positives).to(tl.float64), axis=0)
+    tl.store(positives_ptr + tl.program_id(0), total)
+    add_counts(counts_ptr, histogram, total != total, BINS, BLOCK_BINS)
+
+
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def bce_kernel(
     logits_ptr, target_ptr, weight_ptr,
@@ -102,7 +64,7 @@ def bce_kernel(
     LOSS: tl.constexpr, INDEX: tl.constexpr, WEIGHTED: tl.constexpr, BINS: tl.constexpr,
     WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Walk over tiles: the loss (LOSS: "sum" a program, "entries", or None), the gradient, or both.
+    """Walk over tiles; see `write_results` for LOSS.
 
     The gradient is `outer * scale * table[region] * (p - p*)`, with `outer` 1 where there is none.
     """
@@ -121,23 +83,45 @@ def bce_kernel(
         factor = tl.load(table_ptr + region, mask=valid, other=0.0)
         if WEIGHTED:
             factor = factor * tl.where(valid, weight, 0.0)
-        if LOSS == "sum":
-            total = tl.fma(factor, bce(x, target, INDEX), total)
-        if LOSS == "entries":
-            store_tile(
-                loss_ptr, cols, 1, factor * bce(x, target, INDEX) * scale,
-                tile_r, tile_c, rows, cols, WHOLE, 1, BLOCK_R, BLOCK_C,
-            )
-        if gradient_ptr is not None:
-            outer = load_outer(
-                outer_ptr, outer_row, outer_col, scale,
-                tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C,
-            )
-            store_tile(
-                gradient_ptr, gradient_row, gradient_col, (outer * factor) * slope,
-                tile_r, tile_c, rows, cols, WHOLE, ALIGN, BLOCK_R, BLOCK_C,
-            )
+        total = write_results(
+            total, factor, bce(x, target, INDEX), slope, scale, outer_ptr, outer_row, outer_col,
+            loss_ptr, gradient_ptr, gradient_row, gradient_col, tile_r, tile_c, rows, cols,
+            LOSS, WHOLE, ALIGN, BLOCK_R, BLOCK_C,
+        )
         tile_r, tile_c = previous_tile(tile_r, tile_c, step_r, step_c, cols, BLOCK_C)
     if LOSS == "sum":
         tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.ravel(total), axis=0))
 # fmt: on
+
+
+WEIGHTED_BCE = launch.LossOperator(
+    *("weighted_bce", bce_kernel, "bool weighted"),
+    constants=lambda target, factors, weighted: {
+        "INDEX": target.dim() == 1,
+        "WEIGHTED": weighted,
+        "BINS": factors[0].numel(),
+    },
+)
+
+
+def count_bce(inputs: ClassificationInputs, bins: int) -> RegionCounts:
+    """Count `|sigmoid(x) - p*|` by unit region, in one pass over the inputs."""
+    counts = torch.ops.ghm.count_bce(inputs.logits, inputs.labels, inputs.weight, bins)
+    return launch.region_counts(counts, bins)
+
+
+def weighted_bce(
+    inputs: ClassificationInputs, table: Tensor, scale: Tensor, *, weighted: bool, reduce: bool
+) -> Tensor:
+    """Weighted binary cross entropy; the gradient has the dtype and layout of the logits."""
+    data = (inputs.logits, inputs.labels, inputs.weight)
+    return WEIGHTED_BCE.apply(*data, table, scale, weighted, reduce=reduce)
+
+
+def launch_count(logits: Tensor, target: Tensor, weight: Tensor | None, bins: int) -> Tensor:
+    """See `launch.count`; `target` is `[R]` (class indices) or `[R, C]`."""
+    index = target.dim() == 1
+    return launch.count(count_bce_kernel, logits, target, weight, bins, INDEX=index)
+
+
+launch.define_count("count_bce", launch_count)

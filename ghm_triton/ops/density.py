@@ -1,7 +1,7 @@
-"""Step 2: from counts to one harmonizing weight a unit region, and the scale of the sum.
+"""The weight of each unit region, and the scale of the sum, in one program.
 
-Memory traffic: about 24 bytes a unit region and 8 for each partial sum of positives (8 KiB at
-most), whatever the batch. One program, no wait for the host.
+Memory traffic: about 24 bytes per unit region and 8 per partial sum of positives (at most 8 KiB),
+whatever the batch. Does not synchronise with the host.
 """
 
 from __future__ import annotations
@@ -13,10 +13,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ghm_triton.ops.launch import define
 from ghm_triton.ops.tiles import OPTIONS
+from ghm_triton.reference.interface import RegionCounts
 
 
 def update_density(
+    counts: RegionCounts,
+    smoothed: Tensor,
+    updates: Tensor,
+    strength: Tensor,
+    *,
+    momentum: float,
+    ema: str,
+    normalizer: str,
+    max_weight: float | None,
+    persist: bool,
+    divisor: str | None,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute what `ghm_triton.reference.update_density` documents."""
+    weights, scale = torch.ops.ghm.update_density(
+        *(counts.regions, counts.positives, counts.invalid, smoothed, updates, strength),
+        *(momentum, ema, normalizer, max_weight, persist, divisor, factor),
+    )
+    return weights, scale
+
+
+def launch_density(
     regions: Tensor,
     positives: Tensor,
     invalid: Tensor,
@@ -31,7 +55,7 @@ def update_density(
     divisor: str | None,
     factor: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `ghm_triton.reference.update_density`, which says more."""
+    """Launch the kernel for `update_density`."""
     bins, sums = smoothed.numel(), positives.numel()
     weights = torch.empty(bins, dtype=torch.float32, device=smoothed.device)
     scale = torch.empty((), dtype=torch.float32, device=smoothed.device)
@@ -62,6 +86,18 @@ def update_density(
     return weights, scale
 
 
+define(
+    "update_density(Tensor regions, Tensor positives, Tensor invalid, Tensor(a!) smoothed,"
+    " Tensor(b!) updates, Tensor strength, float momentum, str ema, str normalizer,"
+    " float? max_weight, bool persist, str? divisor, float factor) -> (Tensor, Tensor)",
+    launch_density,
+    lambda _regions, _positives, _invalid, smoothed, *_: (
+        torch.empty_like(smoothed),
+        smoothed.new_empty(()),
+    ),
+)
+
+
 @triton.jit(do_not_specialize=["sums", "factor"])
 def density_kernel(
     regions_ptr,
@@ -85,7 +121,7 @@ def density_kernel(
     PERSIST: tl.constexpr,
     DIVISOR: tl.constexpr,
 ):
-    """The whole of the reference's arithmetic, in its order."""
+    """The arithmetic of the reference, in the same order."""
     region = tl.arange(0, BLOCK_BINS)
     exists = region < BINS
     counts = tl.load(regions_ptr + region, mask=exists, other=0)
@@ -96,7 +132,7 @@ def density_kernel(
     occupied = counts > 0
     total = tl.sum(counts, axis=0)
 
-    # Divisions are rounded to nearest, as torch rounds them: what is a power of two stays one.
+    # Divisions are rounded to nearest, as in torch: powers of two stay exact.
     each = tl.zeros([BLOCK_BINS], tl.float32)
     moved = MOMENTUM * smoothed + (1.0 - MOMENTUM) * counts.to(tl.float32)
     if DEBIASED:

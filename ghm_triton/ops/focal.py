@@ -1,87 +1,21 @@
-"""Sigmoid focal loss and its gradient in one pass: the peer, under the same roof.
+"""Sigmoid focal loss and its gradient in one pass.
 
-Memory traffic, bytes an element, with `b` those of a logit (4 float32, 2 float16 and bfloat16):
-`b + 8 / C` with class indices or `b + t` with dense targets of `t` bytes are read, `b` written.
-Without reduction, and in float16, the gradient has a pass of its own, as in `bce.py`.
+Memory traffic in bytes per element, with `b` those of a logit (4 in float32, 2 in float16 and
+bfloat16): `b + 8 / C` read with class indices or `b + t` with dense targets of `t` bytes, and `b`
+written. A gradient pass of its own as in `bce.py`.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ghm_triton.ops import launch
 from ghm_triton.ops.arithmetic import LOG2_E, log1p, reciprocal
-from ghm_triton.ops.loads import arguments, load_bce, load_outer, outer_strides, store_tile
-from ghm_triton.ops.scaling import sum_partials
-from ghm_triton.ops.tiles import OPTIONS, alignment, first_tile, next_tile, strides, tiling
-
-
-def focal(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    scale: Tensor,
-    alpha: float,
-    gamma: float,
-    weighted: bool,
-    reduce: bool,
-    gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """The loss (scalar or `[R, C]`, float32) and, when asked for, the gradient of its sum."""
-    cut = tiling(logits)
-    shape = (cut.programs,) if reduce else logits.shape
-    loss = torch.empty(shape, dtype=torch.float32, device=logits.device)
-    slope = torch.empty_like(logits) if gradient else logits.new_empty(0)
-    align = alignment(logits, target, weight, slope)
-    with torch.cuda.device_of(logits):
-        focal_kernel[(cut.programs,)](
-            *arguments(logits, target, weight, align),
-            *(scale, None, None, None),
-            *(loss, slope if gradient else None, *strides(slope if gradient else None, align)),
-            cut.tiles,
-            LOSS="sum" if reduce else "entries",
-            INDEX=target.dim() == 1,
-            WEIGHTED=weighted,
-            ALPHA=alpha,
-            GAMMA=gamma,
-            **cut.constants(logits.shape[1], align),
-            **OPTIONS,
-        )
-        return sum_partials(loss, scale) if reduce else loss, slope
-
-
-def focal_backward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    scale: Tensor,
-    grad_loss: Tensor,
-    alpha: float,
-    gamma: float,
-    weighted: bool,
-) -> Tensor:
-    """The gradient of the logits, in their dtype and layout; `grad_loss` is scalar or `[R, C]`."""
-    cut = tiling(logits)
-    slope = torch.empty_like(logits)
-    align = alignment(logits, target, weight, slope)
-    with torch.cuda.device_of(logits):
-        focal_kernel[(cut.programs,)](
-            *arguments(logits, target, weight, align),
-            *(scale, grad_loss),
-            *outer_strides(grad_loss),
-            *(None, slope, *strides(slope, align)),
-            cut.tiles,
-            LOSS=None,
-            INDEX=target.dim() == 1,
-            WEIGHTED=weighted,
-            ALPHA=alpha,
-            GAMMA=gamma,
-            **cut.constants(logits.shape[1], align),
-            **OPTIONS,
-        )
-    return slope
+from ghm_triton.ops.loads import load_bce, write_results
+from ghm_triton.ops.tiles import first_tile, next_tile
+from ghm_triton.reference.interface import ClassificationInputs
 
 
 # fmt: off
@@ -101,7 +35,7 @@ def power(q, GAMMA: tl.constexpr):
 
 @triton.jit
 def one_side(u, large, small, series, GAMMA: tl.constexpr):
-    """`q^gamma * softplus(u)` with `q = sigmoid(u) = 1 - p_t`, and its slope.
+    """Compute `q^gamma * softplus(u)` with `q = sigmoid(u) = 1 - p_t`, and its slope.
 
     `large` and `small` are `sigmoid(|u|)` and `sigmoid(-|u|)`, so that neither `q` nor `1 - q`
     cancels; `series` is `log(1 + exp(-|u|))`.
@@ -123,9 +57,9 @@ def focal_kernel(
     ALPHA: tl.constexpr, GAMMA: tl.constexpr,
     WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Walk over tiles: the loss (LOSS: "sum" a program, "entries", or None), the gradient, or both.
+    """Walk over tiles; see `write_results` for LOSS.
 
-    With dense targets the two sides are mixed: `t` of the positive's, `1 - t` of the negative's. A
+    A dense target `t` mixes the two sides: `t` of the positive's, `1 - t` of the negative's. A
     share is the target, or NaN where that is out of range.
     """
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
@@ -144,8 +78,8 @@ def focal_kernel(
         if INDEX:
             loss, slope = one_side(tl.where(target, -x, x), large, small, series, GAMMA)
             slope = tl.where(target, -slope, slope)
-            # What is the same all along a row is computed once a row.
-            present = tl.where(valid, ALPHA, 0.0)  # no class out of range is ever present
+            # Values that are the same along a row are computed once per row.
+            present = tl.where(valid, ALPHA, 0.0)  # a class out of range is never present
             absent = tl.where(valid, tl.fma(share, 0.0, 1.0 - ALPHA), 0.0)
             factor = tl.where(target, present, absent)
         else:
@@ -156,23 +90,38 @@ def focal_kernel(
             factor = tl.where(valid, 1.0, 0.0)
         if WEIGHTED:
             factor = factor * tl.where(valid, weight, 0.0)
-        if LOSS == "sum":
-            total = tl.fma(factor, loss, total)
-        if LOSS == "entries":
-            store_tile(
-                loss_ptr, cols, 1, factor * loss * scale,
-                tile_r, tile_c, rows, cols, WHOLE, 1, BLOCK_R, BLOCK_C,
-            )
-        if gradient_ptr is not None:
-            outer = load_outer(
-                outer_ptr, outer_row, outer_col, scale,
-                tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C,
-            )
-            store_tile(
-                gradient_ptr, gradient_row, gradient_col, (outer * factor) * slope,
-                tile_r, tile_c, rows, cols, WHOLE, ALIGN, BLOCK_R, BLOCK_C,
-            )
+        total = write_results(
+            total, factor, loss, slope, scale, outer_ptr, outer_row, outer_col,
+            loss_ptr, gradient_ptr, gradient_row, gradient_col, tile_r, tile_c, rows, cols,
+            LOSS, WHOLE, ALIGN, BLOCK_R, BLOCK_C,
+        )
         tile_r, tile_c = next_tile(tile_r, tile_c, step_r, step_c, cols, BLOCK_C)
     if LOSS == "sum":
         tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.ravel(total), axis=0))
 # fmt: on
+
+
+FOCAL = launch.LossOperator(
+    *("focal", focal_kernel, "float alpha, float gamma, bool weighted"),
+    constants=lambda target, _, alpha, gamma, weighted: {
+        "INDEX": target.dim() == 1,
+        "WEIGHTED": weighted,
+        "ALPHA": alpha,
+        "GAMMA": gamma,
+    },
+    factors="Tensor scale",
+)
+
+
+def weighted_focal(
+    inputs: ClassificationInputs,
+    scale: Tensor,
+    *,
+    alpha: float,
+    gamma: float,
+    weighted: bool,
+    reduce: bool,
+) -> Tensor:
+    """Focal loss times `scale`; the gradient has the dtype and layout of the logits."""
+    data = (inputs.logits, inputs.labels, inputs.weight)
+    return FOCAL.apply(*data, scale, alpha, gamma, weighted, reduce=reduce)

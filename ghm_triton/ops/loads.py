@@ -1,23 +1,11 @@
-"""How a tile is read and written, and what makes an entry valid."""
+"""Reading and writing of tiles, with the validity of entries."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ghm_triton.ops.tiles import at, entries, pointer, strides
-
-Arguments = tuple[Tensor | int | None, ...]
-
-
-def arguments(values: Tensor, target: Tensor, weight: Tensor | None, align: int) -> Arguments:
-    """The leading arguments of every kernel: pointers, strides, shape."""
-    return (
-        *(values.detach(), pointer(target), pointer(weight)),
-        *(*strides(values, align), *strides(target, align), *strides(weight, align)),
-        *values.shape,
-    )
+from ghm_triton.ops.tiles import at, entries
 
 
 # fmt: off
@@ -29,7 +17,7 @@ def load_bce(
     INDEX: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """One tile of logits (float32, 0 where not valid), targets, weights, what is valid; shares.
+    """Load a tile of logits (float32, 0 where not valid), targets, weights, validity and shares.
 
     Targets are boolean with class indices, else float32. Shares add up to the sum of the targets;
     they are NaN where a valid entry's target is out of range.
@@ -43,11 +31,11 @@ def load_bce(
     if INDEX:
         label = load_labels(target_ptr, target_row, tile_r, rows, cols, BLOCK_R)
         valid = valid & (label >= 0)
-        here = label - tile_c * BLOCK_C  # 32 bits: an entry's comparison is one instruction
-        target = valid & (here == tl.arange(0, BLOCK_C)[None, :])
+        column = label - tile_c * BLOCK_C  # 32 bits: one instruction per comparison
+        target = valid & (column == tl.arange(0, BLOCK_C)[None, :])
         if weight_ptr is None:
-            # Said once a row, of which each entry takes its share; powers of two, so exact.
-            share = tl.where((here >= 0) & (here < BLOCK_C), 1.0 / BLOCK_C, 0.0)
+            # Computed once per row, of which each entry takes an equal share; exact powers of two.
+            share = tl.where((column >= 0) & (column < BLOCK_C), 1.0 / BLOCK_C, 0.0)
             share = tl.where(label == cols, 0.0, share)
         else:
             share = tl.where(target, 1.0, 0.0)
@@ -61,7 +49,7 @@ def load_bce(
 
 @triton.jit
 def load_labels(target_ptr, target_row, tile_r, rows, cols, BLOCK_R: tl.constexpr):
-    """Class indices `[BLOCK_R, 1]` in 32 bits: `cols + 1` for any beyond, -1 for ignored rows."""
+    """Load class indices `[BLOCK_R, 1]` in 32 bits: `cols + 1` for any above, -1 if ignored."""
     row = tl.arange(0, BLOCK_R)
     first = tile_r.to(tl.int64) * BLOCK_R
     exists = row < tl.minimum(rows - first, BLOCK_R).to(tl.int32)
@@ -76,7 +64,7 @@ def load_weight(
     weight_ptr, weight_row, weight_col, tile_r, tile_c, exists,
     ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """`label_weight` in float32, and which entries are valid; where there is none, 1 and all."""
+    """Load `label_weight` in float32 and find the valid entries; without weights, 1 and all."""
     if weight_ptr is None:
         weight, valid = tl.full([BLOCK_R, BLOCK_C], 1.0, tl.float32), exists
     else:
@@ -93,7 +81,7 @@ def load_difference(
     tile_r, tile_c, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """One tile: `d = pred - target` (float32, 0 where not valid), weights, what is valid."""
+    """Load a tile of `d = pred - target` (float32, 0 where not valid), weights and validity."""
     exists = entries(tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
     preds = at(pred_ptr, tile_r, tile_c, pred_row, pred_col, ALIGN, BLOCK_R, BLOCK_C)
     targets = at(target_ptr, tile_r, tile_c, target_row, target_col, ALIGN, BLOCK_R, BLOCK_C)
@@ -111,10 +99,9 @@ def load_outer(
     outer_ptr, outer_row, outer_col, scale, tile_r, tile_c, rows, cols,
     WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """What a gradient is multiplied by from outside: `scale`, times what came in where it did.
+    """Load the upstream gradient, times `scale`; without strides it is one number.
 
-    In float32, and first of all: a loss scale must reach a float16 gradient before it is rounded.
-    Without strides what came in is one number.
+    In float32, and multiplied first: a loss scale must reach a float16 gradient before rounding.
     """
     if outer_ptr is None:
         outer = scale
@@ -132,13 +119,47 @@ def store_tile(
     pointer, row_units, col_stride, values, tile_r, tile_c, rows, cols,
     WHOLE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """One tile of values `[BLOCK_R, BLOCK_C]`, rounded to the pointer's dtype."""
+    """Store a tile of values `[BLOCK_R, BLOCK_C]`, rounded to the pointer's dtype."""
     exists = entries(tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C)
     pointers = at(pointer, tile_r, tile_c, row_units, col_stride, ALIGN, BLOCK_R, BLOCK_C)
     tl.store(pointers, values.to(pointer.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def write_results(
+    total, factor, loss, slope, scale, outer_ptr, outer_row, outer_col,
+    loss_ptr, gradient_ptr, gradient_row, gradient_col, tile_r, tile_c, rows, cols,
+    LOSS: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Add a tile's weighted losses to `total` or store them, and store its gradient.
+
+    LOSS: "sum" (one number per program), "entries", or None.
+    """
+    if LOSS == "sum":
+        total = tl.fma(factor, loss, total)
+    if LOSS == "entries":
+        store_tile(
+            loss_ptr, cols, 1, factor * loss * scale,
+            tile_r, tile_c, rows, cols, WHOLE, 1, BLOCK_R, BLOCK_C,
+        )
+    if gradient_ptr is not None:
+        outer = load_outer(
+            outer_ptr, outer_row, outer_col, scale,
+            tile_r, tile_c, rows, cols, WHOLE, BLOCK_R, BLOCK_C,
+        )
+        store_tile(
+            gradient_ptr, gradient_row, gradient_col, (outer * factor) * slope,
+            tile_r, tile_c, rows, cols, WHOLE, ALIGN, BLOCK_R, BLOCK_C,
+        )
+    return total
+
+
+@triton.jit
+def add_counts(counts_ptr, histogram, harmed, BINS: tl.constexpr, BLOCK_BINS: tl.constexpr):
+    """Add a program's histogram to the counts; the last count is of programs that were harmed."""
+    region = tl.arange(0, BLOCK_BINS)
+    histogram = tl.where(region < BINS, histogram, harmed.to(tl.int32))
+    present = (region <= BINS) & (histogram > 0)
+    tl.atomic_add(counts_ptr + region, histogram.to(tl.int64), mask=present, sem="relaxed")
 # fmt: on
-
-
-def outer_strides(grad_loss: Tensor) -> tuple[int | None, int | None]:
-    """Strides for `load_outer`: None for one number."""
-    return strides(grad_loss) if grad_loss.dim() else (None, None)

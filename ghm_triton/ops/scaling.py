@@ -1,6 +1,6 @@
-"""Around the passes: the partial sums added in a fixed order, and the gradient scaled afterwards.
+"""The sum of the partial losses in a fixed order, and the scaling of a saved gradient.
 
-Memory traffic: `sum_partials` reads 4 bytes a program of the kernel before it, 4 KiB at most.
+Memory traffic: `sum_partials` reads 4 bytes per program of the kernel before it, at most 4 KiB.
 `scale_gradient` reads 4 bytes when the factor is 1, as it is in `loss.backward()`; otherwise it
 reads and writes the gradient.
 """
@@ -16,7 +16,7 @@ from ghm_triton.ops.tiles import OPTIONS, TILE, most_programs
 
 
 def sum_partials(partials: Tensor, scale: Tensor) -> Tensor:
-    """`scale * partials.sum()`, float32 scalar, the same bits at every run."""
+    """Compute `scale * partials.sum()`, float32 scalar, with the same bits at every run."""
     total = torch.empty((), dtype=torch.float32, device=partials.device)
     block = triton.next_power_of_2(partials.numel())
     sum_partials_kernel[(1,)](partials, scale, total, partials.numel(), BLOCK=block, **OPTIONS)
@@ -24,8 +24,8 @@ def sum_partials(partials: Tensor, scale: Tensor) -> Tensor:
 
 
 def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
-    """Multiply a gradient, dense in any order of its dimensions, in place; nothing if by 1."""
-    # In the order of memory; a gradient has no holes, as `empty_like` made it.
+    """Multiply a gradient, dense in any order of its dimensions, in place; skipped for 1."""
+    # In the order of memory; a gradient made by `empty_like` has no holes.
     flat = gradient.as_strided((gradient.numel(),), (1,))
     programs = max(1, min(triton.cdiv(flat.numel(), TILE), most_programs(flat.device)))
     with torch.cuda.device_of(flat):
@@ -43,7 +43,7 @@ def sum_partials_kernel(partials_ptr, scale_ptr, total_ptr, count, BLOCK: tl.con
 
 @triton.jit
 def scale_kernel(gradient_ptr, factor_ptr, count, BLOCK: tl.constexpr):
-    """Walk over the gradient, unless the factor is 1: the host never learns which."""
+    """Walk over the gradient unless the factor is 1, without synchronising with the host."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
         step = tl.num_programs(0).to(tl.int64) * BLOCK

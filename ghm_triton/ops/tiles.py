@@ -1,58 +1,68 @@
-"""What the kernels share: how `[R, C]` is cut into tiles, and the walk over them.
+"""Tiles of an `[R, C]` tensor, and the walk of a kernel's programs over them.
 
-Counting walks forwards and weighing backwards, so that weighing finds the tail of the input, which
-counting read last, in the second-level cache.
+Counting walks forwards and weighing backwards: the tail of the input, which counting read last, is
+still in the second-level cache when weighing starts.
 """
 
 from __future__ import annotations
 
 import math
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Entries of a tile: 16 a thread, so that what a tile costs is shared by many.
+# Entries of a tile: 16 per thread, so that many entries share the cost of a tile.
 TILE = 2048
 # Columns of a tile. With few, the labels of a row are loaded once and the tails stay short.
 MAX_BLOCK_C = 16
-# Programs that a multiprocessor holds at a time, at 128 registers a thread: all of a kernel's run
-# from the start, and none is left over for a second round.
+# Programs that a multiprocessor holds at a time, at 128 registers per thread: all programs of a
+# kernel run from the start, and none is left for a second round.
 PROGRAMS_EACH = 4
 MAX_PROGRAMS = 1024
-# Without contraction a shared helper gives the same bits in every kernel that calls it: the region
-# that an entry is counted in is the region whose weight it gets.
-OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+WARPS = 4
+# Without contraction a shared helper gives the same bits in every kernel that calls it: an entry is
+# weighed by the region that it is counted in.
+OPTIONS = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}
 
 
 class Tiling(NamedTuple):
-    """How many tiles cover `[R, C]`, their shape, and how many programs walk over them.
+    """Tiles that cover an `[R, C]` tensor.
 
-    The number of programs depends on the device alone, so partial sums are cut the same way at
-    every run. It is at least 1: empty input needs no exception.
+    The number of programs depends on the device alone, so partial sums are cut alike at every run.
+    It is at least 1, for empty tensors too.
+
+    Attributes:
+        tiles: Number of tiles.
+        block_r: Rows of a tile.
+        block_c: Columns of a tile.
+        programs: Programs that walk over the tiles.
+        warps: Warps of a program.
     """
 
     tiles: int
     block_r: int
     block_c: int
     programs: int
+    warps: int = WARPS
 
-    def constants(self, cols: int, align: int) -> dict[str, int | bool]:
-        """The constants of a kernel that walks over `cols` columns."""
-        whole = cols % self.block_c == 0
+    def constants(self, cols: int, align: int) -> dict[str, Any]:
+        """Compile-time arguments and options of a kernel that walks over `cols` columns."""
         return {
-            "WHOLE": whole,
+            "WHOLE": cols % self.block_c == 0,
             "ALIGN": align,
             "BLOCK_R": self.block_r,
             "BLOCK_C": self.block_c,
+            **OPTIONS,
+            "num_warps": self.warps,
         }
 
 
 def tiling(tensor: Tensor) -> Tiling:
-    """The tiles of a `[R, C]` tensor."""
+    """Cut an `[R, C]` tensor into tiles."""
     rows, cols = tensor.shape
     block_c = min(MAX_BLOCK_C, triton.next_power_of_2(max(1, cols)))
     while block_c > 4 and triton.cdiv(cols, block_c) * block_c > 1.125 * cols > 18:
@@ -63,7 +73,7 @@ def tiling(tensor: Tensor) -> Tiling:
 
 
 def most_programs(device: torch.device) -> int:
-    """How many programs walk on a device when there is work for all."""
+    """Return the number of programs that fill a device."""
     if device.type != "cuda":  # the interpreter
         return MAX_PROGRAMS
     return min(MAX_PROGRAMS, PROGRAMS_EACH * _multiprocessors(device))
@@ -75,25 +85,25 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def alignment(*tensors: Tensor | None) -> int:
-    """The largest power of two up to 16 that divides the row strides of all matrices given.
+    """Return the largest power of two up to 16 that divides the row strides of all matrices.
 
-    Said to the compiler as a constant, so that loads are as wide as it allows; of a number it
-    would only see whether 16 divides it.
+    A compile-time constant, so that loads are as wide as it allows; of an argument the compiler
+    only sees whether 16 divides it.
     """
     return math.gcd(16, *(t.stride(0) for t in tensors if t is not None and t.dim() == 2))
 
 
 def pointer(tensor: Tensor | None) -> Tensor | None:
-    """What a kernel is given for `tensor`: booleans as bytes, None as None."""
+    """View booleans as bytes, which kernels take; other tensors and None are returned as given."""
     if tensor is not None and tensor.dtype == torch.bool:
         return tensor.view(torch.uint8)
     return tensor
 
 
 def strides(tensor: Tensor | None, align: int = 1) -> tuple[int, int]:
-    """Row stride in units of `align` entries and column stride in entries.
+    """Return the row stride in units of `align` entries, and the column stride in entries.
 
-    A vector has one entry a row, and its stride in entries; None has no strides.
+    A vector has one entry per row, and its stride in entries; None has strides of 0.
     """
     if tensor is None:
         return 0, 0
@@ -104,14 +114,14 @@ def strides(tensor: Tensor | None, align: int = 1) -> tuple[int, int]:
 
 @triton.jit
 def first_tile(tile, cols, BLOCK_C: tl.constexpr):
-    """Row and column of a tile, counted in tiles; rows of tiles are walked column by column."""
+    """Return row and column of a tile, counted in tiles; a row of tiles is walked by columns."""
     column_tiles = tl.cdiv(cols, BLOCK_C)
     return tile // column_tiles, tile % column_tiles
 
 
 @triton.jit
 def next_tile(tile_r, tile_c, step_r, step_c, cols, BLOCK_C: tl.constexpr):
-    """The tile one step on, where a step is `first_tile` of the number of programs.
+    """Return the tile one step on, where a step is `first_tile` of the number of programs.
 
     Without a division, which would cost as much as an entry.
     """
@@ -124,7 +134,7 @@ def next_tile(tile_r, tile_c, step_r, step_c, cols, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def previous_tile(tile_r, tile_c, step_r, step_c, cols, BLOCK_C: tl.constexpr):
-    """The tile one step back."""
+    """Return the tile one step back."""
     tile_r -= step_r
     tile_c -= step_c
     under = tile_c < 0
@@ -136,7 +146,7 @@ def previous_tile(tile_r, tile_c, step_r, step_c, cols, BLOCK_C: tl.constexpr):
 def entries(
     tile_r, tile_c, rows, cols, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Which entries of a tile exist.
+    """Mask the entries of a tile that exist.
 
     WHOLE: tiles fit into the columns, so that rows alone decide and loads stay wide.
     """
@@ -158,9 +168,9 @@ def at(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Pointers to a tile's entries `[BLOCK_R, BLOCK_C]`; what does not change is left to hoist.
+    """Return pointers to a tile's entries `[BLOCK_R, BLOCK_C]`; constant terms can be hoisted.
 
-    Rows lie `ALIGN * row_units` entries apart: what the compiler knows of their alignment.
+    Rows lie `ALIGN * row_units` entries apart, from which the compiler infers their alignment.
     """
     row = tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
     col = tl.arange(0, BLOCK_C)[None, :].to(tl.int64)

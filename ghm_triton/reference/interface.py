@@ -27,6 +27,11 @@ class ClassificationInputs:
     weight: Tensor | None
     shape: torch.Size
 
+    @property
+    def labels(self) -> Tensor:
+        """The class indices, or the dense targets."""
+        return self.target if self.index is None else self.index  # type: ignore[return-value]
+
 
 @dataclass(frozen=True)
 class RegressionInputs:
@@ -72,7 +77,7 @@ class Kernels(Protocol):
     """An implementation of the losses: a module or an object with these functions.
 
     `ghm_triton.reference` is the specification, `ghm_triton.cpu` the fast path on CPUs and
-    `ghm_triton.ops.operators` the Triton kernels. Every implementation puts an entry into the same
+    `ghm_triton.ops.backend` the Triton kernels. Every implementation puts an entry into the same
     unit region, and the results agree to rounding. `ghm_triton.reference` documents the arguments.
     """
 

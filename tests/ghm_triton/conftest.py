@@ -44,7 +44,7 @@ def kernels(backend: str) -> ModuleType:
 
     if backend == "torch":
         return cpu
-    from ghm_triton.ops import operators as ops
+    from ghm_triton.ops import backend as ops
 
     return ops
 

@@ -159,7 +159,7 @@ class TestSignatures:
         assert self.positional(GHMC.forward) == [
             "pred",
             "target",
-            "label_weight",
+            ("label_weight", None),
             ("reduction_override", None),
         ]
 
@@ -174,13 +174,23 @@ class TestSignatures:
         assert self.positional(GHMR.forward) == [
             "pred",
             "target",
-            "label_weight",
+            ("label_weight", None),
             ("avg_factor", None),
             ("reduction_override", None),
         ]
 
 
 class TestCall:
+    def test_heads_that_pass_no_label_weight(self):
+        """As FCOS calls it, with an `avg_factor`; as YOLOX and SSD do; and `GHMR` alike."""
+        logits, index = torch.randn(8, 3), torch.tensor([0, 1, 2, 3, 3, 3, 3, 3])
+        everything = torch.ones(8, 3)
+        kept = GHMC()(logits, index, everything[:, 0])
+        assert torch.equal(GHMC()(logits, index, avg_factor=3), kept)
+        dense = torch.zeros(8, 3)
+        assert torch.equal(GHMC()(logits, dense), GHMC()(logits, dense, everything))
+        assert torch.equal(GHMR()(logits, dense), GHMR()(logits, dense, everything))
+
     @pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
     @pytest.mark.parametrize("override", [None, "mean", "none", "sum"])
     def test_the_override_wins(self, reduction, override):

@@ -29,7 +29,7 @@ def test_asking_for_triton_on_the_cpu_says_what_is_missing(compiling):
 
 @pytest.mark.kernels
 def test_where_kernels_run_it_is_triton(kernels_run, device):
-    from ghm_triton.ops import operators as ops
+    from ghm_triton.ops import backend as ops
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert select_backend("auto", torch.zeros(1, dtype=dtype, device=device)) is ops

@@ -36,7 +36,7 @@ def test_the_gradient_has_the_layout_of_the_predictions(device):
 def test_an_entry_is_weighed_by_the_region_it_was_counted_in(device):
     """Also on the edges, where rounding decides: both kernels must round alike."""
     from ghm_triton.losses.inputs import regression_inputs
-    from ghm_triton.ops import operators as ops
+    from ghm_triton.ops import backend as ops
 
     bins, mu = 10, 0.02
     g = torch.arange(1, bins, dtype=torch.float64) / bins

@@ -20,7 +20,7 @@ def draw(paper, kind, shape, bins=30):
 @pytest.mark.parametrize("kind", ["index", "soft"])
 @pytest.mark.parametrize("shape", [(9000, 1), (300, 37)])
 def test_programs_that_walk_over_several_tiles(paper, device, poisoned, two_programs, kind, shape):
-    from ghm_triton.ops import operators as ops
+    from ghm_triton.ops import backend as ops
     from ghm_triton.ops.tiles import tiling
 
     logits, target = draw(paper, kind, shape)
@@ -33,7 +33,7 @@ def test_programs_that_walk_over_several_tiles(paper, device, poisoned, two_prog
 
 
 def test_regression_programs_that_walk(paper, device, poisoned, two_programs):
-    from ghm_triton.ops import operators as ops
+    from ghm_triton.ops import backend as ops
 
     generator = torch.Generator().manual_seed(6)
     target = torch.zeros(3000, 4)
@@ -46,7 +46,7 @@ def test_regression_programs_that_walk(paper, device, poisoned, two_programs):
 @pytest.mark.parametrize("kind", ["index", "soft"])
 def test_an_entry_is_weighed_by_the_region_it_was_counted_in(device, kind):
     """Also on the edges, where rounding decides: both kernels must round alike."""
-    from ghm_triton.ops import operators as ops
+    from ghm_triton.ops import backend as ops
 
     bins = 10
     edges = torch.logit(torch.arange(1, bins, dtype=torch.float64) / bins).float()
@@ -86,7 +86,7 @@ def test_offsets_beyond_two_to_the_31(device, tmp_path):
     """Rows whose stride fits into 32 bits and whose offset does not, in a file with a hole."""
     if device.type == "cuda":
         pytest.skip("the file is in the host's memory; another test does this on a GPU")
-    from ghm_triton.ops import operators as ops
+    from ghm_triton.ops import backend as ops
 
     apart = 2**30 + 8
     store = torch.from_file(str(tmp_path / "hole"), True, 2 * apart + 1, dtype=torch.float16)

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("kernels_run")]
 @pytest.mark.parametrize("bins", [1, 2, 3, 30, 33, 1000])
 @pytest.mark.parametrize("ema", ["debiased", "mmdet"])
 def test_it_is_the_reference(device, poisoned, bins, ema):
-    from ghm_triton.ops import operators as ops
+    from ghm_triton.ops import backend as ops
 
     generator = torch.Generator().manual_seed(7)
     options = {
@@ -45,7 +45,7 @@ def test_it_is_the_reference(device, poisoned, bins, ema):
 
 
 def test_nothing_is_written_past_the_last_region(device):
-    from ghm_triton.ops import operators as ops
+    from ghm_triton.ops import backend as ops
 
     store = torch.full((64,), -7.0, device=device)
     smoothed = store[:5]

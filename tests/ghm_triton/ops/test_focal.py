@@ -48,7 +48,7 @@ def test_a_gradient_that_comes_in_with_strides(device, kind):
     slopes = []
     for kernels, where in ((reference, torch.device("cpu")), (None, device)):
         if kernels is None:
-            from ghm_triton.ops import operators as kernels
+            from ghm_triton.ops import backend as kernels
         x = logits.to(where).detach().requires_grad_()
         inputs = classification_inputs(x, target.to(where), None, None)
         options = {"alpha": 0.3, "gamma": 1.5, "weighted": False, "reduce": False}

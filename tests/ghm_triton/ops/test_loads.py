@@ -18,16 +18,16 @@ def empty(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("name", ["count_bce", "bce", "focal", "count_softmax", "softmax"])
 def test_one_class_compiles(name):
     """A launch compiles an argument of 1 in: then `cols` is a number and no tensor."""
-    from ghm_triton.ops import bce, binning, focal, softmax
+    from ghm_triton.ops import bce, focal, softmax
 
     data = (empty(4096, 1), empty(4096, dtype=torch.int64), None)
     weights, scale, flags = empty(30), empty(), (False, True, True)
     launcher, rest = {
-        "count_bce": (binning.count_bce, (30,)),
-        "bce": (bce.weighted_bce, (weights, scale, *flags)),
-        "focal": (focal.focal, (scale, 0.25, 2.0, *flags)),
-        "count_softmax": (softmax.count_softmax, (30,)),
-        "softmax": (softmax.weighted_softmax, (weights, scale, *flags)),
+        "count_bce": (bce.launch_count, (30,)),
+        "bce": (bce.WEIGHTED_BCE.forward, (weights, scale, *flags)),
+        "focal": (focal.FOCAL.forward, (scale, 0.25, 2.0, *flags)),
+        "count_softmax": (softmax.launch_count, (30,)),
+        "softmax": (softmax.WEIGHTED_SOFTMAX.forward, (weights, scale, *flags)),
     }[name]
     launch = first_launch(launcher, *data, *rest)
     assert launch.arguments["cols"] == 1

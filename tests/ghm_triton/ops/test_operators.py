@@ -25,7 +25,7 @@ def check(operator, *arguments):
 
 @pytest.mark.parametrize("kind", ["index", "dense"])
 def test_counting(data, kind):
-    from ghm_triton.ops import operators as ops  # noqa: F401 - registers them
+    from ghm_triton.ops import backend as ops  # noqa: F401 - registers them
 
     logits, index, dense, weight, _, _ = data
     target = index if kind == "index" else dense
@@ -36,7 +36,7 @@ def test_counting(data, kind):
 @pytest.mark.parametrize(("reduce", "gradient"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("wanted", [True, False])
 def test_losses(data, reduce, gradient, wanted):
-    from ghm_triton.ops import operators as ops  # noqa: F401
+    from ghm_triton.ops import backend as ops  # noqa: F401
 
     logits, index, dense, weight, table, scale = data
     x = logits.requires_grad_(wanted)
@@ -47,7 +47,7 @@ def test_losses(data, reduce, gradient, wanted):
 
 
 def test_their_gradients(data):
-    from ghm_triton.ops import operators as ops  # noqa: F401
+    from ghm_triton.ops import backend as ops  # noqa: F401
 
     logits, _, dense, weight, table, scale = data
     whole, entries = torch.tensor(2.0, device=logits.device), torch.rand_like(logits)
@@ -60,7 +60,7 @@ def test_their_gradients(data):
 
 @pytest.mark.parametrize(("reduce", "gradient"), [(True, True), (True, False), (False, False)])
 def test_focal_and_softmax(data, reduce, gradient):
-    from ghm_triton.ops import operators as ops  # noqa: F401
+    from ghm_triton.ops import backend as ops  # noqa: F401
 
     logits, index, dense, weight, table, scale = data
     x = logits.requires_grad_()
@@ -72,7 +72,7 @@ def test_focal_and_softmax(data, reduce, gradient):
 
 
 def test_the_gradients_of_focal_and_softmax(data):
-    from ghm_triton.ops import operators as ops  # noqa: F401
+    from ghm_triton.ops import backend as ops  # noqa: F401
 
     logits, index, dense, weight, table, scale = data
     check(torch.ops.ghm.count_softmax, logits, index % 5, None, BINS)
@@ -86,7 +86,7 @@ def test_the_gradients_of_focal_and_softmax(data):
 
 @pytest.mark.parametrize("persist", [True, False])
 def test_density(device, persist):
-    from ghm_triton.ops import operators as ops  # noqa: F401
+    from ghm_triton.ops import backend as ops  # noqa: F401
 
     regions = torch.arange(BINS, device=device)
     positives = torch.ones(3, dtype=torch.float64, device=device)
