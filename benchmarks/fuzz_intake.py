@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
@@ -12,8 +13,7 @@ from collections.abc import Callable
 from benchmarks.fuzz_json import mutate_json
 from service.core.errors import ProblemError
 from service.core.params import DetectOptions, read_options
-from service.http.forms import parse_form
-from service.http.uploads import _read_json
+from service.http import uploads
 from service.images.decode import decode
 from service.images.headers.base import ImageError
 
@@ -45,10 +45,8 @@ def read_form(case: bytes) -> None:
     """A case is a Content-Type, a line feed, and the form."""
     content_type, _, body = case.partition(b"\n")
     try:
-        parts = parse_form(content_type.decode("latin-1"), body, 4)
-        texts = [part for part in parts if part.filename is None]
-        fields = [(part.name, part.content.decode("utf-8", errors="replace")) for part in texts]
-        read_options(fields, DetectOptions)
+        upload = asyncio.run(uploads.read_form(content_type.decode("latin-1"), body, 4))
+        read_options(upload.fields, DetectOptions)
     except ProblemError as error:
         raise _plain(error) from error
 
@@ -56,7 +54,7 @@ def read_form(case: bytes) -> None:
 def read_json(case: bytes) -> None:
     """A case is a JSON body."""
     try:
-        read_options(_read_json(case, 4).fields, DetectOptions)
+        read_options(uploads.read_json(case, 4).fields, DetectOptions)
     except ProblemError as error:
         raise _plain(error) from error
 

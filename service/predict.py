@@ -77,7 +77,7 @@ def _run_model(arguments: argparse.Namespace, given: dict[str, str]) -> None:
     from export.file import read_detector
     from service.core.cpus import available_cpus
     from service.core.errors import ProblemError
-    from service.core.params import parse_options, resolve
+    from service.core.params import DetectOptions, read_options, resolve
     from service.engine.session import ModelError, ServedModel
 
     if not arguments.images:
@@ -88,7 +88,7 @@ def _run_model(arguments: argparse.Namespace, given: dict[str, str]) -> None:
             provider=arguments.provider,
             threads=available_cpus(),
         )
-        wanted = resolve(parse_options(given.items()), model.card)
+        wanted = resolve(read_options(given.items(), DetectOptions), model.card)
         for path in arguments.images:
             image, answer = _predict_one(model, wanted, path)
             _show(path, answer, arguments, image)
@@ -124,7 +124,7 @@ def _read_thresholds(text: str) -> dict[str, Any]:
 def _predict_one(
     model: ServedModel, wanted: DetectionParams, path: Path
 ) -> tuple[Image.Image, dict[str, Any]]:
-    from service.api.responses import image_answer
+    from service.api.pipeline import image_answer
     from service.images.decode import prepare
 
     image = _decode(path)

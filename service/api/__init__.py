@@ -1,1 +1,1 @@
-"""The v1 routes and the pipeline behind them."""
+"""The v1 routes, and the pipeline from an uploaded image to its answer."""

@@ -1,70 +1,67 @@
-"""What one running service holds, and how its routes get at it."""
+"""The state of one running service, and access to it from a request."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from fastapi import Request
 
 from service.core.budget import ByteBudget
+from service.core.errors import ProblemError
 from service.core.settings import Settings
 from service.engine.batching import Scheduler
-from service.engine.repository import Registry
+from service.engine.repository import Entry, Registry
 from service.observability.metrics import Metrics
 
 
-@dataclass
 class ServiceState:
-    """The settings, the models, and who runs them.
+    """The models, the scheduler that runs them, and what they share.
+
+    Args:
+        settings: The settings.
 
     Attributes:
-        settings: What the service was told.
+        settings: The settings.
+        metrics: Counters.
         registry: The models.
-        scheduler: Runs them.
-        decoded: The bytes that decoded images may take, all requests together.
-        metrics: Counts what happens.
-        draining: Whether the service is about to stop: it still answers, and says that it is not
-            ready so that no more requests are sent to it.
+        scheduler: Runs the models.
+        decoded: Budget for the bytes of decoded images, over all requests.
+        draining: Whether the service is about to stop: it still answers, but is not ready, so that
+            no more requests are sent to it.
     """
 
-    settings: Settings
-    registry: Registry = field(init=False)
-    scheduler: Scheduler = field(init=False)
-    decoded: ByteBudget = field(init=False)
-    metrics: Metrics = field(default_factory=Metrics)
-    draining: bool = False
-    _background: list[asyncio.Task[None]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        told = self.settings
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
         self.registry = Registry(
-            told.source,
-            provider=told.provider,
-            threads=told.threads,
-            spin=told.inferences == 1,
+            settings.source,
+            provider=settings.provider,
+            threads=settings.threads,
+            spin=settings.inferences == 1,
             observer=self.metrics,
         )
-        self.scheduler = Scheduler(told, self.metrics)
-        self.decoded = ByteBudget(told.max_decoded_bytes)
+        self.scheduler = Scheduler(settings, self.metrics)
+        self.decoded = ByteBudget(settings.max_decoded_bytes)
+        self.draining = False
+        self._background: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Load what is not loaded. Warm up beside the first requests, so that health answers.
+        """Load the models. They warm up beside the first requests, so that health answers.
 
         Raises:
             CardError, ModelError, OSError, CatalogueError: As `Registry.load`.
         """
         if not self.registry.entries():
             await self.registry.load()
-        self._background = [asyncio.create_task(self._warm_up_and_watch())]
+        self._background = asyncio.create_task(self._warm_up_and_watch())
 
     async def stop(self) -> None:
-        """End what runs in the background."""
-        for task in self._background:
-            task.cancel()
+        """End the background work."""
+        if self._background is not None:
+            self._background.cancel()
             with suppress(asyncio.CancelledError):
-                await task
+                await self._background
         self.scheduler.close()
 
     async def _warm_up_and_watch(self) -> None:
@@ -72,9 +69,31 @@ class ServiceState:
         if self.settings.reload_seconds:
             await self.registry.watch(self.settings.reload_seconds)
 
+    def check_ready(self) -> list[Entry]:
+        """Return the entries of all models if the service is ready.
+
+        Raises:
+            ProblemError: 503 while it stops, or before its models have answered once.
+        """
+        if self.draining:
+            raise ProblemError(503, "not ready: the service is stopping", {"Retry-After": "1"})
+        return self.registry.check_ready()
+
+    async def reload(self, name: str) -> list[Entry]:
+        """Read every version of a model again and return its entries.
+
+        Raises:
+            ProblemError: 404 if there is no such model, 409 if a file cannot be served.
+        """
+        entries = await self.registry.reload(name)
+        problems = [f"{entry.path.name}: {entry.problem}" for entry in entries if entry.problem]
+        if problems:
+            raise ProblemError(409, "; ".join(problems))
+        return entries
+
 
 def service_state(request: Request) -> ServiceState:
-    """The state of the service that a request came to."""
+    """Return the state of the service that received a request."""
     state = request.app.state.service
     if not isinstance(state, ServiceState):
         raise TypeError(f"app.state.service must be a ServiceState, got {type(state).__name__}")

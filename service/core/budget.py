@@ -1,4 +1,4 @@
-"""A budget that requests share: whoever finds it spent waits, in the order of arrival."""
+"""A budget of bytes that requests share, served in the order of arrival."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from service.core.errors import ProblemError
 
 
 class ByteBudget:
-    """Bytes that may be in use at a time. Its methods belong to the event loop.
+    """Bytes that may be in use at a time. Only the event loop may call its methods.
 
-    First come, first served: a large demand is not overtaken by small ones, so it is met in the
-    end.
+    First come, first served: small demands do not overtake a large one, so it is met in the end.
 
     Args:
-        total: The bytes there are.
+        total: The size of the budget.
 
     Attributes:
-        total: The bytes there are.
-        free: Those that nobody uses.
+        total: The size of the budget.
+        free: Bytes that are not in use.
     """
 
     def __init__(self, total: int) -> None:
@@ -31,13 +30,10 @@ class ByteBudget:
 
     @asynccontextmanager
     async def use(self, amount: int) -> AsyncIterator[None]:
-        """Wait until so many bytes are free, and have them.
-
-        Args:
-            amount: Bytes.
+        """Wait until `amount` bytes are free, and hold them within the context.
 
         Raises:
-            ProblemError: 413 where there will never be so many.
+            ProblemError: 413 if the budget is smaller than that.
         """
         if amount > self.total:
             raise ProblemError(
@@ -55,15 +51,15 @@ class ByteBudget:
             self.free -= amount
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        place = (amount, turn)
-        self._waiting.append(place)
+        entry = (amount, turn)
+        self._waiting.append(entry)
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it was served in the same moment
+            if turn.done() and not turn.cancelled():  # served in the same moment
                 self.free += amount
             with suppress(ValueError):
-                self._waiting.remove(place)
+                self._waiting.remove(entry)
             self._serve()
             raise
 

@@ -1,7 +1,7 @@
-"""How many processors this process may really use.
+"""The number of processors that this process may use.
 
-Inside a container the host's cores are visible but not ours: the quota of the control group
-says how much time we get, and more threads than that only wait for one another.
+A container sees the host's processors, but the quota of its control group bounds the time on them;
+threads beyond the quota only wait for one another.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Where Linux shows the control groups and says which of them this process is in.
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def available_cpus(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
-    """The whole processors that this process may use, at least 1.
+    """Return the number of processors that this process may use, at least 1.
 
-    The smaller of the processors that it may be scheduled on and the control group's quota
-    (version 1 or 2), rounded down.
+    This is the smaller of the processors that it may be scheduled on and the quota of its control
+    group (version 1 or 2), rounded down.
 
     Args:
         cgroups: The folder of the control groups.
@@ -35,41 +34,35 @@ def available_cpus(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> in
 
 
 def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:
-    """The quota in processors of every group that this process is in, or inside of."""
-    for line in _text(membership).splitlines():
+    """Yield the quota, in processors, of each group of this process and of each group around it."""
+    for line in _read(membership).splitlines():
         _, controllers, group = [*line.split(":", 2), "", ""][:3]
         if not controllers:
-            for folder in _upwards(cgroups, group):
-                yield from _quota_v2(folder)
+            root, read_quota = cgroups, _quota_v2
         elif "cpu" in controllers.split(","):
-            for folder in _upwards(cgroups / "cpu", group):
-                yield from _quota_v1(folder)
+            root, read_quota = cgroups / "cpu", _quota_v1
+        else:
+            continue
+        # Inside a container the file may name the group as the host sees it: the root is ours.
+        inner = Path(group.lstrip("/"))
+        for part in (inner, *inner.parents):
+            quota, period = read_quota(root / part)
+            if quota.isdecimal() and period.isdecimal() and int(quota) > 0:
+                yield int(quota) / int(period)
 
 
-def _upwards(root: Path, group: str) -> Iterator[Path]:
-    """The folder of a group and of each group around it.
-
-    Inside a container the file may name the group as the host sees it; the root is then ours.
-    """
-    inner = Path(group.lstrip("/"))
-    for part in (inner, *inner.parents):
-        yield root / part
+def _quota_v2(folder: Path) -> tuple[str, str]:
+    quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
+    return quota, period
 
 
-def _quota_v2(folder: Path) -> Iterator[float]:
-    fields = _text(folder / "cpu.max").split()
-    if len(fields) == 2 and fields[0] != "max":
-        yield int(fields[0]) / int(fields[1])
+def _quota_v1(folder: Path) -> tuple[str, str]:
+    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    quota, period = (_read(folder / name).strip() for name in names)
+    return quota, period
 
 
-def _quota_v1(folder: Path) -> Iterator[float]:
-    quota = _text(folder / "cpu.cfs_quota_us").strip()
-    period = _text(folder / "cpu.cfs_period_us").strip()
-    if quota and period and int(quota) > 0:
-        yield int(quota) / int(period)
-
-
-def _text(path: Path) -> str:
+def _read(path: Path) -> str:
     try:
         return path.read_text()
     except OSError:

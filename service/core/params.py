@@ -1,9 +1,13 @@
-"""The options of a detection request, and what they mean for a model."""
+"""The options of a detection request, and the detection parameters that they resolve to.
+
+Each option is a field of one model, which reads query parameters, form fields and JSON alike and
+is what the OpenAPI document is made from.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,46 +31,55 @@ _MOST_OPTIONS = 64
 _MOST_ENTRIES = 10_000
 
 
-def _not_bool(value: object) -> object:
+def _refuse_bool(value: object) -> object:
     if isinstance(value, bool):  # pydantic takes true for 1
         raise PydanticCustomError("number_type", "Input should be a number, not true or false")
     return value
 
 
-def _from_text(value: object) -> object:
-    """JSON that came as text, as it does in a query or a form."""
-    if not isinstance(value, str):
-        return _not_too_long(value)
-    try:
-        return _not_too_long(orjson.loads(value))
-    except orjson.JSONDecodeError as error:
-        raise PydanticCustomError("json_invalid", "Invalid JSON") from error
+def _parse_json(value: object) -> object:
+    """Parse JSON that came as text, in a query or a form."""
+    if isinstance(value, str):
+        try:
+            value = orjson.loads(value)
+        except orjson.JSONDecodeError as error:
+            raise PydanticCustomError("json_invalid", "Invalid JSON") from error
+    return _bounded(value)
 
 
-def _not_too_long(value: object) -> object:
-    """Pydantic would make an error for each of a million entries."""
+def _bounded(value: object) -> object:
+    """Refuse long lists: pydantic would make an error for each of a million entries."""
     if isinstance(value, list | dict) and len(value) > _MOST_ENTRIES:
         raise PydanticCustomError("too_long", f"Input has more than {_MOST_ENTRIES} entries")
     return value
 
 
-def _listed(value: object) -> object:
-    """A list of names as JSON has it; a name may have a comma in it."""
-    value = _not_too_long(value)
+def _names(value: object) -> object:
+    """Take a list of names, as JSON has it; a name may contain a comma."""
+    value = _bounded(value)
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return tuple(value)
     return value
 
 
 Probability = Annotated[
-    float, Field(ge=0.0, le=1.0, allow_inf_nan=False), BeforeValidator(_not_bool)
+    float, Field(ge=0.0, le=1.0, allow_inf_nan=False), BeforeValidator(_refuse_bool)
 ]
-Names = Annotated[str | tuple[str, ...], BeforeValidator(_listed)]
-Format = Literal["json", "image", "coco"]
+Classes = Annotated[
+    Annotated[str | tuple[str, ...], BeforeValidator(_names)] | None,
+    Field(description="Only these classes, separated by commas.", examples=["dog,cat"]),
+]
+Iou = Annotated[
+    Probability | None,
+    Field(
+        description="Of two boxes of a class that overlap by more, only the better stays.",
+        examples=[0.5],
+    ),
+]
 
 
 class ModelOptions(BaseModel):
-    """Which model answers."""
+    """The choice of a model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -89,28 +102,20 @@ class DetectOptions(ModelOptions):
         " thresholds.",
         examples=[0.5],
     )
-    thresholds: Annotated[dict[str, Probability], BeforeValidator(_from_text)] | None = Field(
+    thresholds: Annotated[dict[str, Probability], BeforeValidator(_parse_json)] | None = Field(
         None,
-        description="Thresholds by class, a JSON object. Classes that it leaves out keep"
+        description="Thresholds per class, a JSON object. Classes that it leaves out keep"
         " `threshold`, or the file's own.",
         examples=['{"dog": 0.7}'],
     )
-    classes: Names | None = Field(
+    classes: Classes = None
+    iou: Iou = None
+    max_detections: Annotated[int, Field(ge=1), BeforeValidator(_refuse_bool)] | None = Field(
         None,
-        description="Only these classes, separated by commas.",
-        examples=["dog,cat"],
-    )
-    iou: Probability | None = Field(
-        None,
-        description="Of two boxes of a class that overlap by more, only the better stays.",
-        examples=[0.5],
-    )
-    max_detections: Annotated[int, Field(ge=1), BeforeValidator(_not_bool)] | None = Field(
-        None,
-        description="At most so many detections an image, the best. No more than the model gives.",
+        description="The most detections per image, the best first. At most the model's own limit.",
         examples=[10],
     )
-    format: Format = Field(
+    format: Literal["json", "image", "coco"] = Field(
         "json",
         description="`json`: as described. `image`: the one image with its boxes drawn in, as PNG,"
         " or JPEG where `Accept` prefers it. `coco`: a list of results as COCO's tools read them.",
@@ -118,7 +123,7 @@ class DetectOptions(ModelOptions):
     )
     image_ids: (
         Annotated[
-            tuple[StrictInt | StrictStr, ...], Field(max_length=64), BeforeValidator(_from_text)
+            tuple[StrictInt | StrictStr, ...], Field(max_length=64), BeforeValidator(_parse_json)
         ]
         | None
     ) = Field(
@@ -134,14 +139,14 @@ class PreviewOptions(ModelOptions):
 
     floor: Probability | None = Field(
         None,
-        description="The least score of interest. Left out: the lowest of `steps`, or 0.05.",
+        description="The lowest score of interest. Left out: the lowest of `steps`, or 0.05.",
         examples=[0.05],
     )
     steps: (
         Annotated[
             tuple[Probability, ...],
             Field(min_length=1, max_length=1001),
-            BeforeValidator(_from_text),
+            BeforeValidator(_parse_json),
         ]
         | None
     ) = Field(
@@ -150,75 +155,54 @@ class PreviewOptions(ModelOptions):
         " hundredths from the floor to 1.",
         examples=["[0.25, 0.5, 0.75]"],
     )
-    classes: Names | None = Field(
-        None, description="Only these classes, separated by commas.", examples=["dog,cat"]
-    )
-    iou: Probability | None = Field(
-        None,
-        description="Of two boxes of a class that overlap by more, only the better stays.",
-        examples=[0.5],
-    )
+    classes: Classes = None
+    iou: Iou = None
 
 
-_FLOOR = 0.05  # of a preview: below it, most models see something everywhere
+_FLOOR = 0.05  # of a preview: below it, most models find boxes everywhere
 
-# Pydantic names the alternatives of a union among the places of an error.
+# Pydantic names the alternatives of a union in the location of an error.
 _UNION = {"str", "int", "tuple[str, ...]", "strict-int", "strict-str"}
 
-
-T = TypeVar("T", bound=ModelOptions)
-
-
-def parse_options(pairs: Iterable[tuple[str, object]]) -> DetectOptions:
-    """Read the options of a detection; as `read_options`."""
-    return read_options(pairs, DetectOptions)
+Options = TypeVar("Options", bound=ModelOptions)
 
 
-def read_options(pairs: Iterable[tuple[str, object]], kind: type[T]) -> T:
+def read_options(pairs: Iterable[tuple[str, object]], kind: type[Options]) -> Options:
     """Read options from query parameters, form fields and members of JSON.
 
     Args:
-        pairs: Names and values; text, or what JSON has.
-        kind: The options that there are.
-
-    Returns:
-        The options.
+        pairs: Names and values: text, or any value of JSON.
+        kind: The model of the options.
 
     Raises:
-        ProblemError: 422 for an option that is unknown, out of range, or given twice.
+        ProblemError: 422 if an option is unknown, out of range, or given twice.
     """
-    given: dict[str, object] = {}
+    values: dict[str, Any] = {}
     for name, value in pairs:
-        if len(given) >= _MOST_OPTIONS:
+        if len(values) >= _MOST_OPTIONS:
             raise ProblemError(422, f"more than {_MOST_OPTIONS} options are given")
-        if name in given:
+        if name in values:
             raise ProblemError(422, f"option {short(name)} is given twice")
-        given[name] = value
+        values[name] = value
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
             known = ", ".join(kind.model_fields)
             raise ProblemError(422, f"unknown option {short(name)}; known: {known}") from error
-        places = [part for part in first["loc"][1:] if part not in _UNION]
-        place = ".".join([name, *(short(part) for part in places)])
-        raise ProblemError(422, f"{place} is {short(first['input'])}: {first['msg']}") from error
+        inner = [short(part) for part in first["loc"][1:] if part not in _UNION]
+        where = ".".join([name, *inner])
+        raise ProblemError(422, f"{where} is {short(first['input'])}: {first['msg']}") from error
 
 
 def resolve(options: DetectOptions, card: DetectorCard) -> DetectionParams:
-    """What a request wants of a model: its options over the file's own values.
-
-    Args:
-        options: The request's.
-        card: The model's.
-
-    Returns:
-        The values in force.
+    """Apply a request's options over the file's own values.
 
     Raises:
-        ProblemError: 422 for an unknown class, or more detections than the model gives.
+        ProblemError: 422 if a class is unknown, or if more detections are asked for than the model
+            returns.
     """
     thresholds = np.array(card.class_thresholds, dtype=np.float32)
     if options.threshold is not None:
@@ -237,48 +221,39 @@ def resolve(options: DetectOptions, card: DetectorCard) -> DetectionParams:
 
 def resolve_preview(
     options: PreviewOptions, card: DetectorCard
-) -> tuple[DetectionParams, list[float]]:
-    """What a preview wants of a model, and the thresholds to count at, rising.
+) -> tuple[DetectionParams, float, list[float]]:
+    """Return the parameters of a preview, its floor, and the thresholds to count at, ascending.
 
-    Args:
-        options: The request's.
-        card: The model's.
-
-    Returns:
-        The floor as the threshold of every class asked for, and the steps.
+    The floor, a float32, becomes the threshold of every class asked for.
 
     Raises:
-        ProblemError: 422 for an unknown class, or a step below the floor.
+        ProblemError: 422 if a class is unknown, or a step is below the floor.
     """
-    given = options.steps
-    lowest = _FLOOR if given is None else min(given)
+    lowest = _FLOOR if options.steps is None else min(options.steps)
     floor = lowest if options.floor is None else options.floor
-    if given is not None and min(given) < floor:
-        raise ProblemError(422, f"steps holds {min(given)}, which is below the floor {floor}")
-    hundredths = [step / 100 for step in range(101)]
-    steps = [step for step in hundredths if step >= floor] if given is None else sorted(set(given))
+    if options.steps is None:
+        steps = [step / 100 for step in range(101) if step / 100 >= floor]
+    elif lowest < floor:
+        raise ProblemError(422, f"steps holds {lowest}, which is below the floor {floor}")
+    else:
+        steps = sorted(set(options.steps))
     thresholds = np.full(len(card.class_names), floor, dtype=np.float32)
     _switch_off(thresholds, options.classes, card)
     iou = card.iou_threshold if options.iou is None else options.iou
-    return DetectionParams(thresholds, iou, card.max_detections), steps
+    return DetectionParams(thresholds, iou, card.max_detections), float(np.float32(floor)), steps
 
 
 def _switch_off(
     thresholds: npt.NDArray[np.float32], classes: str | tuple[str, ...] | None, card: DetectorCard
 ) -> None:
-    """Let only these classes be found."""
+    """Switch off every class but those asked for."""
     if classes is None:
         return
-    wanted = [_index(name, card, "classes") for name in _names(classes, card)]
-    thresholds[np.setdiff1d(np.arange(len(thresholds)), wanted)] = OFF
-
-
-def _names(classes: str | tuple[str, ...], card: DetectorCard) -> Iterable[str]:
-    if not isinstance(classes, str):
-        return classes
-    if classes in card.class_names:  # a name may have a comma in it
-        return [classes]
-    return [name.strip() for name in classes.split(",")]
+    if isinstance(classes, str):  # a name may contain a comma
+        whole = classes in card.class_names
+        classes = (classes,) if whole else tuple(name.strip() for name in classes.split(","))
+    kept = [_index(name, card, "classes") for name in classes]
+    thresholds[np.setdiff1d(np.arange(len(thresholds)), kept)] = OFF
 
 
 def _index(name: str, card: DetectorCard, option: str) -> int:

@@ -1,8 +1,8 @@
-"""What workers count together: one folder, a file or several a worker, summed by whoever reads.
+"""Counts of several workers, in one folder of files that readers sum.
 
-The counters and histograms are prometheus_client's own files (its multi-process mode); the live
-counts of drift lie beside them. A worker that has ended takes its share of gauges and live counts
-with it, but what it has counted stays: a counter that falls would look like a restart.
+Counters and histograms are in prometheus_client's own files (its multi-process mode), the live
+counts of drift beside them. When a worker ends, its gauges and live counts go, but its counters
+stay: prometheus_client would drop them, and a counter that falls looks like a restart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 
-# prometheus_client reads it when it is first imported, and then writes into that folder.
+# prometheus_client reads this variable when it is first imported.
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 # prometheus_client has no types for these.
@@ -34,7 +34,7 @@ class WorkerFiles:
     """The folder that workers share.
 
     Args:
-        folder: It exists; nothing else is in it.
+        folder: An existing folder with nothing else in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,15 +42,15 @@ class WorkerFiles:
 
     @classmethod
     def of_environment(cls) -> WorkerFiles | None:
-        """The folder that this process was told to share; None for a process on its own."""
+        """Return the folder that the environment names; None for a process on its own."""
         folder = os.environ.get(VARIABLE)
         return cls(Path(folder)) if folder else None
 
     def own_counts(self, key: str, shape: tuple[int, int]) -> npt.NDArray[np.float64]:
-        """This worker's live counts, float64 of `shape`, all zero, in a file that others can read.
+        """Create this worker's live counts, float64 of `shape`, all zero, in a shared file.
 
         Args:
-            key: Names what is counted; a part of a file's name.
+            key: Name of the counts, a part of the file's name.
             shape: The same in every worker.
         """
         path = self.folder / f"live-{key}-{os.getpid()}.f64"
@@ -58,25 +58,25 @@ class WorkerFiles:
         return counts
 
     def all_counts(self, key: str, shape: tuple[int, int]) -> npt.NDArray[np.float64]:
-        """The sum of the live counts of every worker, float64 of `shape`."""
+        """Return the sum of the live counts over all workers, float64 of `shape`."""
         total = np.zeros(shape)
         with self._lock():
             for path in self.folder.glob(f"live-{key}-*.f64"):
                 counts = np.fromfile(path, np.float64)
-                if counts.size == total.size:  # not one that is being made
+                if counts.size == total.size:  # else it is being created
                     total += counts.reshape(shape)
         return total
 
     def collect(self) -> list[Metric]:
-        """The sums over all workers, those that ended included."""
+        """Return the sums over all workers, including those that have ended."""
         with self._lock():
             files = [str(path) for path in self.folder.glob("*.db") if path.stat().st_size > 0]
             metrics: list[Metric] = list(_merge(files, accumulate=True))
             return metrics
 
     def retire(self, pid: int) -> None:
-        """Keep what a worker that has ended has counted, and remove its files."""
-        with self._lock(alone=True):
+        """Keep the counters of a worker that has ended, and remove its files."""
+        with self._lock(exclusive=True):
             for kind in _SUMMED:
                 path = self.folder / f"{kind}_{pid}.db"
                 if path.exists():
@@ -97,10 +97,10 @@ class WorkerFiles:
             sums.close()
 
     @contextmanager
-    def _lock(self, alone: bool = False) -> Iterator[None]:
-        """A reader must not see a worker's counts twice, or not at all, while it is retired."""
+    def _lock(self, exclusive: bool = False) -> Iterator[None]:
+        """Keep readers out while a worker is retired: they would count it twice, or not at all."""
         import fcntl  # not on Windows, where there is one process only
 
         with (self.folder / "lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
             yield

@@ -1,1 +1,1 @@
-"""Middleware and request bodies."""
+"""The HTTP layer that v1 and v2 share: middleware, authentication, limits and bodies."""

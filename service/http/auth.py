@@ -1,13 +1,13 @@
-"""Who may ask: bearer tokens (RFC 6750), several, each with a name for the log.
+"""Bearer tokens (RFC 6750), several, each with a name for the log.
 
-Without tokens the service is open to whoever can reach it. With them, every request needs
-`Authorization: Bearer TOKEN` but those for
+Without tokens the service is open to everybody who can reach it. With them, every request needs
+`Authorization: Bearer TOKEN`, except for
 
 - `/`, `/static`, `/docs`, `/redoc` and `/openapi.json`: they hold nothing but the API itself, and
-  a browser cannot send a token before it has a page to ask for one;
+  a browser cannot send a token before it has a page that asks for one;
 - `/health` and `/v2/health`, unless `public_health` is off: orchestrators send no tokens;
-- `/metrics`, where `public_metrics` is on: they tell what is detected, so they are not public
-  unless somebody says so.
+- `/metrics`, if `public_metrics` is on: metrics show what is detected, so they are private by
+  default.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Protocol
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -28,13 +27,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.core.errors import problem_response
 from service.core.settings import Settings, SettingsError
 from service.observability import logs
+from service.observability.metrics import Metrics
 
 logger = logging.getLogger("ghm.service")
 
-# A file of tokens is looked at this often, in seconds: not at every request.
-LOOK_AGAIN = 1.0
+# Seconds between checks of the tokens file for changes.
+CHECK_SECONDS = 1.0
 
-# What a header can carry as a token (RFC 6750's b64token), and what a log can carry as a name.
+# RFC 6750's b64token, and the names that a log line can carry.
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -43,49 +43,41 @@ _PAGES = ("/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", "/fa
 
 @dataclass(frozen=True)
 class Token:
-    """A token's name, and its SHA-256: the token itself is not kept."""
+    """The name and the SHA-256 of a token. The token itself is not kept."""
 
     name: str
     digest: bytes
 
 
-class RejectionObserver(Protocol):
-    """Whoever counts refusals: the metrics."""
-
-    def rejected(self, reason: str) -> None:
-        """A request has been refused."""
-
-
 def parse_tokens(entries: Iterable[str], source: str) -> list[Token]:
-    """Tokens, each written as `name:token` or `token`.
+    """Parse tokens written as `name:token` or `token`.
 
     Args:
-        entries: One token each; empty ones and comments (`#`) are passed over.
-        source: Where they stand, for errors.
+        entries: One token each; empty entries and comments (`#`) are skipped.
+        source: Where the entries come from, for error messages.
 
     Returns:
-        The tokens. One without a name is called after its place, `token-1` and so on.
+        The tokens. One without a name is named by its position: `token-1` and so on.
 
     Raises:
-        SettingsError: A name or a token has signs that cannot be, or two names share a token. The
-            message names the place, never the token.
+        SettingsError: A name or a token has characters that are not allowed, or two names share a
+            token. The message names the position, never the token.
     """
     tokens: dict[bytes, Token] = {}
-    places = (text for text in map(str.strip, entries) if text and not text.startswith("#"))
-    for place, text in enumerate(places, start=1):
-        name, separator, value = text.partition(":")
+    texts = (text for text in map(str.strip, entries) if text and not text.startswith("#"))
+    for position, text in enumerate(texts, start=1):
+        name, separator, value = (part.strip() for part in text.partition(":"))
         if not separator:
-            name, value = f"token-{place}", text
-        name, value = name.strip(), value.strip()
+            name, value = f"token-{position}", text
         if not _NAME.fullmatch(name):
             raise SettingsError(
-                f"{source}: the name of token {place} may have letters, digits and . _ -, at most"
-                " 64 of them"
+                f"{source}: the name of token {position} may have letters, digits and . _ -, at"
+                " most 64 of them"
             )
         if not _TOKEN.fullmatch(value):
             raise SettingsError(
-                f"{source}: token {place} ({name}) is empty or has signs that no bearer token has:"
-                " letters, digits and . _ ~ + / - are allowed, and = at the end"
+                f"{source}: token {position} ({name}) is empty or has characters that no bearer"
+                " token has: letters, digits and . _ ~ + / - are allowed, and = at the end"
             )
         token = Token(name, _digest(value))
         if token.digest in tokens:
@@ -101,52 +93,55 @@ def _digest(token: str) -> bytes:
 
 
 class TokenStore:
-    """The tokens in force.
+    """The tokens in force, from the settings and from a file that is read again when it changes.
 
     Args:
-        settings: `tokens` and `tokens_file`.
-        clock: Seconds that only rise.
+        settings: Their `tokens` and `tokens_file`.
+        clock: Monotonic seconds.
+
+    Attributes:
+        required: Whether requests need a token.
 
     Raises:
-        SettingsError: A token cannot be, or the file cannot be read or holds none.
+        SettingsError: A token is malformed, or the file cannot be read or holds none.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
-        given = settings.tokens.get_secret_value().split(",") if settings.tokens else []
-        self._given = parse_tokens(given, "GHM_TOKENS")
+        entries = settings.tokens.get_secret_value().split(",") if settings.tokens else []
+        self._from_settings = parse_tokens(entries, "GHM_TOKENS")
         self._file = settings.tokens_file
         self._signature: tuple[int, int, int] | None = None
         self._from_file: list[Token] = []
-        self._looked = clock()
+        self._checked = clock()
         if self._file:
             try:
                 self._from_file = self._read(self._file)
             except OSError as error:
                 raise SettingsError(f"tokens_file {self._file}: {error.strerror}") from error
         self.required = settings.tokens is not None or self._file is not None
-        if self.required and not self._given and not self._from_file:
+        if self.required and not self._from_settings and not self._from_file:
             where = self._file or "GHM_TOKENS"
-            raise SettingsError(f"{where} holds no token, so nobody could ask for anything")
+            raise SettingsError(f"{where} holds no token, so every request would be refused")
 
     def find(self, presented: str) -> Token | None:
-        """The token that a client presents; None where it is none of ours.
+        """Return the token that a client presents, or None if it is unknown.
 
-        Takes as long for a token that is nearly right, or the first, as for any other.
+        The time taken does not depend on which token matches, or how closely.
         """
-        self._look()
+        self._refresh()
         digest = _digest(presented)
-        found = None
-        for token in (*self._given, *self._from_file):
+        match = None
+        for token in (*self._from_settings, *self._from_file):
             if hmac.compare_digest(token.digest, digest):
-                found = token
-        return found
+                match = token
+        return match
 
-    def _look(self) -> None:
-        """Read the file again if it has changed."""
-        if self._file is None or self._clock() - self._looked < LOOK_AGAIN:
+    def _refresh(self) -> None:
+        """Read the file again if it has changed. A damaged file leaves the tokens as they were."""
+        if self._file is None or self._clock() - self._checked < CHECK_SECONDS:
             return
-        self._looked = self._clock()
+        self._checked = self._clock()
         try:
             if _signature(self._file) == self._signature:
                 return
@@ -156,7 +151,7 @@ class TokenStore:
             logger.error("the tokens stay as they were: %s", error)
 
     def _read(self, path: Path) -> list[Token]:
-        # Taken first: a change while reading is then seen the next time.
+        # Taken first: a change during the read is then seen at the next check.
         self._signature = _signature(path)
         try:
             text = path.read_text(encoding="utf-8")
@@ -166,8 +161,8 @@ class TokenStore:
 
 
 def _signature(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def is_public(path: str, settings: Settings) -> bool:
@@ -180,44 +175,41 @@ def is_public(path: str, settings: Settings) -> bool:
 
 
 class AuthMiddleware:
-    """Refuses requests without a token that is ours, with 401 and before their body is read.
+    """Refuses requests without a valid token with 401, before their body is read.
 
-    The name of the token that was used is in the scope's state as `token`, and in the log.
+    The name of the token is put into the scope's state as `token`, and into the log.
 
     Args:
-        app: What answers.
+        app: The application.
         store: The tokens.
-        settings: What is public.
-        observer: Told of refusals.
+        settings: Which paths are public.
+        metrics: Counts refusals.
     """
 
     def __init__(
-        self, app: ASGIApp, store: TokenStore, settings: Settings, observer: RejectionObserver
+        self, app: ASGIApp, store: TokenStore, settings: Settings, metrics: Metrics
     ) -> None:
         self.app = app
         self.store = store
         self.settings = settings
-        self.observer = observer
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
         if scope["type"] != "http" or is_public(scope["path"], self.settings):
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("authorization", "")
-        scheme, _, presented = given.partition(" ")
-        named = scheme.lower() == "bearer"
-        token = self.store.find(presented.strip()) if named else None
-        if token is None:
-            self.observer.rejected("unauthorized")
-            await _refusal(scope, named)(scope, receive, send)
+        header = Headers(scope=scope).get("authorization", "")
+        scheme, _, presented = header.partition(" ")
+        is_bearer = scheme.lower() == "bearer"
+        token = self.store.find(presented.strip()) if is_bearer else None
+        if token is not None:
+            scope["state"]["token"] = token.name
+            logs.note(token=token.name)
+            await self.app(scope, receive, send)
             return
-        scope["state"]["token"] = token.name
-        logs.note(token=token.name)
-        await self.app(scope, receive, send)
-
-
-def _refusal(scope: Scope, presented: bool) -> ASGIApp:
-    detail = "this token is not known" if presented else "send `Authorization: Bearer TOKEN`"
-    challenge = 'Bearer realm="ghm"' + (', error="invalid_token"' if presented else "")
-    return problem_response(scope, 401, detail, {"WWW-Authenticate": challenge})
+        self.metrics.rejected("unauthorized")
+        detail = "this token is not known" if is_bearer else "send `Authorization: Bearer TOKEN`"
+        challenge = 'Bearer realm="ghm"' + (', error="invalid_token"' if is_bearer else "")
+        response = problem_response(401, detail, {"WWW-Authenticate": challenge})
+        await response(scope, receive, send)

@@ -1,67 +1,114 @@
-"""What every request passes on its way in, from its id to the bounds of its body."""
+"""The middleware that every request passes, as one ordered list.
+
+`build_middleware` is the list; the middleware of each concern is beside it: access log and last
+resort here, tokens in `auth`, rates in `rate_limit`, and bounds on bodies in `bodies`.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
-from fastapi import FastAPI
+from asgi_correlation_id import CorrelationIdMiddleware, correlation_id
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.core.errors import problem_response
 from service.core.settings import Settings, SettingsError
-from service.http.access import AccessMiddleware
 from service.http.auth import AuthMiddleware, TokenStore
-from service.http.rate_limit import RateLimitMiddleware
-from service.http.reception import ReceptionMiddleware
-from service.http.request_id import HEADER, RequestIdMiddleware
-from service.observability import traces as telemetry
+from service.http.bodies import BodyLimitMiddleware
+from service.http.rate_limit import RateLimitMiddleware, client_address
+from service.observability import logs
 from service.observability.metrics import Metrics
+from service.observability.traces import TracingMiddleware
 
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+logger = logging.getLogger("ghm.service")
+access_logger = logging.getLogger("ghm.access")
+
+REQUEST_ID = "X-Request-ID"
+
+# An id that a client chose goes into the log and into the answer, so only these are accepted.
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ORIGIN = re.compile(r"https?://[^/?#\s]+", re.IGNORECASE)
 
+# The status logged when the client disconnects before the answer starts, as in nginx.
+CLIENT_GONE = 499
 
-def install(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
-    """Add what the settings ask for.
+# The route label of requests that match no route of the API: paths would be unbounded labels.
+OTHER = "other"
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+# Polled by load balancers several times a second: logged at DEBUG when they succeed.
+_QUIET = ("/health/", "/v2/health/", "/metrics")
+
+
+def build_middleware(
+    settings: Settings, metrics: Metrics, tracing: TracerProvider | None = None
+) -> list[Middleware]:
+    """Return the middleware that the settings ask for, outermost first.
 
     Args:
-        app: The application; its `state.tracing` ends the traces when it stops.
-        settings: Who may ask, how often, and from where.
-        metrics: Told of each request and refusal.
+        settings: Tokens, rates, origins and bounds on bodies.
+        metrics: Counts requests and refusals.
+        tracing: Makes a span per request; None for no traces.
 
     Raises:
-        SettingsError: A token or an origin cannot be, or traces are asked for without their extra.
+        SettingsError: A token or an origin is malformed.
     """
-    # Starlette puts each around those before it.
-    app.add_middleware(
-        ReceptionMiddleware,
-        max_bytes=settings.max_received_bytes,
-        seconds=settings.receive_seconds,
-        observer=metrics,
-    )
-    if settings.rate_limit:
-        app.add_middleware(RateLimitMiddleware, settings=settings, observer=metrics)
     store = TokenStore(settings)
-    if store.required:
-        app.add_middleware(AuthMiddleware, store=store, settings=settings, observer=metrics)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=parse_origins(settings.cors_origins),
-            allow_methods=("GET", "POST"),
-            allow_headers=("*",),
-            expose_headers=(HEADER, "Retry-After", "Inference-Header-Content-Length"),
-        )
-    app.state.tracing = telemetry.start()
-    if app.state.tracing is not None:
-        app.add_middleware(telemetry.TracingMiddleware, provider=app.state.tracing)
-    app.add_middleware(AccessMiddleware, observer=metrics)
-    app.add_middleware(RequestIdMiddleware)
+    tracer = [Middleware(TracingMiddleware, provider=tracing)] if tracing else []
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=parse_origins(settings.cors_origins),
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=(REQUEST_ID, "Retry-After", "Inference-Header-Content-Length"),
+    )
+    auth = Middleware(AuthMiddleware, store=store, settings=settings, metrics=metrics)
+    rate_limit = Middleware(RateLimitMiddleware, settings=settings, metrics=metrics)
+    return [
+        # The id comes first, so that every answer and every log line has one.
+        Middleware(
+            CorrelationIdMiddleware,
+            header_name=REQUEST_ID,
+            validator=None,
+            transformer=_accepted_request_id,
+        ),
+        Middleware(AccessMiddleware, metrics=metrics),
+        *tracer,
+        # Outside of everything that refuses or fails, so that pages can read those answers too.
+        *([cors] if settings.cors_origins else []),
+        Middleware(ErrorMiddleware),
+        # Refusals come before a body is read.
+        *([auth] if store.required else []),
+        *([rate_limit] if settings.rate_limit else []),
+        Middleware(
+            BodyLimitMiddleware,
+            max_bytes=settings.max_received_bytes,
+            seconds=settings.receive_seconds,
+            metrics=metrics,
+        ),
+    ]
+
+
+def _accepted_request_id(value: str) -> str:
+    return value if _REQUEST_ID.fullmatch(value) else uuid4().hex
 
 
 def parse_origins(text: str) -> list[str]:
-    """The origins of a list with commas: `*`, or `https://host` each, with a port or not.
+    """Split a comma-separated list of origins: `*`, or `https://host[:port]` each.
 
     Raises:
-        SettingsError: One has a path or no scheme: no browser would ever send it so.
+        SettingsError: An origin has a path or no scheme, so that no browser would send it.
     """
     origins = [origin.strip() for origin in text.split(",") if origin.strip()]
     for origin in origins:
@@ -71,3 +118,102 @@ def parse_origins(text: str) -> list[str]:
                 " a path or a slash at the end"
             )
     return origins
+
+
+class ErrorMiddleware:
+    """Turns unexpected exceptions into a 500 without their details, which go to the log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched_send)
+        except ClientDisconnect:
+            logger.info("request %s: the client went away", correlation_id.get())
+        except Exception:
+            request = correlation_id.get(), scope["method"], scope["path"]
+            logger.exception("request %s: %s %s failed", *request)
+            if started:  # half an answer is out: only cutting the connection is left
+                raise
+            detail = "the service failed; its log has the reason beside the request_id"
+            await problem_response(500, detail)(scope, receive, send)
+
+
+class AccessMiddleware:
+    """Logs one line and observes the latency of each request.
+
+    The line has `method`, `path` (without the query), `route`, `status`, `ms`, `bytes_in`,
+    `bytes_out`, `client`, and what `service.observability.logs.note` added: `model`, `images`,
+    `detections`, and `token`, the name of the token that was used.
+
+    Args:
+        app: The application.
+        metrics: Observes each request by the template of its route.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = scope.setdefault("state", {})["request_id"] = correlation_id.get() or ""
+        notes = logs.begin_request(request_id)
+        path, started = scope["path"], perf_counter()
+        status = bytes_in = bytes_out = 0
+
+        async def counted_receive() -> Message:
+            nonlocal bytes_in
+            message = await receive()
+            bytes_in += len(message.get("body", b""))
+            return message
+
+        async def counted_send(message: Message) -> None:
+            nonlocal status, bytes_out
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            else:
+                bytes_out += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self.app(scope, counted_receive, counted_send)
+        finally:
+            seconds = perf_counter() - started
+            request = {
+                "method": scope["method"] if scope["method"] in _METHODS else OTHER,
+                "path": path[:200],
+                "route": getattr(scope.get("route"), "path", OTHER),
+                "status": status or CLIENT_GONE,
+                "ms": round(seconds * 1000, 3),
+                "bytes_in": bytes_in,
+                "bytes_out": bytes_out,
+                "client": client_address(scope),
+            }
+            self.metrics.request(request["route"], request["method"], request["status"], seconds)
+            _log({**notes, **request})
+
+
+def _log(facts: dict[str, Any]) -> None:
+    quiet = facts["path"].startswith(_QUIET) and facts["status"] < 400
+    level = logging.DEBUG if quiet else logging.INFO
+    if access_logger.isEnabledFor(level):
+        # As `Logger.log`, without searching the stack for the caller.
+        record = logging.LogRecord(access_logger.name, level, "", 0, "request", None, None)
+        record.facts = facts
+        access_logger.handle(record)

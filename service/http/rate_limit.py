@@ -1,4 +1,8 @@
-"""How often one client may ask: a token bucket each, in memory that workers share."""
+"""A token bucket per client, in memory that all workers share.
+
+The `limits` package counts within one process, or in a Redis: without a Redis, N workers would
+allow N times the rate. A file of buckets in shared memory keeps one rate over all workers.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +20,26 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.core.errors import problem_response
 from service.core.settings import Settings
 from service.core.worker_files import WorkerFiles
-from service.http.access import client_address
-from service.http.auth import RejectionObserver, is_public
+from service.http.auth import is_public
+from service.observability.metrics import Metrics
 
 # A bucket: the client's digest, what is left in it, and when that was.
 _BUCKET = Struct("=8sdd")
 
-# A client has its place in one of `SETS`, beside others of the same; where one is full, the longest
-# unseen of it is forgotten, and starts afresh. 16,384 clients in 384 KiB, however many there are.
+# A client's bucket is in one of `SETS` sets of `WAYS`; a full set forgets the client seen least
+# recently, which starts afresh. 16,384 clients take 384 KiB, however many there are.
 SETS, WAYS = 2048, 8
 
 
 class Limiter:
-    """A bucket a client, which a request takes one from and time fills.
+    """Token buckets in memory of a fixed size.
 
     Args:
-        rate: What time adds, a second.
-        burst: What a bucket holds.
-        file: Where workers keep their buckets together; memory of this process where None.
-        sets: How many sets of `WAYS` buckets there are.
-        clock: Seconds that only rise, the same for all workers.
+        rate: Tokens added per second.
+        burst: Capacity of a bucket.
+        file: The file that workers share; None for memory of this process.
+        sets: Number of sets of `WAYS` buckets.
+        clock: Monotonic seconds, the same for all workers.
     """
 
     def __init__(
@@ -55,37 +59,36 @@ class Limiter:
             self._file, self._memory = None, mmap.mmap(-1, size)
         else:
             self._file = file.open("a+b")
-            self._file.truncate(size)  # to the same size by each; zeros where it is new
+            self._file.truncate(size)  # a new file is all zeros; each worker asks for one size
             self._memory = mmap.mmap(self._file.fileno(), size)
 
     def wait(self, client: str) -> float:
-        """Take one from a client's bucket.
+        """Take one token from a client's bucket.
 
         Returns:
-            0 where there was one to take; else the seconds until there will be, and nothing is
-            taken.
+            0 if there was a token; otherwise the seconds until there is one, and none is taken.
         """
         digest = blake2b(client.encode(errors="replace"), digest_size=8).digest()
         start = int.from_bytes(digest, "big") % self._sets * WAYS * _BUCKET.size
         stop = start + WAYS * _BUCKET.size
-        with self._alone():
+        with self._locked():
             now = self._clock()
             buckets = list(_BUCKET.iter_unpack(self._memory[start:stop]))
-            place = next((i for i, one in enumerate(buckets) if one[0] == digest), None)
+            index = next((i for i, bucket in enumerate(buckets) if bucket[0] == digest), None)
             left = self._burst
-            if place is None:
-                place = min(range(WAYS), key=lambda i: buckets[i][2])
+            if index is None:
+                index = min(range(WAYS), key=lambda i: buckets[i][2])
             else:
-                _, before, since = buckets[place]
+                _, before, since = buckets[index]
                 left = min(left, before + (now - since) * self._rate)
             allowed = left >= 1
             bucket = (digest, left - 1 if allowed else left, now)
-            _BUCKET.pack_into(self._memory, start + place * _BUCKET.size, *bucket)
+            _BUCKET.pack_into(self._memory, start + index * _BUCKET.size, *bucket)
         return 0.0 if allowed else (1 - left) / self._rate
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Nobody else takes meanwhile. The lock of a worker that is killed falls with it."""
+    def _locked(self) -> Iterator[None]:
+        """Exclude other workers. The kernel releases the lock of a worker that is killed."""
         if self._file is None:
             yield
             return
@@ -99,21 +102,21 @@ class Limiter:
 
 
 class RateLimitMiddleware:
-    """Refuses what comes too often, with 429, a `Retry-After`, and before a body is read.
+    """Refuses requests beyond the rate with 429 and `Retry-After`, before their body is read.
 
-    Who asks is the name of the token, or the address where there are no tokens, over all workers
-    together. What would need no token is not limited.
+    Clients are told apart by the name of their token, or by address where there are no tokens.
+    Public paths are not limited.
 
     Args:
-        app: What answers.
+        app: The application.
         settings: The rate and the burst.
-        observer: Told of refusals.
+        metrics: Counts refusals.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, observer: RejectionObserver) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self.app = app
         self.settings = settings
-        self.observer = observer
+        self.metrics = metrics
         files = WorkerFiles.of_environment()
         file = files.folder / "rates" if files else None
         self.limiter = Limiter(settings.rate_limit, settings.rate_burst, file)
@@ -128,10 +131,16 @@ class RateLimitMiddleware:
         if seconds == 0:
             await self.app(scope, receive, send)
             return
-        self.observer.rejected("rate_limit")
+        self.metrics.rejected("rate_limit")
         detail = (
             f"more than {self.settings.rate_limit:g} requests a second; ask again in"
             f" {seconds:.3g} seconds"
         )
         headers = {"Retry-After": str(math.ceil(seconds))}
-        await problem_response(scope, 429, detail, headers)(scope, receive, send)
+        await problem_response(429, detail, headers)(scope, receive, send)
+
+
+def client_address(scope: Scope) -> str:
+    """The client's address without the port; `unknown` for a socket without addresses."""
+    client = scope.get("client")
+    return str(client[0]) if client else "unknown"

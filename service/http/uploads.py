@@ -1,31 +1,38 @@
-"""Reading a request's body: one image, a form, or JSON; and no more of it than allowed."""
+"""The images and options in a request's body: one image, a form, or JSON."""
 
 from __future__ import annotations
 
 import binascii
+import re
+import sys
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import orjson
 from fastapi import Request
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from service.core.errors import ProblemError, short
 from service.http.bodies import OffLoop, read_body
-from service.http.forms import parse_form
 
 _JSON = "application/json"
 _FORM = "multipart/form-data"
 _MOST_VALUES = 20_000
+_MOST_FIELDS = 32
+_MOST_FIELD_BYTES = 64 * 1024  # of an option; files are bounded by the body
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What a request brought.
+    """The images and options of a request.
 
     Attributes:
-        images: A name for use in errors, and the bytes, of each image.
-        fields: The other fields, in order: text from a form, any JSON value from JSON.
-        many: Whether the client asked for a list, with `files` or `images`.
+        images: For each image its bytes and a name for error messages.
+        fields: Names and values of the options in order: text from a form, any value from JSON.
+        many: Whether the client sent a list, as `files` or `images`.
     """
 
     images: list[tuple[str, bytes]]
@@ -36,21 +43,18 @@ class Upload:
 async def read_upload(
     request: Request, max_bytes: int, max_images: int, off_loop: OffLoop
 ) -> Upload:
-    """Read the images and fields of a request.
+    """Read the images and options in a request's body.
 
     Args:
-        request: With a body that is one image; or `multipart/form-data` with one `file` or any
-            number of `files`; or JSON with base64 in `image` or a list of it in `images`.
-        max_bytes: The most bytes to read, whatever `Content-Length` says, as sent and inflated.
-        max_images: The most images.
-        off_loop: Runs a blocking function elsewhere and awaits it.
-
-    Returns:
-        The images and the fields.
+        request: Its body is one image; or `multipart/form-data` with one `file` or several
+            `files`; or JSON with base64 in `image`, or a list of it in `images`.
+        max_bytes: Limit on the body, both as sent and inflated.
+        max_images: Limit on the number of images.
+        off_loop: Runs a blocking function in a thread.
 
     Raises:
-        ProblemError: 400 for a body that is malformed or has no image, 413 for one that is too
-            large, 415 for a `Content-Type` or `Content-Encoding` that is not read here.
+        ProblemError: 400 if the body is malformed or has no image, 413 if it is too large, 415 if
+            its `Content-Type` or `Content-Encoding` is not supported.
     """
     content_type = request.headers.get("content-type", "")
     kind = content_type.partition(";")[0].strip().lower()
@@ -65,39 +69,86 @@ async def read_upload(
     if is_image:
         return Upload([("the body", body)], [])
     if kind == _FORM:
-        return _read_form(content_type, body, max_images)
-    return _read_json(body, max_images)
+        return await read_form(content_type, body, max_images)
+    return read_json(body, max_images)
 
 
-def _read_form(content_type: str, body: bytes, max_images: int) -> Upload:
-    parts = parse_form(content_type, body, max_images)
-    files = [part for part in parts if part.filename is not None]
-    fields = [
-        (part.name, part.content.decode("utf-8", errors="replace"))
-        for part in parts
-        if part.filename is None
-    ]
-    many = _is_many([part.name for part in files], [name for name, _ in fields])
-    images = [
-        (
-            f"files[{place}] {short(part.filename)}" if many else f"file {short(part.filename)}",
-            part.content,
-        )
-        for place, part in enumerate(files)
-    ]
+class _FormParser(MultiPartParser):
+    """Starlette's parser, in memory alone, which refuses forms that are cut short.
+
+    RFC 7578 forbids `filename*`, but some clients send it instead of `filename`.
+    """
+
+    spool_max_size = sys.maxsize  # the body is in memory already: no temporary files
+    ended = False
+
+    def on_headers_finished(self) -> None:
+        """Read the name and the file name of a part."""
+        part = self._current_part
+        extended = _EXTENDED_FILENAME.search(part.content_disposition or b"")
+        if extended and part.content_disposition:
+            name = unquote_to_bytes(extended[1]).replace(b'"', b"'")
+            part.content_disposition += b'; filename="' + name + b'"'
+        super().on_headers_finished()
+
+    def on_end(self) -> None:
+        """Note the closing boundary."""
+        self.ended = True
+
+
+_EXTENDED_FILENAME = re.compile(
+    rb"""^(?!.*filename=).*filename\*\s*=\s*[\w-]*'[\w-]*'([^;\s]*)""", re.IGNORECASE | re.DOTALL
+)
+
+
+async def read_form(content_type: str, body: bytes, max_images: int) -> Upload:
+    """Read the images and options of a `multipart/form-data` body.
+
+    Args:
+        content_type: The request's `Content-Type`, with the boundary.
+        body: The whole body.
+        max_images: Limit on the number of files.
+
+    Raises:
+        ProblemError: 400 if the form is malformed, cut short, or has too many parts.
+    """
+
+    async def chunks() -> AsyncGenerator[bytes]:
+        yield body
+
+    parser = _FormParser(
+        Headers({"Content-Type": content_type}),
+        chunks(),
+        max_files=max_images,
+        max_fields=_MOST_FIELDS,
+        max_part_size=_MOST_FIELD_BYTES,
+    )
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise ProblemError(400, f"the form is malformed: {error.message}") from error
+    if not parser.ended:
+        raise ProblemError(400, "the form is malformed: it ends too early")
+    items = form.multi_items()
+    fields = [(name, value) for name, value in items if isinstance(value, str)]
+    files = [(name, value) for name, value in items if isinstance(value, UploadFile)]
+    many = _is_many([name for name, _ in files], [name for name, _ in fields])
+    images = []
+    for index, (_, file) in enumerate(files):
+        prefix = f"files[{index}]" if many else "file"
+        images.append((f"{prefix} {short(file.filename)}", file.file.read()))
     return Upload(images, fields, many)
 
 
 def _is_many(files: list[str], fields: list[str]) -> bool:
-    """Whether a form's files are `files` (any number) and not one `file`."""
+    """Whether a form's files are `files` (any number) rather than one `file`."""
     if files and all(name == "files" for name in files):
         return True
     if files == ["file"]:
         return False
     if not files:
-        hint = ""
-        if {"file", "files"} & set(fields):
-            hint = "; a part without a filename is text, not a file"
+        textual = bool({"file", "files"} & set(fields))
+        hint = "; a part without a filename is text, not a file" if textual else ""
         raise ProblemError(
             400, f"the form holds no file{hint}: send one `file`, or several `files`"
         )
@@ -106,8 +157,17 @@ def _is_many(files: list[str], fields: list[str]) -> bool:
     )
 
 
-def _read_json(body: bytes, max_images: int) -> Upload:
-    # Base64 has none of these signs. A megabyte of nothing but them would become fifty in memory.
+def read_json(body: bytes, max_images: int) -> Upload:
+    """Read the images and options of a JSON body.
+
+    Args:
+        body: The whole body.
+        max_images: Limit on the number of images.
+
+    Raises:
+        ProblemError: 400 if the body is not such an object.
+    """
+    # Base64 has none of these characters. A megabyte of them alone would parse to fifty.
     if sum(body.count(sign) for sign in (b",", b"[", b"{")) > _MOST_VALUES:
         raise ProblemError(400, f"the body is JSON of more than {_MOST_VALUES} values")
     try:
@@ -126,9 +186,8 @@ def _read_json(body: bytes, max_images: int) -> Upload:
         raise ProblemError(400, "`images` must be a list of base64, and not empty")
     if len(images) > max_images:
         raise ProblemError(400, f"`images` holds {len(images)} images; at most {max_images} do")
-    names = [f"images[{place}]" for place in range(len(images))]
-    read = [(name, _from_base64(name, one)) for name, one in zip(names, images, strict=True)]
-    return Upload(read, fields, many=True)
+    named = [(f"images[{index}]", text) for index, text in enumerate(images)]
+    return Upload([(name, _from_base64(name, text)) for name, text in named], fields, many=True)
 
 
 def _from_base64(name: str, text: object) -> bytes:

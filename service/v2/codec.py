@@ -13,12 +13,12 @@ from typing import Any
 
 import orjson
 
+from service.core.errors import short
 from service.v2.signature import Signature
 from service.v2.tensors import (
     NAMES,
     Array,
     TensorSpec,
-    brief,
     from_binary,
     from_json,
     malformed,
@@ -93,7 +93,7 @@ def _header_length(text: str | None, size: int) -> int:
     if text is None:
         return size
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
-        raise malformed(f"{HEADER} must be a number of bytes, got {brief(text)}")
+        raise malformed(f"{HEADER} must be a number of bytes, got {short(text)}")
     length = int(text)
     if length > size:
         raise malformed(f"{HEADER} is {length}, but the body has {size} bytes")
@@ -142,14 +142,14 @@ def read_json(text: bytes) -> dict[str, Any]:
 
 def _object(value: object, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise malformed(f"{what} must be a JSON object, got {brief(value)}")
+        raise malformed(f"{what} must be a JSON object, got {short(value)}")
     return value
 
 
 def _list(owner: dict[str, Any], field: str) -> list[Any]:
     value = owner.get(field)  # some clients send null for what they leave out
     if not isinstance(value, list | None):
-        raise malformed(f"{field} must be a list, got {brief(value)}")
+        raise malformed(f"{field} must be a list, got {short(value)}")
     return value or []
 
 
@@ -162,20 +162,20 @@ def _parameters(owner: dict[str, Any], what: str) -> dict[str, Any]:
 def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
-        raise malformed(f"{name} must be true or false, got {brief(value)}")
+        raise malformed(f"{name} must be true or false, got {short(value)}")
     return value
 
 
 def _count(value: object, name: str) -> int:
     if type(value) is not int or value < 0:  # a bool is an int, and no count
-        raise malformed(f"{name} must be an integer from 0, got {brief(value)}")
+        raise malformed(f"{name} must be an integer from 0, got {short(value)}")
     return value
 
 
 def _id(asked: dict[str, Any]) -> str | None:
     given = asked.get("id")
     if given is not None and not isinstance(given, str):
-        raise malformed(f"id must be a string, got {brief(given)}")
+        raise malformed(f"id must be a string, got {short(given)}")
     return given
 
 
@@ -190,7 +190,7 @@ def _refuse_sequences(parameters: dict[str, Any]) -> None:
     given = parameters.get("sequence_id")
     if given not in (None, 0, ""):
         raise malformed(
-            f"sequence_id is {brief(given)}, but detectors keep no state between requests"
+            f"sequence_id is {short(given)}, but detectors keep no state between requests"
         )
 
 
@@ -198,7 +198,7 @@ def _refuse_elsewhere(parameters: dict[str, Any], what: str) -> None:
     region = parameters.get("shared_memory_region")
     if region is not None:
         raise malformed(
-            f"{what} is in shared memory region {brief(region)},"
+            f"{what} is in shared memory region {short(region)},"
             " but this service reads and writes no shared memory"
         )
 
@@ -216,7 +216,7 @@ def _inputs(asked: dict[str, Any], behind: memoryview, signature: Signature) -> 
         start += size
     for spec in signature.inputs:
         if spec.name not in found and not spec.optional:
-            raise malformed(f"input {spec.name} is missing; given: {brief(sorted(found))}")
+            raise malformed(f"input {spec.name} is missing; given: {short(sorted(found))}")
     if start != len(behind):
         raise malformed(
             f"{len(behind)} bytes follow the JSON, but the inputs' binary_data_size add up to"
@@ -250,7 +250,7 @@ def _input(tensor: dict[str, Any], spec: TensorSpec, behind: memoryview) -> tupl
 
 def _spec(name: object, kind: str, specs: dict[str, TensorSpec]) -> TensorSpec:
     if not isinstance(name, str) or name not in specs:
-        raise malformed(f"no {kind} {brief(name)}; this model has {', '.join(specs)}")
+        raise malformed(f"no {kind} {short(name)}; this model has {', '.join(specs)}")
     return specs[name]
 
 
@@ -268,7 +268,7 @@ def _outputs(
         _refuse_elsewhere(own, f"output {name}")
         if "classification" in own:
             raise malformed(
-                f"output {name}: classification is {brief(own['classification'])},"
+                f"output {name}: classification is {short(own['classification'])},"
                 " but these outputs are detections, which have no classification extension"
             )
         found[name] = WantedOutput(name, _flag(own, "binary_data", default=binary))

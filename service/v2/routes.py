@@ -13,8 +13,9 @@ from typing import Annotated, Any
 import orjson
 from fastapi import APIRouter, Path, Request, Response
 
+from service.api.openapi import problems
 from service.api.state import service_state
-from service.core.errors import ProblemError, documented
+from service.core.errors import ProblemError, short
 from service.engine.repository import Entry
 from service.engine.session import ServedModel
 from service.http.bodies import read_body
@@ -36,7 +37,7 @@ from service.v2.schemas import (
 )
 from service.v2.signature import config, metadata
 from service.v2.statistics import statistics_of
-from service.v2.tensors import brief, malformed
+from service.v2.tensors import malformed
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
@@ -70,7 +71,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
         "headers": {HEADER: _LENGTH},
         "description": "The outputs: JSON, or JSON and bytes where any was asked for as bytes",
     },
-    **documented(400, 404, 408, 413, 415, 429, 500, 503, 504),
+    **problems(400, 404, 408, 413, 415, 429, 500, 503, 504),
 }
 
 
@@ -124,14 +125,11 @@ async def server_live() -> Response:
     "/health/ready",
     summary="Whether requests can be answered",
     response_model=ServerReady,
-    responses=documented(500, 503),
+    responses=problems(500, 503),
 )
 async def server_ready(request: Request) -> Response:
     """As `/health/ready`."""
-    service = service_state(request)
-    if service.draining:
-        raise ProblemError(503, "not ready: the service is stopping", {"Retry-After": "1"})
-    service.registry.check_ready()
+    service_state(request).check_ready()
     return _json({"ready": True})
 
 
@@ -139,7 +137,7 @@ async def server_ready(request: Request) -> Response:
     "/models/stats",
     summary="What all models have answered",
     response_model=Statistics,
-    responses=documented(500),
+    responses=problems(500),
 )
 async def all_statistics(request: Request) -> Response:
     """Counts and times of every model that is loaded."""
@@ -152,7 +150,7 @@ def _statistics(models: list[ServedModel]) -> Response:
 
 
 @_model_route(
-    "GET", "", "The tensors", response_model=ModelMetadata, responses=documented(404, 500, 503)
+    "GET", "", "The tensors", response_model=ModelMetadata, responses=problems(404, 500, 503)
 )
 async def model_metadata(request: Request, name: str, version: str | None) -> Response:
     """What the model takes and gives."""
@@ -167,7 +165,7 @@ async def model_metadata(request: Request, name: str, version: str | None) -> Re
     "/ready",
     "Whether requests can be answered",
     response_model=ModelReady,
-    responses=documented(404, 500, 503),
+    responses=problems(404, 500, 503),
 )
 async def model_ready(request: Request, name: str, version: str | None) -> Response:
     """Answers 200 once the model is loaded and has run."""
@@ -180,7 +178,7 @@ async def model_ready(request: Request, name: str, version: str | None) -> Respo
     "/config",
     "The configuration",
     response_model=ModelConfig,
-    responses=documented(404, 500, 503),
+    responses=problems(404, 500, 503),
 )
 async def model_config(request: Request, name: str, version: str | None) -> Response:
     """The model's configuration, in the form of Triton Inference Server's."""
@@ -201,7 +199,7 @@ async def model_config(request: Request, name: str, version: str | None) -> Resp
     "/stats",
     "What has been answered",
     response_model=Statistics,
-    responses=documented(404, 500, 503),
+    responses=problems(404, 500, 503),
 )
 async def model_statistics(request: Request, name: str, version: str | None) -> Response:
     """Counts and times of the model, through this protocol and in this process."""
@@ -235,7 +233,7 @@ async def model_infer(request: Request, name: str, version: str | None) -> Respo
     "/repository/index",
     summary="List the models",
     response_model=list[RepositoryModel],
-    responses=documented(400, 408, 413, 415, 429, 500),
+    responses=problems(400, 408, 413, 415, 429, 500),
     openapi_extra={
         "requestBody": {"content": {"application/json": {"schema": inlined(RepositoryQuery)}}}
     },
@@ -244,7 +242,7 @@ async def repository_index(request: Request) -> Response:
     """Every model that the service knows of, and whether it is ready."""
     only_ready = (await _question(request)).get("ready", False)
     if not isinstance(only_ready, bool):
-        raise malformed(f"ready must be true or false, got {brief(only_ready)}")
+        raise malformed(f"ready must be true or false, got {short(only_ready)}")
     entries = service_state(request).registry.entries()
     return _json([_listed(entry) for entry in entries if entry.ready or not only_ready])
 
@@ -259,7 +257,7 @@ def _listed(entry: Entry) -> dict[str, str]:
     "/repository/models/{name}/load",
     summary="Read a model's file again",
     response_model=list[RepositoryModel],
-    responses=documented(400, 404, 408, 409, 413, 415, 429, 500),
+    responses=problems(400, 404, 408, 409, 413, 415, 429, 500),
     openapi_extra={
         "requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}
     },
@@ -268,12 +266,8 @@ async def load_model(request: Request, name: Name) -> Response:
     """As `POST /v1/models/{name}/reload`. A file or configuration in the request is refused."""
     parameters = (await _question(request)).get("parameters")
     if parameters:
-        raise malformed(f"parameters are {brief(parameters)}; models are loaded from their files")
-    entries = await service_state(request).registry.reload(name)
-    problems = [f"{entry.path.name}: {entry.problem}" for entry in entries if entry.problem]
-    if problems:
-        raise ProblemError(409, "; ".join(problems))
-    return _json([_listed(entry) for entry in entries])
+        raise malformed(f"parameters are {short(parameters)}; models are loaded from their files")
+    return _json([_listed(entry) for entry in await service_state(request).reload(name)])
 
 
 async def _question(request: Request) -> dict[str, Any]:

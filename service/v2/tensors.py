@@ -7,7 +7,6 @@ checked here before memory is taken for it; every refusal names the tensor and t
 from __future__ import annotations
 
 import math
-import reprlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.core.errors import ProblemError
+from service.core.errors import ProblemError, short
 
 Array = npt.NDArray[Any]
 
@@ -78,7 +77,7 @@ class TensorSpec:
             known = isinstance(datatype, str) and (datatype in DTYPES or datatype in _OTHERS)
             what = "" if known else ", which is no datatype of the protocol"
             raise malformed(
-                f"input {self.name} must be {self.datatype}, got {brief(datatype)}{what}"
+                f"input {self.name} must be {self.datatype}, got {short(datatype)}{what}"
             )
         if shape == (1, *self.shape):  # never where any size goes: -1 is in no shape given
             return self.shape
@@ -88,19 +87,9 @@ class TensorSpec:
         if not fits:
             raise malformed(
                 f"input {self.name} must have shape {list(self.shape)} (-1: any size from 1),"
-                f" got {brief(list(shape))}"
+                f" got {short(list(shape))}"
             )
         return shape
-
-
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 80, 80
-
-
-def brief(value: object) -> str:
-    """A value as errors quote it. Takes no longer for a long one, unlike its `repr`."""
-    text = _REPR.repr(value)
-    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def malformed(detail: str) -> ProblemError:
@@ -122,12 +111,12 @@ def read_shape(value: object, name: str) -> tuple[int, ...]:
         ProblemError: 400 for anything but a list of a few whole numbers from 0.
     """
     if not isinstance(value, list):
-        raise malformed(f"input {name}: shape must be a list of integers, got {brief(value)}")
+        raise malformed(f"input {name}: shape must be a list of integers, got {short(value)}")
     if len(value) > _MOST_DIMENSIONS:
         raise malformed(f"input {name}: shape has {len(value)} dimensions")
     for size in value:
         if type(size) is not int or size < 0:  # a bool is an int, and no size
-            raise malformed(f"input {name}: shape must hold integers from 0, got {brief(value)}")
+            raise malformed(f"input {name}: shape must hold integers from 0, got {short(value)}")
     return tuple(value)
 
 
@@ -151,7 +140,7 @@ def from_binary(data: memoryview, datatype: str, shape: Sequence[int], name: str
     if len(data) != needed:
         raise malformed(
             f"input {name}: binary_data_size is {len(data)},"
-            f" but shape {brief(list(shape))} of {datatype} needs {needed} bytes"
+            f" but shape {short(list(shape))} of {datatype} needs {needed} bytes"
         )
     if dtype == np.bool_ and needed and np.frombuffer(data, np.uint8).max() > 1:
         raise malformed(f"input {name}: a BOOL is a byte of 0 or 1")
@@ -182,25 +171,25 @@ def from_json(data: object, datatype: str, shape: Sequence[int], name: str) -> A
         array = np.array(flat, dtype)
     if dtype.kind == "f" and not np.isfinite(array).all():
         place = int(np.flatnonzero(~np.isfinite(array))[0])  # JSON holds no infinity by itself
-        raise malformed(f"input {name}: {brief(flat[place])} is beyond {datatype}")
+        raise malformed(f"input {name}: {short(flat[place])} is beyond {datatype}")
     return array.reshape(shape)
 
 
 def _flatten(data: object, shape: Sequence[int], name: str) -> list[Any]:
     if not isinstance(data, list):
-        raise malformed(f"input {name}: data must be a list, got {brief(data)}")
+        raise malformed(f"input {name}: data must be a list, got {short(data)}")
     total = math.prod(shape)
     level, depth = data, 0
     while level and isinstance(level[0], list):
         wanted = [shape[depth], shape[depth + 1]] if depth + 1 < len(shape) else None
         if wanted is None or set(map(type, level)) != {list} or set(map(len, level)) != {wanted[1]}:
-            raise malformed(f"input {name}: data is not nested as shape {brief(list(shape))} says")
+            raise malformed(f"input {name}: data is not nested as shape {short(list(shape))} says")
         level = list(chain.from_iterable(level))
         depth += 1
     if len(level) != total:
         raise malformed(
             f"input {name}: data holds {len(level)} elements,"
-            f" but shape {brief(list(shape))} has {total}"
+            f" but shape {short(list(shape))} has {total}"
         )
     return level
 
@@ -210,12 +199,12 @@ def _check_elements(flat: list[Any], dtype: np.dtype[Any], datatype: str, name: 
     allowed = _ELEMENTS[dtype.kind]
     if not set(map(type, flat)) <= allowed:
         wrong = next(value for value in flat if type(value) not in allowed)
-        raise malformed(f"input {name}: {brief(wrong)} is no {datatype}")
+        raise malformed(f"input {name}: {short(wrong)} is no {datatype}")
     if dtype.kind in "iu" and flat:
         limits = np.iinfo(dtype)
         for value in (min(flat), max(flat)):
             if not limits.min <= value <= limits.max:
-                raise malformed(f"input {name}: {brief(value)} is beyond {datatype}")
+                raise malformed(f"input {name}: {short(value)} is beyond {datatype}")
 
 
 def to_binary(array: Array) -> bytes:

@@ -37,6 +37,7 @@ from export.file import read_detector
 from export.preprocess import accept_uint8
 from ghm_triton.evidence import ClassStatistics, ClassThreshold, as_float32
 from service.app import create_app, load_model
+from service.core.errors import ProblemError
 from service.core.schema import ProblemDetails
 from service.core.settings import Settings
 from service.engine.session import ServedModel
@@ -378,3 +379,16 @@ def problem():
         return body.detail
 
     return check
+
+
+@pytest.fixture(scope="session")
+def refused():
+    """Runs what must be refused; returns the detail."""
+
+    def run(status: int, function, *arguments) -> str:
+        with pytest.raises(ProblemError) as caught:
+            function(*arguments)
+        assert caught.value.status == status, caught.value.detail
+        return caught.value.detail
+
+    return run

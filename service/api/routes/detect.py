@@ -1,42 +1,37 @@
-"""`POST /v1/detect`: images in, objects out."""
+"""`POST /v1/detect`: objects in one image or several."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request, Response
 
-from service.api.formats import JPEG, PNG, coco_results, drawn, preferred_kind
-from service.api.pipeline import Prepared, batch_of, counted, opened, prepare_all, read_request
-from service.api.request_body import query_parameters, request_body
-from service.api.responses import failed_answer, image_answer
-from service.api.state import ServiceState, service_state
-from service.api.timer import Timer
+from service.api import pipeline
+from service.api.drawing import JPEG, PNG, draw, preferred_type
+from service.api.openapi import options_extra, problems
+from service.api.pipeline import Job, Prepared, failed_answer, image_answer
 from service.core.detections import DetectionParams
-from service.core.errors import ProblemError, documented
+from service.core.errors import ProblemError
 from service.core.params import DetectOptions, resolve
 from service.core.schema import CocoResult, DetectManyResponse, DetectResponse
-from service.engine.deadline import while_wanted
-from service.engine.session import ServedModel
-from service.http.uploads import Upload
 
 router = APIRouter(prefix="/v1", tags=["detection"])
 
 _FILE = {"schema": {"type": "string", "format": "binary"}}
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "What was found: as JSON, as COCO's results, or drawn into the image",
+        "description": "The detections: as JSON, as COCO results, or drawn into the image",
         "content": {PNG: _FILE, JPEG: _FILE},
         "headers": {
             "X-Detections": {
-                "description": "With `format=image`, how many objects are drawn",
+                "description": "With `format=image`, the number of objects drawn",
                 "schema": {"type": "integer", "minimum": 0},
             }
         },
     },
-    **documented(400, 404, 408, 413, 415, 422, 429, 500, 503, 504),
+    **problems(400, 404, 408, 413, 415, 422, 429, 500, 503, 504),
 }
 
 
@@ -45,135 +40,100 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
     summary="Find objects in images",
     response_model=DetectResponse | DetectManyResponse | list[CocoResult],
     responses=_ANSWERS,
-    openapi_extra={
-        "requestBody": request_body("/v1/detect", DetectOptions, many=True),
-        "parameters": query_parameters(DetectOptions),
-    },
+    openapi_extra=options_extra("/v1/detect", DetectOptions, many=True),
 )
 async def detect(request: Request) -> Response:
     """Find objects in one image or several.
 
     Send an image as the body, or one `file` of a form, or base64 as `image` of a JSON object, and
     get one object. Send `files` or `images` and get a list `results`, where an image that cannot
-    be read has an `error` in its place; where none can, the request fails with the first one's
-    status, as it does with `format=coco` as soon as one cannot. Bodies may be compressed
+    be read has an `error` in its place; where none can, the request fails with the status of the
+    first, as it does with `format=coco` as soon as one cannot. Bodies may be compressed
     (`Content-Encoding: gzip` or `deflate`). Options are query parameters, form fields, or members
     of the JSON object.
 
-    A detection stands if its score reaches the threshold of its class: the file's own, or the
-    one that this request sets. Each detection names the threshold it passed.
+    A detection is returned if its score reaches the threshold of its class: the file's own, or
+    the one that this request sets. Each detection has the threshold that it passed.
     """
-    service = service_state(request)
-    with counted(service.metrics):
-        service.scheduler.check_room()
-        timer = Timer()
-        upload, options = await read_request(request, service, DetectOptions)
-        model = service.registry.get(options.model, options.version)
-        wanted = resolve(options, model.card)
-        _check_format(options, upload)
-        timer.lap("read_ms")
-        work = _Work(service, model, upload, wanted, timer)
-        with service.scheduler.admit(len(upload.images)):
-            answer = work.answer(options, request.headers.get("accept", ""))
-            return await while_wanted(request, answer, service.settings.deadline_ms)
+    return await pipeline.run(request, DetectOptions, _answer)
 
 
-def _check_format(options: DetectOptions, upload: Upload) -> None:
-    number = len(upload.images)
-    if options.format == "image" and upload.many:
-        raise ProblemError(422, "format is 'image', which shows one image: send `file` or `image`")
-    ids = options.image_ids
-    if ids is not None and options.format != "coco":
-        raise ProblemError(422, "image_ids is given, which goes with format=coco alone")
-    if ids is not None and len(ids) != number:
-        raise ProblemError(422, f"image_ids holds {len(ids)} for {number} images")
-
-
-class _Work:
-    """What one request asks for, once it is read."""
-
-    def __init__(
-        self,
-        service: ServiceState,
-        model: ServedModel,
-        upload: Upload,
-        wanted: DetectionParams,
-        timer: Timer,
-    ) -> None:
-        self.service = service
-        self.model = model
-        self.upload = upload
-        self.wanted = wanted
-        self.timer = timer
-
-    async def answer(self, options: DetectOptions, accept: str) -> Response:
-        if options.format == "image":
-            return await self._as_image(preferred_kind(accept))
-        if options.format == "coco":
-            return await self._as_coco(options.image_ids)
-        return await self._as_json()
-
-    async def _as_json(self) -> Response:
-        results = await self._results()
-        answers = [failed_answer(r) if isinstance(r, ProblemError) else r for r in results]
-        started = perf_counter()
-        body: dict[str, Any] = {"model": self.model.name, "version": self.model.version}
-        body |= {"results": answers} if self.upload.many else answers[0]
-        body["timings"] = self.timer.done()
-        return self._encoded(started, body)
-
-    async def _as_coco(self, image_ids: tuple[int | str, ...] | None) -> Response:
-        results = await self._results()
-        answers = []
+async def _answer(job: Job[DetectOptions]) -> Response:
+    params = resolve(job.options, job.model.card)
+    _check_format(job)
+    if job.options.format == "image":
+        return await _drawn_image(job, params)
+    results = await pipeline.decode(job)
+    prepared = [result for result in results if isinstance(result, Prepared)]
+    if job.options.format == "coco":
         for result in results:
             if isinstance(result, ProblemError):
                 raise result
-            answers.append(result)
-        ids = range(len(answers)) if image_ids is None else image_ids
-        started = perf_counter()
-        return self._encoded(started, coco_results(answers, ids))
+        ids = range(len(results)) if job.options.image_ids is None else job.options.image_ids
+        return pipeline.encode(job, coco_results(await _detections(job, prepared, params), ids))
+    answers = iter(await _detections(job, prepared, params))
+    images = [failed_answer(r) if isinstance(r, ProblemError) else next(answers) for r in results]
+    body: dict[str, Any] = {"model": job.model.name, "version": job.model.version}
+    body |= {"results": images} if job.upload.many else images[0]
+    body["timings"] = job.done()
+    return pipeline.encode(job, body)
 
-    async def _as_image(self, kind: str) -> Response:
-        """The image stays in memory, and counted there, until the boxes are drawn into it."""
-        [(name, content)] = self.upload.images
-        card = self.model.card
-        async with opened(self.service, card, name, content, keep=True) as prepared:
-            self.timer.add("decode_ms", prepared.seconds)
-            [answer] = await self._found([prepared])
-            started = perf_counter()
-            found = answer["detections"]
-            file = await self.service.scheduler.decode(drawn, prepared.image, found, kind)
-        self.service.metrics.stage("encode", perf_counter() - started)
-        headers = {"X-Detections": str(len(found)), "Vary": "Accept"}
-        return Response(file, media_type=kind, headers=headers)
 
-    async def _results(self) -> list[dict[str, Any] | ProblemError]:
-        """For each image what was found, or why it could not be read.
+def _check_format(job: Job[DetectOptions]) -> None:
+    options, number = job.options, len(job.upload.images)
+    if options.format == "image" and job.upload.many:
+        raise ProblemError(422, "format is 'image', which shows one image: send `file` or `image`")
+    if options.image_ids is None:
+        return
+    if options.format != "coco":
+        raise ProblemError(422, "image_ids is given, which goes with format=coco alone")
+    if len(options.image_ids) != number:
+        raise ProblemError(422, f"image_ids holds {len(options.image_ids)} for {number} images")
 
-        Raises:
-            ProblemError: The first one's, where none could be read.
-        """
-        everything = await prepare_all(self.service, self.model.card, self.upload.images)
-        good = [one for one in everything if isinstance(one, Prepared)]
-        self.timer.add("decode_ms", sum(one.seconds for one in good))
-        if not good:
-            raise next(one for one in everything if isinstance(one, ProblemError))
-        found = iter(await self._found(good))
-        return [one if isinstance(one, ProblemError) else next(found) for one in everything]
 
-    async def _found(self, prepared: list[Prepared]) -> list[dict[str, Any]]:
-        started = perf_counter()
-        outputs = await self.service.scheduler.run(self.model, batch_of(prepared), self.wanted)
-        self.timer.add("inference_ms", perf_counter() - started)
-        found = [outputs.image(place) for place in range(len(prepared))]
-        as_shipped = self.wanted.is_shipped_with(self.model.card)
-        self.service.metrics.detections(self.model, found, as_shipped=as_shipped)
-        return [
-            image_answer(one.geometry, detections, self.wanted, self.model.card)
-            for one, detections in zip(prepared, found, strict=True)
-        ]
+async def _detections(
+    job: Job[DetectOptions], prepared: list[Prepared], params: DetectionParams
+) -> list[dict[str, Any]]:
+    detections = await pipeline.predict(job, prepared, params)
+    as_shipped = params.is_shipped_with(job.model.card)
+    job.service.metrics.detections(job.model, detections, as_shipped=as_shipped)
+    pairs = zip(prepared, detections, strict=True)
+    return [image_answer(one.geometry, each, params, job.model.card) for one, each in pairs]
 
-    def _encoded(self, started: float, body: object) -> Response:
-        response = Response(orjson.dumps(body), media_type="application/json")
-        self.service.metrics.stage("encode", perf_counter() - started)
-        return response
+
+async def _drawn_image(job: Job[DetectOptions], params: DetectionParams) -> Response:
+    """Draw the detections; the decoded image counts in the memory budget until it is drawn."""
+    [(name, content)] = job.upload.images
+    async with pipeline.opened(job, name, content, keep=True) as prepared:
+        [answer] = await _detections(job, [prepared], params)
+        started, kind = perf_counter(), preferred_type(job.accept)
+        file = await job.service.scheduler.decode(draw, prepared.image, answer["detections"], kind)
+    job.service.metrics.stage("encode", perf_counter() - started)
+    headers = {"X-Detections": str(len(answer["detections"])), "Vary": "Accept"}
+    return Response(file, media_type=kind, headers=headers)
+
+
+def coco_results(
+    answers: Sequence[dict[str, Any]], image_ids: Sequence[int | str]
+) -> list[dict[str, Any]]:
+    """Convert detections to COCO results.
+
+    Args:
+        answers: One per image, as `service.api.pipeline.image_answer` returns them.
+        image_ids: One per image.
+
+    Returns:
+        One object per detection: `image_id`, `category_id` (the label + 1: COCO counts from 1),
+        `bbox` as x, y, width and height in pixels, and `score`.
+    """
+    return [
+        {
+            "image_id": image_id,
+            "category_id": detection["label"] + 1,
+            "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)],
+            "score": detection["score"],
+        }
+        for image_id, answer in zip(image_ids, answers, strict=True)
+        for detection in answer["detections"]
+        for x1, y1, x2, y2 in [detection["box"]]
+    ]

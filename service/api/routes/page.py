@@ -1,4 +1,4 @@
-"""`GET /`: the page, from files beside this package, with nothing from any other address."""
+"""`GET /`: the page, from static files of this package alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _POLICY = (
     " form-action 'none'; frame-ancestors 'none'"
 )
 _HEADERS = {
-    # Asked for again each time, and answered with 304: after an upgrade no file is of the past.
+    # Browsers revalidate each file, so none is stale after an upgrade.
     "Cache-Control": "no-cache",
     "Content-Security-Policy": _POLICY,
     "Referrer-Policy": "no-referrer",
@@ -39,7 +39,7 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class _Asset:
-    """A file of the page, as it is and compressed."""
+    """A file of the page, plain and compressed."""
 
     kind: str
     content: bytes
@@ -66,7 +66,7 @@ async def page(request: Request) -> Response:
 
 @router.api_route("/favicon.ico", methods=["GET", "HEAD"])
 async def favicon(request: Request) -> Response:
-    """The icon, where browsers look for it on pages that name none, such as `/docs`."""
+    """The icon, at the path that browsers try for pages that name none, such as `/docs`."""
     return _answer(request, "icon.svg")
 
 

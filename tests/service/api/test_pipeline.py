@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.api.pipeline import Prepared, batch_of, counted, opened, prepare_all
+from service.api import pipeline
+from service.api.pipeline import Job, Prepared
 from service.api.state import ServiceState
 from service.core.errors import ProblemError
+from service.core.params import DetectOptions, resolve
+from service.http.uploads import Upload
 from service.images.decode import decode, prepare
 from service.observability.metrics import Metrics
 
@@ -17,49 +20,92 @@ def run(scenario):
 
 
 @pytest.fixture
-def state(settings) -> ServiceState:
-    state = ServiceState(settings.model_copy(update={"threads": 2}))
-    yield state
-    state.scheduler.close()
+def make_job(settings, model):
+    """Makes jobs of one service; `changes` are of its settings."""
+    states = []
+
+    def make(images, state=None, **changes) -> Job:
+        if state is None:
+            state = ServiceState(settings.model_copy(update=changes))
+            states.append(state)
+        upload = Upload(images, [], many=True)
+        return Job(state, model, upload, DetectOptions(), "", started=0.0)
+
+    yield make
+    for state in states:
+        state.scheduler.close()
 
 
-def test_every_image_has_its_row_or_its_problem_in_its_place(state, card, png, encode, image):
+@pytest.fixture
+def slow_decoding(monkeypatch):
+    """Decoding that waits: whether it began, what lets it go on, and what was decoded."""
+    began, go_on, decoded = threading.Event(), threading.Event(), []
+
+    def slow(content, *arguments):
+        decoded.append(content)
+        began.set()
+        assert go_on.wait(5)
+        return decode(content, *arguments)
+
+    monkeypatch.setattr(pipeline, "decode_file", slow)
+    return began, go_on, decoded
+
+
+async def until(event: threading.Event) -> None:
+    while not event.is_set():
+        await asyncio.sleep(0)
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_every_image_has_its_row_or_its_problem_in_its_place(make_job, card, png, encode, image):
     other = encode(image.rotate(90, expand=True))
-    files = [("a", png), ("b", b"x"), ("c", other), ("d", png[:99])]
-    first, second, third, fourth = run(lambda: prepare_all(state, card, files))
+    job = make_job([("a", png), ("b", b"x"), ("c", other), ("d", png[:99])], threads=2)
+    first, second, third, fourth = run(lambda: pipeline.decode(job))
     for prepared, content in ((first, png), (third, other)):
         row, geometry = prepare(decode(content, 10**6), card)
         np.testing.assert_array_equal(prepared.row, row)
         assert prepared.geometry == geometry
         assert prepared.image is None
-    assert (second.status, fourth.status) == (415, 400)
-    assert second.detail.startswith("b: ")
-    assert fourth.detail.startswith("d: ")
+    assert [(one.status, one.detail[:3]) for one in (second, fourth)] == [
+        (415, "b: "),
+        (400, "d: "),
+    ]
 
 
-def test_batches_are_rows_in_order(state, card, png, encode, image):
-    files = [("a", png), ("b", encode(image.rotate(180)))]
-    prepared = run(lambda: prepare_all(state, card, files))
-    batch = batch_of(prepared)
-    assert (batch.shape, batch.dtype) == ((2, 3, 64, 96), np.float32)
-    for row, one in zip(batch, prepared, strict=True):
-        np.testing.assert_array_equal(row, one.row)
-    np.testing.assert_array_equal(batch_of(prepared[1:]), batch[1:])
+def test_predictions_are_in_the_order_of_the_images(make_job, model, png, encode, image):
+    job = make_job([("a", png), ("b", encode(image.rotate(180))), ("c", png)], threads=2)
 
-
-def test_the_image_is_counted_while_it_is_used(state, card, png):
     async def scenario():
-        total = state.decoded.free
-        async with opened(state, card, "a", png, keep=True) as prepared:
+        prepared = await pipeline.decode(job)
+        return prepared, await pipeline.predict(job, prepared, resolve(job.options, model.card))
+
+    prepared, detections = run(scenario)
+    for one, found in zip(prepared, detections, strict=True):
+        alone = model.detect(one.row[None])[0]
+        np.testing.assert_array_equal(found.boxes, alone.boxes)
+        np.testing.assert_array_equal(found.scores, alone.scores)
+    assert {"decode_ms", "inference_ms", "total_ms"} == set(job.done())
+
+
+def test_a_kept_image_is_counted_while_it_is_used(make_job, png):
+    job = make_job([])
+    budget = job.service.decoded
+
+    async def scenario():
+        async with pipeline.opened(job, "a", png, keep=True) as prepared:
             assert prepared.image.size == (192, 128)
             # The image and a conversion of it, of four bytes a pixel each.
-            assert total - state.decoded.free >= 192 * 128 * 8
-        assert state.decoded.free == total
+            assert budget.total - budget.free >= 192 * 128 * 8
+        assert budget.free == budget.total
 
     run(scenario)
 
 
-def test_images_wait_for_room_in_turn(settings, card, png, monkeypatch):
+def test_images_wait_for_room_in_turn(make_job, png, monkeypatch):
     at_once, most, lock = 0, 0, threading.Lock()
 
     def watched(*arguments):
@@ -73,60 +119,43 @@ def test_images_wait_for_room_in_turn(settings, card, png, monkeypatch):
             with lock:
                 at_once -= 1
 
-    monkeypatch.setattr("service.api.pipeline.decode", watched)
-    told = {"threads": 4, "max_decoded_bytes": 3 * 2**20}  # one image needs 2.4 MB
-    state = ServiceState(settings.model_copy(update=told))
-    prepared = run(lambda: prepare_all(state, card, [("a", png)] * 12))
-    state.scheduler.close()
+    monkeypatch.setattr(pipeline, "decode_file", watched)
+    job = make_job([("a", png)] * 12, threads=4, max_decoded_bytes=3 * 2**20)  # each needs 2.4 MB
+    prepared = run(lambda: pipeline.decode(job))
     assert all(isinstance(one, Prepared) for one in prepared)
     assert most == 1
-    assert state.decoded.free == state.decoded.total
+    assert job.service.decoded.free == job.service.decoded.total
 
 
-def test_what_is_dropped_while_it_decodes_is_counted_until_the_end(state, card, png, monkeypatch):
-    began, go_on = threading.Event(), threading.Event()
-
-    def slow(*arguments):
-        began.set()
-        assert go_on.wait(5)
-        return decode(*arguments)
-
-    monkeypatch.setattr("service.api.pipeline.decode", slow)
+def test_an_image_cancelled_while_it_decodes_is_counted_until_the_end(make_job, png, slow_decoding):
+    began, go_on, _ = slow_decoding
+    job = make_job([("a", png)])
+    budget = job.service.decoded
 
     async def scenario():
-        total = state.decoded.free
-        work = asyncio.ensure_future(prepare_all(state, card, [("a", png)]))
-        while not began.is_set():
-            await asyncio.sleep(0)
+        work = asyncio.ensure_future(pipeline.decode(job))
+        await until(began)
         work.cancel()
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert state.decoded.free < total
+        await settle()
+        assert budget.free < budget.total
         go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await work
-        assert state.decoded.free == total
+        await settle()
+        assert budget.free == budget.total
 
     run(scenario)
 
 
-def test_what_is_dropped_before_it_decodes_is_not_decoded(settings, card, png, monkeypatch):
-    began, go_on, decoded = threading.Event(), threading.Event(), []
-
-    def slow(content, *arguments):
-        decoded.append(content)
-        began.set()
-        assert go_on.wait(5)
-        return decode(content, *arguments)
-
-    monkeypatch.setattr("service.api.pipeline.decode", slow)
-    state = ServiceState(settings)  # one thread
+def test_an_image_cancelled_before_it_decodes_is_not_decoded(make_job, png, slow_decoding):
+    began, go_on, decoded = slow_decoding
+    first_job = make_job([("a", png)], threads=1)
+    second_job = make_job([("b", png)], first_job.service)
 
     async def scenario():
-        first = asyncio.ensure_future(prepare_all(state, card, [("a", png)]))
-        while not began.is_set():
-            await asyncio.sleep(0)
-        second = asyncio.ensure_future(prepare_all(state, card, [("b", png)]))
+        first = asyncio.ensure_future(pipeline.decode(first_job))
+        await until(began)
+        second = asyncio.ensure_future(pipeline.decode(second_job))
         await asyncio.sleep(0)
         second.cancel()
         await asyncio.sleep(0)
@@ -134,21 +163,11 @@ def test_what_is_dropped_before_it_decodes_is_not_decoded(settings, card, png, m
         await first
         with pytest.raises(asyncio.CancelledError):
             await second
+        await settle()
 
     run(scenario)
-    state.scheduler.close()
-    assert len(decoded) == 1
-    assert state.decoded.free == state.decoded.total
-
-
-def rejected(metrics: Metrics) -> dict[str, float]:
-    text = metrics.render()[0].decode()
-    return {
-        sample.labels["reason"]: sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == "ghm_rejected_requests_total"
-    }
+    budget = first_job.service.decoded
+    assert (len(decoded), budget.free) == (1, budget.total)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +175,9 @@ def rejected(metrics: Metrics) -> dict[str, float]:
 )
 def test_refusals_are_counted_by_reason(status, reasons):
     metrics = Metrics()
-    with pytest.raises(ProblemError), counted(metrics):
+    with pytest.raises(ProblemError), pipeline.counted(metrics):
         raise ProblemError(status, "no")
-    assert rejected(metrics) == reasons
+    families = text_string_to_metric_families(metrics.render()[0].decode())
+    samples = [sample for family in families for sample in family.samples]
+    name = "ghm_rejected_requests_total"
+    assert {one.labels["reason"]: one.value for one in samples if one.name == name} == reasons

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from service.core.params import parse_options, resolve
+from service.core.params import DetectOptions, read_options, resolve
 
 URL = "/v1/detect"
 
@@ -127,4 +127,6 @@ def test_a_long_value_is_quoted_in_short(client, png, problem):
     ],
 )
 def test_what_is_wanted_is_as_shipped_or_not(card, given, shipped):
-    assert resolve(parse_options(given.items()), card).is_shipped_with(card) is shipped
+    assert (
+        resolve(read_options(given.items(), DetectOptions), card).is_shipped_with(card) is shipped
+    )

@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 from service.app import create_app
 from service.core.settings import Settings
 from service.engine.session import ModelError
-from service.http.access import AccessMiddleware
+from service.http.middleware import AccessMiddleware
 
 SECRET = "s3cret-token-of-ours"  # noqa: S105  made up
 
@@ -113,7 +113,6 @@ def run(app, scope_changes=None, messages=()) -> Seen:
         "method": "GET",
         "path": "/x",
         "headers": [],
-        "state": {"request_id": "abc"},
         **(scope_changes or {}),
     }
     waiting = list(messages)

@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 from service.app import create_app
 from service.core.settings import Settings, SettingsError
 from service.http import auth
-from service.http.auth import LOOK_AGAIN, TokenStore, is_public, parse_tokens
+from service.http.auth import CHECK_SECONDS, TokenStore, is_public, parse_tokens
 
 ALICE, BOB = "alice-Token_1.~+/==", "bob-token"
 
@@ -59,7 +59,7 @@ def test_a_token_itself_is_not_kept():
         ("a b:secret-x", "here: the name of token 1 may have"),
         ("x" * 65 + ":secret-x", "the name of token 1"),
         (":secret-x", "the name of token 1"),
-        ("me:", r"token 1 \(me\) is empty or has signs"),
+        ("me:", r"token 1 \(me\) is empty or has characters"),
         ("me:secret-x y", r"token 1 \(me\)"),
         ("me:secret-xé", r"token 1 \(me\)"),
         ("me:secret:x", r"token 1 \(me\)"),
@@ -187,19 +187,19 @@ def test_a_file_is_read_again_when_it_changes(told, tmp_path, clock, caplog):
     store = TokenStore(told(tokens_file=path, tokens=f"bob:{BOB}"), clock)
     assert store.find(ALICE).name == "alice"
     assert store.find(BOB).name == "bob"
-    clock.now += LOOK_AGAIN
+    clock.now += CHECK_SECONDS
     with caplog.at_level(logging.INFO, logger="ghm.service"):
         store.find(BOB)
     assert "read" not in caplog.text  # it has not changed
     path.write_text("carol:carols-token\n")
-    clock.now += LOOK_AGAIN / 2
+    clock.now += CHECK_SECONDS / 2
     assert store.find("carols-token") is None  # not at every request
-    clock.now += LOOK_AGAIN
+    clock.now += CHECK_SECONDS
     assert store.find("carols-token").name == "carol"
     assert store.find(ALICE) is None
     assert store.find(BOB).name == "bob"
     path.write_text("")
-    clock.now += LOOK_AGAIN
+    clock.now += CHECK_SECONDS
     assert store.find("carols-token") is None  # whoever empties it means it
 
 
@@ -214,14 +214,14 @@ def test_a_file_that_got_damaged_leaves_the_tokens_as_they_were(
         path.unlink()
     else:
         path.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
-    clock.now += LOOK_AGAIN
+    clock.now += CHECK_SECONDS
     with caplog.at_level(logging.ERROR, logger="ghm.service"):
         assert store.find(ALICE).name == "alice"
-        clock.now += LOOK_AGAIN
+        clock.now += CHECK_SECONDS
         store.find(ALICE)
     assert "the tokens stay as they were" in caplog.text
     path.write_text(f"bob:{BOB}\n")
-    clock.now += LOOK_AGAIN
+    clock.now += CHECK_SECONDS
     assert store.find(BOB).name == "bob"
 
 
@@ -230,7 +230,7 @@ def test_a_start_without_any_token_is_refused(told, tmp_path):
     with pytest.raises(SettingsError, match=r"tokens_file .*tokens: No such file"):
         TokenStore(told(tokens_file=path))
     path.write_text("# none yet\n")
-    with pytest.raises(SettingsError, match="tokens holds no token, so nobody"):
+    with pytest.raises(SettingsError, match="tokens holds no token, so every"):
         TokenStore(told(tokens_file=path))
     with pytest.raises(SettingsError, match="GHM_TOKENS holds no token"):
         TokenStore(told(tokens=" , "))

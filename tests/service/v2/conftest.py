@@ -6,7 +6,6 @@ import numpy as np
 import orjson
 import pytest
 
-from service.core.errors import ProblemError
 from service.images.decode import decode, prepare
 from service.v2 import schemas
 from service.v2.codec import HEADER
@@ -27,19 +26,6 @@ def frame():
         return b"".join([text, *tensors]), str(len(text)) if tensors else None
 
     return put
-
-
-@pytest.fixture(scope="session")
-def refused():
-    """Runs what must be refused; returns the detail."""
-
-    def run(status: int, function, *arguments) -> str:
-        with pytest.raises(ProblemError) as caught:
-            function(*arguments)
-        assert caught.value.status == status, caught.value.detail
-        return caught.value.detail
-
-    return run
 
 
 @pytest.fixture(scope="session")

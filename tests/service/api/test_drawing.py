@@ -3,7 +3,8 @@ import io
 import pytest
 from PIL import Image
 
-from service.api.formats import JPEG, PNG, coco_results, drawn, preferred_kind
+from service.api.drawing import JPEG, PNG, draw, preferred_type
+from service.api.routes.detect import coco_results
 
 FOUND = {"box": [1.0, 2.0, 4.5, 8.25], "score": 0.5, "label": 2, "class": "cat"}
 
@@ -36,13 +37,13 @@ def test_every_image_needs_an_id():
     ],
 )
 def test_jpeg_where_accept_prefers_it(accept, kind):
-    assert preferred_kind(accept) == kind
+    assert preferred_type(accept) == kind
 
 
 @pytest.mark.parametrize(("kind", "name"), [(PNG, "PNG"), (JPEG, "JPEG")])
 def test_boxes_are_drawn_and_the_image_is_left_as_it_was(kind, name):
     image = Image.new("RGB", (600, 400), "white")
-    drawing = Image.open(io.BytesIO(drawn(image, [FOUND], kind)))
+    drawing = Image.open(io.BytesIO(draw(image, [FOUND], kind)))
     assert (drawing.format, drawing.size) == (name, (600, 400))
     assert image.getcolors() == [(240_000, (255, 255, 255))]
     assert len(drawing.convert("RGB").getcolors(10**6)) > 1

@@ -3,6 +3,7 @@ import gzip
 import random
 import tracemalloc
 import zlib
+from types import SimpleNamespace
 
 import pytest
 from fastapi import Request
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from service.core.errors import ProblemError
 from service.http import bodies
-from service.http.bodies import Inflater, compress, read_body
+from service.http.bodies import BodyLimitMiddleware, Inflater, compress, read_body
 
 CODINGS = {"gzip": gzip.compress, "x-gzip": gzip.compress, "deflate": zlib.compress}
 
@@ -180,3 +181,122 @@ def test_answers_are_compressed_as_the_client_takes_them(accepted, coding):
 def test_short_answers_are_not_compressed():
     assert compress(b"x" * 1023, "gzip") == (b"x" * 1023, None)
     assert compress(b"x" * 1024, "gzip")[1] == "gzip"
+
+
+# The bound on bytes and time of bodies that arrive.
+
+
+class Sender:
+    """A client that sends a body in pieces, the last only when `finish` is set."""
+
+    def __init__(self, *pieces: bytes):
+        self.pieces = list(pieces)
+        self.finish = asyncio.Event()
+
+    async def receive(self):
+        if len(self.pieces) > 1:
+            return {"type": "http.request", "body": self.pieces.pop(0), "more_body": True}
+        await self.finish.wait()
+        if self.pieces:
+            return {"type": "http.request", "body": self.pieces.pop(), "more_body": False}
+        return {"type": "http.disconnect"}
+
+
+async def read_all(scope, receive, send):
+    body = await read_body(Request(scope, receive), 10**6, asyncio.to_thread)
+    await send({"type": "body", "body": body})
+
+
+def limited(app=read_all, max_bytes=100, seconds=60.0):
+    refused = []
+    metrics = SimpleNamespace(rejected=refused.append)
+    return BodyLimitMiddleware(app, max_bytes, seconds, metrics), refused
+
+
+async def send_to(middleware, sender, *, finished=True, headers=()) -> bytes:
+    sent = []
+
+    async def send(message):
+        sent.append(message["body"])
+
+    if finished:
+        sender.finish.set()
+    scope = {"type": "http", "method": "POST", "headers": list(headers)}
+    await middleware(scope, sender.receive, send)
+    return sent[0]
+
+
+def run(check):
+    asyncio.run(asyncio.wait_for(check(), 30))
+
+
+def test_all_bodies_together_are_bounded_and_a_body_alone_is_not():
+    async def check():
+        middleware, refused = limited()
+        for _ in range(2):  # forgotten afterwards
+            assert len(await send_to(middleware, Sender(b"x" * 90, b"y" * 90))) == 180
+        slow = Sender(b"x" * 60, b"end")
+        waiting = asyncio.create_task(send_to(middleware, slow, finished=False))
+        await asyncio.sleep(0)
+        with pytest.raises(ProblemError, match="60 bytes of bodies are held") as error:
+            await send_to(middleware, Sender(b"y" * 41, b"end"))
+        assert (error.value.status, error.value.headers) == (429, {"Retry-After": "1"})
+        assert (refused, middleware.held) == (["bodies"], 60)
+        assert await send_to(middleware, Sender(b"y" * 40)) == b"y" * 40
+        slow.finish.set()
+        assert await waiting == b"x" * 60 + b"end"
+        assert middleware.held == 0
+
+    run(check)
+
+
+def test_inflated_bytes_count_too():
+    async def check():
+        middleware, refused = limited()
+        slow = asyncio.create_task(send_to(middleware, Sender(b"x", b"end"), finished=False))
+        await asyncio.sleep(0)
+        small = gzip.compress(b"y" * 500)
+        with pytest.raises(ProblemError, match="at most 100"):
+            await send_to(middleware, Sender(small), headers=[(b"content-encoding", b"gzip")])
+        assert (refused, middleware.held) == (["bodies"], 1)
+        slow.cancel()
+        await asyncio.wait([slow])
+        assert middleware.held == 0
+
+    run(check)
+
+
+def test_a_body_that_does_not_arrive_is_408():
+    async def check():
+        middleware, refused = limited(seconds=0.01)
+        with pytest.raises(ProblemError, match=r"within 0\.01 s") as error:
+            await send_to(middleware, Sender(b"x", b"never"), finished=False)
+        assert error.value.status == 408
+        assert (refused, middleware.held) == (["slow_body"], 0)
+
+    run(check)
+
+
+def test_the_time_ends_with_the_body():
+    """Waiting for the client to disconnect is not waiting for its body."""
+
+    async def wait_for_the_end(scope, receive, send):
+        await Request(scope, receive).body()
+        message = await receive()
+        await send({"type": "body", "body": message["type"].encode()})
+
+    async def check():
+        middleware, _ = limited(wait_for_the_end, seconds=0.05)
+        sender = Sender(b"x")
+        gone, receive = asyncio.Event(), sender.receive
+
+        async def disconnect_late():
+            if not sender.pieces:
+                await gone.wait()
+            return await receive()
+
+        sender.receive = disconnect_late
+        asyncio.get_running_loop().call_later(0.1, gone.set)
+        assert await send_to(middleware, sender) == b"http.disconnect"
+
+    run(check)
