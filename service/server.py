@@ -1,4 +1,4 @@
-"""One process that serves: loads the models, listens, and stops without losing a request."""
+"""One serving process: load the models, and stop without losing a request."""
 
 from __future__ import annotations
 
@@ -24,39 +24,34 @@ from service.engine.session import ModelError
 
 logger = logging.getLogger("ghm.service")
 
-# A request makes hundreds, nearly all of which go by themselves.
+# A request allocates hundreds of objects, nearly all of which reference counting frees.
 _OBJECTS_BETWEEN_COLLECTIONS = 20_000
 
 _CLOSE = (b"connection", b"close")
 
 
 def prepare(settings: Settings) -> FastAPI:
-    """Make the application and let its models answer once, before anything listens.
+    """Create the application and warm up its models, before anything listens.
 
     Returns:
-        The application, with at least one model that is ready.
+        The application, with at least one model ready.
 
     Raises:
-        SettingsError: There is none, or a setting cannot be; in a sentence.
+        SettingsError: No model can be served, or a setting is invalid; one sentence.
     """
     try:
         app = create_app(settings)
         asyncio.run(_load(app.state.service))
-        _settle()
     except (CardError, CatalogueError, ModelError) as error:
         raise SettingsError(str(error)) from error
     except OSError as error:
         named = error.filename and error.strerror
         reason = f"{error.filename}: {error.strerror}" if named else str(error)
         raise SettingsError(reason) from error
-    return app
-
-
-def _settle() -> None:
-    """Spare the garbage collector from looking, again and again, at what lives for ever."""
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # so that collections skip the objects that live as long as the process
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, 10, 10)
+    return app
 
 
 async def _load(service: ServiceState) -> None:
@@ -67,7 +62,7 @@ async def _load(service: ServiceState) -> None:
 
 
 def banner(app: FastAPI) -> str:
-    """What a start prints: the thresholds of each model, and what runs it."""
+    """Return the text printed at the start: each model's thresholds and execution provider."""
     service: ServiceState = app.state.service
     lines = []
     for entry in service.registry.entries():
@@ -82,16 +77,16 @@ def banner(app: FastAPI) -> str:
 
 
 class DrainingServer(uvicorn.Server):
-    """Stops in good order, and then returns.
+    """A uvicorn server that drains before it stops, and then returns.
 
-    At SIGTERM `/health/ready` begins to say 503, and connections are closed after each answer, so
-    that clients come back elsewhere. `drain_seconds` later nothing new is accepted, and what is in
-    work has `shutdown_seconds` to end. A second signal ends the drain at once; so does Ctrl+C,
-    which people press who do not want to wait, and a second Ctrl+C drops what is in work.
+    At SIGTERM `/health/ready` answers 503 and connections are closed after each answer, so that
+    clients reconnect elsewhere. `drain_seconds` later the server stops accepting connections, and
+    requests in progress have `shutdown_seconds` to end. A second signal ends the drain. Ctrl+C
+    skips it, and a second Ctrl+C drops requests in progress.
 
     Args:
         app: The application.
-        settings: Its `drain_seconds` and `shutdown_seconds`.
+        settings: Provides `drain_seconds` and `shutdown_seconds`.
         on_started: Called once requests are answered.
     """
 
@@ -100,8 +95,8 @@ class DrainingServer(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             app,
-            log_config=None,  # service.observability.logs has set it up
-            access_log=False,  # service.access has a line that says more
+            log_config=None,  # done by service.observability.logs
+            access_log=False,  # service.http.access logs more
             ws="none",
             server_header=False,
             timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds),
@@ -113,16 +108,16 @@ class DrainingServer(uvicorn.Server):
         self._closes_at: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to answer."""
+        """Start answering requests."""
         await super().startup(sockets)
         if self._on_started:
             self._on_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  uvicorn's
-        """Take a signal. Runs between any two instructions, so it only sets flags.
+        """Handle a signal by setting flags, since it may arrive between any two instructions.
 
-        Uvicorn's own keeps the signal and raises it again in the end: a process that was stopped in
-        good order would look as if it had been killed.
+        uvicorn's handler also raises the signal again after the shutdown, so that the exit status
+        would be that of a killed process.
         """
         if sig == signal.SIGINT and self.should_exit:
             self.force_exit = True
@@ -132,7 +127,7 @@ class DrainingServer(uvicorn.Server):
         self._closes_at = self._closes_at or monotonic() + self._drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: see whether it is time to stop."""
+        """Stop when the drain is over. Called ten times a second."""
         if self._closes_at is not None:
             if _CLOSE not in self.config.encoded_headers:
                 logger.info("stopping: not ready from now on, closing in %g s", self._drain_seconds)

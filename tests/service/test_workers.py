@@ -16,10 +16,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from pydantic import SecretStr
-
-from service.core.settings import Settings, load_settings
-from service.workers import environment_of
 
 ROOT = Path(__file__).parents[2]
 RUN = "import sys; from ghm_triton.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
@@ -158,7 +154,7 @@ def test_a_killed_worker_is_replaced_the_others_go_on_and_counters_never_fall(
         assert not folder.exists()
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_under_load_loses_no_request(detector, png, number):
     """Ready falls first; a load balancer sees it and sends no more; what was sent is answered."""
     with service(detector, "--workers", number, "--drain-seconds", 1) as running:
@@ -190,6 +186,7 @@ def test_sigterm_under_load_loses_no_request(detector, png, number):
         running.ends()
 
 
+@pytest.mark.slow
 def test_a_client_that_never_ends_does_not_hold_the_stop(detector, png):
     with service(detector, "--workers", 2, "--shutdown-seconds", 1) as running:
         slow = HalfSent(running, png)
@@ -198,12 +195,14 @@ def test_a_client_that_never_ends_does_not_hold_the_stop(detector, png):
         slow.connection.close()
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_everybody_at_once_and_stops_them_in_good_order(detector):
     with service(detector, "--workers", 2) as running:
         os.killpg(running.process.pid, signal.SIGINT)  # as a terminal does
         running.ends()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_workers_start_is_no_traceback(detector):
     command = [sys.executable, "-c", RUN, str(detector), "--port", "0", "--workers", "2"]
     with subprocess.Popen(
@@ -220,6 +219,7 @@ def test_ctrl_c_while_workers_start_is_no_traceback(detector):
     assert b"Traceback" not in log
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_their_parent(detector):
     with service(detector, "--workers", 2) as running:
         running.process.kill()
@@ -227,12 +227,13 @@ def test_workers_do_not_outlive_their_parent(detector):
         assert not running.connects()
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_again_is_tried_again_and_the_others_go_on(detector, tmp_path):
     path = tmp_path / "colours.onnx"
     path.write_bytes(detector.read_bytes())
     with service(path, "--workers", 2) as running:
         path.write_bytes(b"damaged")
-        victim = int(running.wait(says("worker "), count=2)[0]["msg"].split()[1])
+        victim = running.wait(says("Application startup complete."), count=2)[0]["pid"]
         os.kill(victim, signal.SIGKILL)
         running.wait(says("a worker cannot start: "))
         assert running.ready() == 200  # of the other, with the model that it has
@@ -253,23 +254,3 @@ def test_workers_that_cannot_start_say_why(tmp_path):
     assert done.returncode == 2
     last = done.stderr.decode().splitlines()[-1]
     assert last == f"ghm serve: {path}: No such file or directory"
-
-
-def test_a_worker_is_told_every_setting(monkeypatch, detector):
-    told = Settings(
-        model=detector,
-        workers=3,
-        threads=2,
-        batch_size=4,
-        deadline_ms=12.5,
-        log_format="text",
-        tokens=SecretStr("me:abc"),
-        public_health=False,
-        cors_origins="*",
-    )
-    for name, value in environment_of(told).items():
-        monkeypatch.setenv(name, value)
-    again = load_settings()
-    assert again == told
-    assert again.tokens.get_secret_value() == "me:abc"
-    assert set(environment_of(told)) == {f"GHM_{name.upper()}" for name in Settings.model_fields}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 from service.images.headers.base import ImageHeader, UnsupportedImageError
 from service.images.headers.pillow import open_lazily
@@ -21,8 +22,8 @@ def read(content: bytes) -> ImageHeader:
     if size != _OLD_HEADER and compression not in (_PLAIN, _BIT_FIELDS):
         raise UnsupportedImageError(f"a BMP image of compression {compression} is not read")
     image = open_lazily(content, "BMP")
-    _, _, offset, arguments = image.tile[0]
-    min_bytes = offset + arguments[1] * image.height  # bytes per row
+    tile: Any = image.tile[0]
+    min_bytes = tile.offset + tile.args[1] * image.height  # bytes per row
     # Pixels of at most 4 bytes, and RGB, of 4.
     decoded_bytes = image.width * image.height * 8
     return ImageHeader(
