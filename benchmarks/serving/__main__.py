@@ -1,9 +1,11 @@
-"""Let every server answer in turn, and say how each compares with no server at all.
+"""Load every server in turn and compare each with the pipeline without a server.
 
-A round asks each contender for some seconds, the pipeline without a server first; a contender's
-share is the median, over rounds, of its images a second over the pipeline's in the same round, so
-that a machine that slows down slows all. The servers are pinned to the first cores; the clients
-run on the last one, which on a machine of two cores a two-core server has to share with them.
+In every round each contender is loaded for some seconds, the pipeline first. A contender's share is
+the median over rounds of its images per second over the pipeline's in the same round, so that a
+machine that slows down slows all. `--before` adds the service of another checkout; `ratio` is the
+median over rounds of this checkout's images per second by the other's. The servers are pinned to
+the first cores; the clients run on the last one, which on a machine of two cores a two-core server
+shares with them.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ RESULTS = Path(__file__).parents[1] / "results" / "serving.jsonl"
 CLIENTS = (1, 8, 32)
 NO_SERVER = "no server"
 OURS, OURS_RAW = "ghm serve", "ghm serve, raw body"
+BEFORE = "ghm serve, before"
 # How each is started, where it answers, and what it calls the image in a form.
 COMMANDS = {
     OURS: (["ghm", "serve"], "/v1/detect", "file"),
+    BEFORE: (["ghm", "serve"], "/v1/detect", "file"),
     "fastapi": (["python", "-m", "benchmarks.serving.servers.plain"], "/detect", "file"),
     "litserve": (["python", "-m", "benchmarks.serving.servers.lit"], "/predict", "request"),
     "bentoml": (["python", "-m", "benchmarks.serving.servers.bento"], "/detect", "file"),
@@ -68,12 +72,16 @@ class Setting:
         images: Image files that clients send in turn.
         cores: Of the servers.
         peers: The Python that has LitServe and BentoML.
+        servers: Names of COMMANDS.
+        before: Checkout that BEFORE is served from.
     """
 
     model: Path
     images: list[Path]
     cores: list[int]
     peers: str
+    servers: tuple[str, ...] = (OURS,)
+    before: Path | None = None
 
 
 def main() -> None:
@@ -86,6 +94,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="for one turn")
     parser.add_argument("--peers-python", default=sys.executable, help="has litserve and bentoml")
+    parser.add_argument("--before", type=Path, help="also serve from this checkout")
+    parser.add_argument("--servers", nargs="+", choices=COMMANDS, help="default: all")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print what is there")
     arguments = parser.parse_args()
@@ -95,10 +105,21 @@ def main() -> None:
         images = sorted(arguments.images.glob("*.jp*g"))[:64]
         if not images:
             parser.error(f"no JPEG file in {arguments.images}")
+        servers = arguments.servers or [name for name in COMMANDS if name != BEFORE]
+        if arguments.before:
+            servers = [*servers, BEFORE]
+        elif BEFORE in servers:
+            parser.error(f"{BEFORE!r} needs --before")
         rows = Rows(arguments.out, provenance())
         for number in arguments.cores:
-            cores = list(range(number))
-            setting = Setting(arguments.model.resolve(), images, cores, arguments.peers_python)
+            setting = Setting(
+                arguments.model.resolve(),
+                images,
+                list(range(number)),
+                arguments.peers_python,
+                tuple(dict.fromkeys(servers)),
+                arguments.before and arguments.before.resolve(),
+            )
             for row in measure(setting, arguments.clients, arguments.rounds, arguments.seconds):
                 print(rows.add(row)["server"], row["clients"], row["share"], flush=True)
     print(table(latest(read(arguments.out), ("model", "cores", "clients", "server"))))
@@ -113,18 +134,20 @@ def measure(
     with ExitStack() as stack:
         weight, alone = stack.enter_context(yardstick(setting, threads))
         contenders = {
-            name: stack.enter_context(contender(name, setting, threads)) for name in COMMANDS
+            name: stack.enter_context(contender(name, setting, threads)) for name in setting.servers
         }
-        contenders[OURS_RAW] = raw(contenders[OURS], setting)
+        if OURS in contenders and BEFORE not in contenders:
+            contenders[OURS_RAW] = raw(contenders[OURS], setting)
         for one in contenders.values():
             ask(one.port, one.requests, max(clients), 1.0)  # what is made on first use
         for number in clients:
             shares: dict[str, list[float]] = {name: [] for name in contenders}
             parts: dict[str, list[tuple[Load, float]]] = {name: [] for name in contenders}
             own: list[tuple[float, float]] = []
-            for _ in range(rounds):
+            for turn in range(rounds):
                 own.append(alone(seconds))
-                for name, one in contenders.items():
+                for name in sorted(contenders, reverse=bool(turn % 2)):
+                    one = contenders[name]
                     before = cpu_seconds(one.pid)
                     load = ask(one.port, one.requests, number, seconds)
                     parts[name].append((load, cpu_seconds(one.pid) - before))
@@ -139,7 +162,11 @@ def measure(
                 "megabytes": round(weight / 2**20, 1),
             }
             for name, one in contenders.items():
-                yield {**common, "server": name, **summary(shares[name], parts[name], one)}
+                row = {**common, "server": name, **summary(shares[name], parts[name], one)}
+                if name == OURS and BEFORE in shares:
+                    pairs = zip(shares[OURS], shares[BEFORE], strict=True)
+                    row["ratio"] = round(statistics.median(new / old for new, old in pairs), 4)
+                yield row
 
 
 def summary(shares: list[float], parts: list[tuple[Load, float]], one: Contender) -> dict[str, Any]:
@@ -188,7 +215,7 @@ def contender(name: str, setting: Setting, threads: int) -> Iterator[Contender]:
         "GHM_PORT": str(port),
         "GHM_MODEL": str(setting.model),
         "THREADS": str(threads),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": str(setting.before if name == BEFORE else Path(__file__).parents[2]),
         "BENTOML_DO_NOT_TRACK": "1",
         "BENTOML_HOME": tempfile.gettempdir(),
     }
@@ -212,15 +239,16 @@ def raw(ours: Contender, setting: Setting) -> Contender:
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| cores | clients | server | img/s | of no server | p50 ms | p99 ms | CPU ms | MiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| cores | clients | server | img/s | of no server | of before | p50 ms | p99 ms | CPU ms"
+        " | MiB |",
+        "|---" * 10 + "|",
     ]
     for row in rows:
         times = [f"{row[key]:.1f}" if key in row else "" for key in ("p50_ms", "p99_ms")]
         lines.append(
             f"| {row['cores']} | {row['clients']} | {row['server']} | {row['per_second']:.1f} |"
-            f" {row['share']:.2f} | {times[0]} | {times[1]} | {row['cpu_ms']:.1f} |"
-            f" {row['megabytes']:.0f} |"
+            f" {row['share']:.2f} | {row.get('ratio', '')} | {times[0]} | {times[1]} |"
+            f" {row['cpu_ms']:.1f} | {row['megabytes']:.0f} |"
         )
     return "\n".join(lines)
 
