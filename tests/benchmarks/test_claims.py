@@ -149,14 +149,6 @@ def test_other_sizes_targets_and_stages_do_not_count():
     assert verdict([ghm(entries=2**22)], ("GHM-C, 2^23",))["verdict"] == ABSENT
 
 
-def test_what_was_measured_again_replaces_the_old():
-    rows = [ghm(share_of_copy=0.5), ghm(share_of_copy=0.9)]
-    assert verdict(rows, ("float32", "12 bytes"))["verdict"] == HOLDS
-    assert verdict(rows[::-1], ("float32", "12 bytes"))["verdict"] == FAILS
-    shapes = [repeated(1), repeated(0, shape=[1, 3])]  # another shape replaces nothing
-    assert verdict(shapes, ("repeated",))["verdict"] == FAILS
-
-
 def test_an_error_is_no_success():
     key = {"task": "classification", "entries": 2**25, "dtype": "float32", "target": "index"}
     broken = {**key, "loss": "ghm_c triton", "stage": BOTH, "device": "cuda", "gpu": "H100"}

@@ -46,15 +46,6 @@ def test_more_than_a_tenth_is_worse(metric):
     assert complaint.endswith(f"from {old:g} to {new:g}")
 
 
-def test_a_tenth_is_not_worse():
-    assert complaints(OLD, replace(OLD, registers=44, instructions=22.0)) == []
-
-
-def test_less_is_not_worse():
-    better = replace(OLD, registers=16, instructions=10.0, special=0.0, loads={"32": 2})
-    assert complaints(OLD, better) == []
-
-
 def test_what_was_zero_may_not_appear():
     none = replace(OLD, conversions=0.0)
     assert complaints(none, replace(OLD, conversions=0.125)) != []
@@ -103,8 +94,3 @@ def test_a_kernel_without_elements_has_no_roof_and_a_short_line():
     assert set(state.metrics) == {"registers"}
     assert Costs(**state.line()) == state
     assert "instructions" not in state.line()
-
-
-def test_a_line_comes_back_as_it_was():
-    uneven = replace(OLD, instructions=20.125)
-    assert Costs(**uneven.line()) == uneven

@@ -109,19 +109,6 @@ def test_the_time_is_shared_out(run):
     assert (seconds(ran, "losses"), seconds(ran, "step")) == (1, 1)
 
 
-def test_earlier_rows_are_taken_along_but_never_over_newer(run, tmp_path):
-    earlier, out = tmp_path / "earlier", tmp_path / "out"
-    for folder, text in ((earlier, "old\n"), (out, "new\n")):
-        folder.mkdir()
-        (folder / "losses.jsonl").write_text(text)
-    (earlier / "step.jsonl").write_text("old\n")
-    _, ran = run(EARLIER=str(earlier))
-    assert (out / "losses.jsonl").read_text() == "new\n"
-    assert (out / "step.jsonl").read_text() == "old\n"
-    assert {str(out / "losses.jsonl"), str(out / "step.jsonl")} <= set(ran[-1])
-    assert str(out / "repeat.jsonl") not in ran[-1]
-
-
 def test_the_study_ends_in_time_and_goes_on_from_what_there_is(run, tmp_path):
     out = tmp_path / "out" / "study.jsonl"
     out.parent.mkdir()

@@ -43,11 +43,6 @@ def test_the_first_launch_is_written_down():
     assert launch.options == {"num_warps": 8}
 
 
-def test_a_call_that_launches_nothing_is_an_error():
-    with pytest.raises(ValueError, match="empty launches nothing"):
-        first_launch(empty, 3)
-
-
 def entries(moved=4.0, **arguments):
     return Variant(Launch(kernel, arguments, {}), "", "fp32", moved).entries
 
@@ -61,13 +56,6 @@ def test_the_elements_of_a_tile():
 def test_what_hangs_over_is_no_element():
     # Two tiles of 16 columns hold 20 classes: 10 each on average.
     assert entries(BLOCK_R=128, BLOCK_C=16, cols=20) == 128 * 10
-
-
-def test_the_key_names_kernel_variant_and_dtype():
-    launch = Launch(kernel, {}, {})
-    assert Variant(launch, "index", "bf16", 4.0).key == "kernel.index.bf16"
-    assert Variant(launch, "", "bf16", 4.0).key == "kernel.bf16"
-    assert Variant(launch, "", "", 4.0).key == "kernel"
 
 
 def told(value, plain=False):
@@ -101,20 +89,3 @@ def told(value, plain=False):
 )
 def test_arguments_are_told_as_a_launch_tells_them(value, kind, aligned):
     assert told(value) == (kind, "not compiled in", aligned)
-
-
-@pytest.mark.parametrize("value", [1, None])
-def test_one_and_none_are_compiled_in(value):
-    assert told(value) == ("constexpr", value, False)
-
-
-@pytest.mark.parametrize("value", [1, 80])
-def test_nothing_is_told_of_what_must_not_specialise(value):
-    assert told(value, plain=True) == ("i32", "not compiled in", False)
-
-
-def test_constants_are_constants():
-    found = specialise(first_launch(launcher, empty(3), 2))
-    assert found.constants == {"none_ptr": None, "BLOCK_R": 32, "BLOCK_C": 4}
-    # x and row, by position.
-    assert set(found.attributes) == {(0,), (2,)}

@@ -1,6 +1,5 @@
 """The benchmark of the losses runs, goes on where it stopped, and says what it did."""
 
-import json
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import pytest
 from benchmarks import losses
 from benchmarks.loss_cases import Case
 from benchmarks.measure import Settings
-from benchmarks.result_file import BOTH, GRAPH, SCALED, Rows, read
+from benchmarks.result_file import BOTH, Rows, read
 
 ORIGIN = {"device": "cpu", "gpu": None, "cpu": "this", "source": "abc"}
 SETTINGS = Settings(0.001, 1, None)
@@ -114,31 +113,3 @@ def test_a_spoiled_device_ends_the_process_and_the_next_leaves_out_who_spoiled_i
     assert measured.skipped == [{"bad"}]
     losses.run(CASES[:1], SETTINGS, Rows(path, ORIGIN), limit=100, again=True)
     assert measured.skipped == [{"bad"}, set()]
-
-
-def test_a_loss_that_fails_on_a_sound_device_stops_nothing(tmp_path, measured, monkeypatch):
-    def fail(case, settings, roof, skip):
-        yield {**case.key, "loss": "bad", "stage": BOTH, "failed_in": "first", "error": "E: ill"}
-        yield {**case.key, "loss": "bce", "stage": BOTH, "median_ms": 1.0, "ratios": {}}
-
-    monkeypatch.setattr(losses, "measure", fail)
-    path = tmp_path / "rows.jsonl"
-    losses.run(CASES, SETTINGS, Rows(path, ORIGIN), limit=100)
-    assert [row["loss"] for row in read(path)[1:]] == ["bad", "bce"] * 3
-
-
-def test_lines_for_the_terminal():
-    row = {"loss": "ghm_c triton", "stage": BOTH, "median_ms": 0.25, "ratios": {"bce": 0.5}}
-    said = " ".join(losses.line({**row, "share_of_copy": 0.876, "peak_ratio": 1.01}).split())
-    assert said == "ghm_c triton 0.2500 ms 0.50 x bce 87.6% of copy 1.010 x memory"
-    assert "ghm_c triton, scaled" in losses.line({**row, "stage": SCALED})
-    assert "ghm_c triton, graph" in losses.line({**row, "stage": GRAPH})
-    assert losses.line({**row, "stage": "forward"}) == ""
-    failed = {"loss": "bce", "stage": BOTH, "failed_in": "first", "error": "E: a\nb"}
-    assert losses.line(failed).split() == ["bce", "first:", "E:", "a"]
-
-
-def test_rows_are_json(tmp_path, measured):
-    path = tmp_path / "rows.jsonl"
-    losses.run(CASES[:1], SETTINGS, Rows(path, ORIGIN), limit=100)
-    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == ["copy", "bce"]

@@ -83,17 +83,6 @@ def test_figures_are_derived(monkeypatch):
     assert "share_of_copy" not in rows["bce", BOTH]
 
 
-def test_a_loss_that_fails_at_once_has_a_row_that_says_so(monkeypatch):
-    def broken():
-        raise MemoryError("too large")
-
-    field(monkeypatch, Contender("broken", broken), Contender("good", lambda: good))
-    rows = rows_of()
-    assert rows["broken", BOTH]["error"] == "MemoryError: too large"
-    assert rows["broken", BOTH]["failed_in"] == "first"
-    assert {("good", FORWARD), ("good", BOTH)} <= set(rows)
-
-
 def test_a_loss_that_fails_later_is_timed_in_no_stage(monkeypatch):
     calls = []
 
@@ -110,25 +99,6 @@ def test_a_loss_that_fails_later_is_timed_in_no_stage(monkeypatch):
     assert ("good", BOTH) in rows
 
 
-def test_what_spoiled_the_device_before_is_left_out(monkeypatch):
-    field(monkeypatch, Contender("bad", lambda: good), Contender("good", lambda: good))
-    assert {loss for loss, _ in rows_of(skip={"bad"})} == {"copy", "good"}
-
-
-def test_dense_contenders_get_the_same_targets_dense(monkeypatch):
-    seen = []
-
-    def look(logits, target):
-        seen.append(target)
-        return good(logits, target)
-
-    field(monkeypatch, Contender("bce", lambda: look, dense=True))
-    rows_of()
-    _, index = CASE.tensors(0)
-    assert seen[0].shape == CASE.shape
-    assert torch.equal(seen[0].sum(1), (index < 80).float())
-
-
 def test_a_runner_rotates_and_scales():
     sets = [(torch.full((2,), float(j), requires_grad=True), None) for j in range(3)]
 
@@ -140,17 +110,6 @@ def test_a_runner_rotates_and_scales():
     assert runner.both().tolist() == [2.0, 2.0]
     assert runner.scaled().tolist() == [2.0, 2.0]  # half of 4
     assert all(pred.grad is None for pred, _ in sets)
-
-
-def test_compiled_losses_say_how(monkeypatch):
-    field(
-        monkeypatch,
-        Contender("bce", lambda: good),
-        Contender("bce compiled", lambda: good, compiled=True),
-    )
-    rows = rows_of()
-    assert rows["bce compiled", BOTH]["dynamic"] is True
-    assert "dynamic" not in rows["bce", BOTH]
 
 
 def test_graphs_are_replayed_on_a_gpu_at_small_sizes(monkeypatch):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from benchmarks import peers
 
@@ -60,26 +59,6 @@ def test_released_ghm_r():
     keep[:7] = 1
     part = peers.ReleasedGHMR()(pred, target, keep).item()
     assert part == pytest.approx(peers.ReleasedGHMR()(pred[:7], target[:7]).item(), rel=1e-6)
-
-
-def test_labels_become_dense():
-    dense, weight = peers.expand_labels(torch.tensor([2, 0, 3, -1]), torch.arange(4.0), 3)
-    assert dense.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 0], [0, 0, 0]]
-    assert weight.tolist() == [[j] * 3 for j in range(4)]
-    empty, _ = peers.expand_labels(torch.zeros(0, dtype=torch.int64), torch.zeros(0), 3)
-    assert empty.shape == (0, 3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_hot_is_made_inside(dtype):
-    torch.manual_seed(0)
-    logits, labels = torch.randn(20, 5).to(dtype), torch.randint(0, 6, (20,))
-    dense = peers.dense_targets(logits, labels)
-    assert dense.dtype == dtype
-    assert dense.float().tolist() == np.eye(6)[labels][:, :5].tolist()
-    assert torch.equal(peers.one_hot_bce(logits, labels), peers.bce(logits, dense))
-    assert torch.equal(peers.one_hot_focal(logits, labels), peers.focal(logits, dense))
-    assert torch.equal(peers.bce(logits, dense), nn.BCEWithLogitsLoss()(logits, dense))
 
 
 def test_the_focal_formula_is_torchvisions():

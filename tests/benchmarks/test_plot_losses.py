@@ -80,24 +80,6 @@ def test_both_plots(tmp_path, monkeypatch, drawn):
     assert list(shares["box regression, bfloat16, CUDA graph"].get_ydata()) == [0.95] * 3
 
 
-def test_one_gpu_and_one_dtype_of_the_newest_code(tmp_path, monkeypatch, drawn):
-    rows = rows_of(("float32",))
-    other = [{**row, "gpu": "H200"} for row in rows]
-    old = [{**row, "source": "old", "entries": 17} for row in rows]
-    run(monkeypatch, write(tmp_path / "rows.jsonl", other + old + rows), "--out", tmp_path)
-    assert all("bfloat16" not in axes.get_title() for axes in drawn[0].axes)
-    for axes in drawn[0].axes:
-        for line in axes.lines:
-            assert len(line.get_xdata()) == 6  # neither twice nor older ones
-
-
-def test_rows_of_peers_alone_show_no_bandwidth(tmp_path, monkeypatch):
-    rows = [row for row in rows_of(("float32",)) if "triton" not in row["loss"]]
-    run(monkeypatch, write(tmp_path / "rows.jsonl", rows), "--out", tmp_path)
-    assert (tmp_path / "losses_time.png").exists()
-    assert not (tmp_path / "losses_bandwidth.png").exists()
-
-
 def test_nothing_to_draw(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="nothing to draw"):
         run(monkeypatch, tmp_path / "none.jsonl")

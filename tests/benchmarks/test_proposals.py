@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from benchmarks import proposals
-from benchmarks.proposals import COUNTS, MEASURED, RESULTS, best_overlaps, recall, run_key, table
+from benchmarks.proposals import COUNTS, MEASURED, best_overlaps, recall
 from benchmarks.result_file import read
-from benchmarks.trainings import training_parser
 from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.data.loader import TrainingView
 from ghm_triton.detection.models.config import DetectorConfig
@@ -64,27 +63,3 @@ def test_a_run_is_measured_once_and_goes_into_the_table(tmp_path, monkeypatch, c
     proposals.main()
     assert out.read_text() == before
     assert capsys.readouterr().out.count("| digits:images=8") == 4
-
-
-def test_runs_on_other_images_are_other_runs():
-    parser = training_parser("", RESULTS)
-    train, both = (
-        run_key(parser.parse_args(["--data", "voc:/a/BCCD", "--train-split", split]))
-        for split in ("train", "trainval")
-    )
-    assert train != both
-    rows = [{**key, "network": "sampled", **dict.fromkeys(MEASURED, 0.5)} for key in (train, both)]
-    lines = table(rows).splitlines()[2:]
-    assert [line.split(" | ")[1] for line in lines] == ["train", "trainval"]
-
-
-def test_the_table_has_mean_and_range_over_seeds():
-    row = {"data": "digits", "train_split": "train", "channels": 48, "steps": 600}
-    row["network"] = "sampled"
-    rows = [{**row, **dict.fromkeys(MEASURED, value)} for value in (0.5, 0.7)]
-    lines = table([*rows, {**row, "network": "clean", **dict.fromkeys(MEASURED, 0.25)}])
-    last = lines.splitlines()[2:]
-    assert last[0].startswith(
-        "| digits | train | 48 | 600 | sampled | 2 | 0.600 (0.500 to 0.700) |"
-    )
-    assert last[1].startswith("| digits | train | 48 | 600 | clean | 1 | 0.250 | 0.250 |")

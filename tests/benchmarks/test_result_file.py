@@ -1,10 +1,7 @@
 """Result files survive being cut off, and know what was measured here."""
 
-import gc
 import json
-import warnings
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
@@ -48,21 +45,6 @@ def test_rows_that_are_there_are_never_written_again(tmp_path, monkeypatch):
     Rows(path, {})
     assert path.read_text() == '{"loss": "bce"}\n'
     assert path.stat().st_ino == file
-
-
-def test_no_stream_is_left_open(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        rows = Rows(tmp_path / "rows.jsonl", {})
-        rows.add({"loss": "bce"})
-        with mock.patch("sys.unraisablehook") as unclosed:
-            del rows
-            gc.collect()
-    assert not unclosed.called
-
-
-def test_a_missing_file_has_no_rows(tmp_path):
-    assert read(tmp_path / "none.jsonl") == []
 
 
 def test_the_last_of_each_kind_counts():

@@ -111,17 +111,6 @@ def options(tmp_path):
     return parse(["--check", "--baseline", str(path)])
 
 
-def test_nothing_is_said_when_nothing_changed(options, capsys):
-    assert compare([ROW], options) == 0
-    assert capsys.readouterr().err == ""
-
-
-def test_it_is_said_when_compilers_differ(options, capsys):
-    assert compare([replace(ROW, compiler="triton 0.2", registers=99)], options) == 0
-    expected = "the baseline is of triton 0.1, not triton 0.2: only spills and widths are checked\n"
-    assert capsys.readouterr().err == expected
-
-
 def test_a_kernel_that_is_gone_is_named(options, capsys):
     other = replace(ROW, kernel="old_kernel")
     elsewhere = replace(other, target="sm_80")  # not asked for

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.verify import findings, outcome, table
+from benchmarks.verify import findings, table
 from export.verify.compare import Comparison
 from export.verify.report import VerifyReport
 from ghm_triton.detection.evaluate import MeanAveragePrecision
@@ -43,10 +43,6 @@ def test_a_report_is_a_row_a_runtime_of_its_extremes(report):
     assert reference["version"].startswith("reference ")
 
 
-def test_slow_runtimes_get_no_more_images_than_there_are(report):
-    assert findings(report, slow_images=40)[1]["images"] == 9
-
-
 def test_the_table_has_a_line_a_detector_and_a_column_a_runtime(report):
     cells, scenes = {"detector": "fcos", "data": "cells"}, {"detector": "fcos", "data": "scenes"}
     openvino, reference = findings(report, slow_images=4)
@@ -57,10 +53,3 @@ def test_the_table_has_a_line_a_detector_and_a_column_a_runtime(report):
     wrong = "90 in 4: 3e-07, 8e-05 px; 2 decided by rounding; 1 wrong"
     assert first == f"| fcos | cells | 0.5124, 0.5000 | {agreed} | {wrong} |"
     assert second == f"| fcos | scenes |  |  | {wrong} |"
-
-
-def test_where_nothing_is_wrong_nothing_is_said():
-    row = {"detections": 1234, "images": 5, "score": 0.0, "box": 1e-9, "mismatches": 0}
-    row |= {"borderline": 0, "batches": [1, 3, 8]}
-    assert outcome(row) == "1,234 in 5: 0e+00, 1e-09 px"
-    assert outcome({**row, "batches": [8]}).endswith(" px; batches of 8 only")

@@ -116,16 +116,6 @@ def test_a_method_is_above_the_data_set_and_a_detector_above_the_method(grid):
     assert options[cells, "retinanet", "ghm"].train_split == "trainval"
 
 
-def test_the_configuration_of_data_set_and_method(grid):
-    runs = grid().runs()
-    assert {run.config.head_convs for run in runs if "cells" in run.options.data} == {1}
-    clean = [run for run in runs if run.method == "clean-anchors"]
-    assert [run.config.architecture for run in clean] == ["retinanet", "faster-rcnn"]
-    assert {run.config.assigner for run in clean} == {"cleanliness"}
-    assert clean[0].head()["config"] == {"assigner": "cleanliness"}
-    assert (clean[0].head()["bins"], clean[0].head()["strength"]) == (30, 0.25)
-
-
 def test_a_training_that_two_places_want_is_one(grid):
     runs = grid().runs()
     trainings = distinct(runs)
@@ -134,12 +124,6 @@ def test_a_training_that_two_places_want_is_one(grid):
     (shared,) = [places for places in trainings.values() if len(places) > 1]
     assert [(run.section, run.method) for run in shared] == [("first", "ghm"), ("second", "same")]
     assert list(trainings) == [key_of(places[0].head()) for places in trainings.values()]
-
-
-def test_what_only_hastens_a_run_does_not_make_it_another(grid):
-    hastened = grid("hflip: 0.5}", "hflip: 0.5, workers: 2, checkpoint_every: 7}").runs()
-    assert [run.key() for run in hastened] == [run.key() for run in grid().runs()]
-    assert hastened[0].options.workers == 2
 
 
 @pytest.mark.parametrize(
@@ -214,11 +198,6 @@ def test_a_method_that_does_not_fit_is_refused_before_training(grid, old, new, m
         grid(old, new).runs()
 
 
-def test_a_method_by_detector_leaves_no_room_for_detectors(grid):
-    with pytest.raises(GridError, match=r"sections.second: .*drop detectors"):
-        grid("data: [clean]", "data: [clean]\n    detectors: [fcos]")
-
-
 def test_only_some_sections(grid, monkeypatch):
     small = grid()
     assert {run.section for run in small.runs(["second"])} == {"second"}
@@ -259,21 +238,3 @@ def test_the_grids_that_come_along(name, monkeypatch):
             for data in ("digits", "digits:noise=0.3", "voc:bccd")
             for seed in (1, 2, 3)
         }
-
-
-def test_grids_may_share_a_file_of_methods(tmp_path):
-    _, methods, rest = SMALL.partition("methods:\n")
-    shared = rest.partition("sections:")[0]
-    (tmp_path / "shared.yaml").write_text(shared.replace("\n  ", "\n").removeprefix("  "))
-    path = tmp_path / "small.yaml"
-    path.write_text(SMALL.replace(methods + shared, "methods: shared.yaml\n"))
-    assert "methods: shared.yaml\nsections:" in path.read_text()
-    (tmp_path / "whole.yaml").write_text(SMALL)
-    whole = Grid(tmp_path / "whole.yaml").runs(["second"])
-    found = Grid(path).runs(["second"])
-    assert [(run.method, run.options, run.config) for run in found] == [
-        (run.method, run.options, run.config) for run in whole
-    ]
-    (tmp_path / "shared.yaml").write_text("ghm: {strenght: 1}")
-    with pytest.raises(GridError, match=r"small\.yaml: methods\.ghm: unknown key 'strenght'"):
-        Grid(path)

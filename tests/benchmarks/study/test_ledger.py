@@ -86,24 +86,7 @@ def test_an_estimate_is_by_the_step_and_of_this_machine(place):
         assert ledger.estimate(short) == pytest.approx(MARGIN * 20)
 
 
-def test_an_estimate_prefers_what_is_alike(place):
-    alike, unlike = place.add("a", "good, fine").runs()
-    with Ledger(place.out, HERE) as ledger:
-        ledger.settle([unlike], row_of(unlike, detector="fcos", total_seconds=70.0))
-        assert ledger.estimate(alike) == pytest.approx(MARGIN * 70)
-        ledger.settle([unlike], {**row_of(unlike), "method": "other", "total_seconds": 20.0})
-        assert ledger.estimate(alike) == pytest.approx(MARGIN * 20)
-
-
 def test_a_file_has_one_writer(place):
     with Ledger(place.out, HERE), pytest.raises(BusyError, match=r"writing to .*out\.jsonl"):
         Ledger(place.out, HERE)
     Ledger(place.out, HERE).__exit__(None, None, None)
-
-
-def test_an_unfinished_line_is_dropped(place):
-    (good,) = place.add("a", "good").runs()
-    place.out.write_text('{"section": "a", "me')
-    with Ledger(place.out, HERE) as ledger:
-        ledger.settle([good], row_of(good))
-    assert [row["method"] for row in read(place.out)] == ["good"]

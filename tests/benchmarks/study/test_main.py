@@ -2,10 +2,8 @@
 
 import os
 import signal
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 import benchmarks.study.__main__ as command
 from benchmarks.provenance import provenance
@@ -76,17 +74,6 @@ def test_what_fails_is_recorded_and_tried_again_and_the_rest_is_done_once(place,
     assert worked[4:] == ["good", "bad", "fine"]
 
 
-def test_another_section_takes_over_what_is_done(place, worked, capsys):
-    place.add("a", "good").add("b", "copy")
-    words = [str(place.path), "--out", str(place.out)]
-    assert main([*words, "--only", "a"], work) == 0
-    assert outcomes(place) == [("a", "good", 0.5)]
-    assert main(words, work) == 0
-    assert outcomes(place) == [("a", "good", 0.5), ("b", "copy", 0.5)]
-    assert worked == ["good"]
-    assert "0 to train" in capsys.readouterr().out
-
-
 def test_it_can_be_ended_and_goes_on_from_there(place, worked, capsys):
     before = signal.getsignal(signal.SIGTERM)
     place.add("a", "good, slow, fine")
@@ -132,37 +119,6 @@ def test_what_never_fits_is_named(place, worked, capsys):
     )
     assert not any("call again" in line for line in said)
     assert [row["section"] for row in read(place.out)] == ["a", "b"]
-
-
-def test_what_fits_into_another_call_is_told_so(place, worked, capsys, monkeypatch):
-    place.add("a", "good, fine", steps=100)
-    now = [0.0]
-    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: now[0]))
-
-    def pass_time(run):
-        now[0] += run.options.steps
-        return {**work(run), **provenance()}
-
-    assert main([str(place.path), "--out", str(place.out), "--seconds", "130"], pass_time) == 0
-    assert capsys.readouterr().out.endswith("1 left, which do not fit into the time; call again\n")
-
-
-def test_with_time_for_all_or_nothing_known_all_are_begun_in_order(place):
-    runs = place.add("a", "good, fine", steps=100).add("b", "fine", steps=50).runs()
-    assert waiting(place, 1.0, []) == [*runs, None]
-    assert waiting(place, 0.0, []) == [None] * 4
-    assert waiting(place, float("inf"), [(runs[0], 100.0)]) == [*runs[1:], None, None]
-
-
-def test_runs_side_by_side(place, monkeypatch):
-    runs = place.add("a", "good, fine", "[0, 1, 2]").runs()
-    with Ledger(place.out, {}) as ledger:
-        assert Study(runs, ledger, None).jobs == min(cores(), 6)
-        assert Study(runs, ledger, 4).jobs == 4
-        assert Study(runs, ledger, 40).jobs == 6
-        assert Study([], ledger, 40).jobs == 1
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert Study(runs, ledger, None).jobs == 1
 
 
 def test_mistakes_are_told_without_a_traceback(place, capsys):

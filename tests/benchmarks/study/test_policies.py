@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.study.policies import POLICIES, SINGLE, best_single, choose, score, standing
+from benchmarks.study.policies import POLICIES, SINGLE, best_single, choose, score
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.evaluate import Detections
 from ghm_triton.evidence import SCORE_BINS, ClassStatistics, ClassThresholds, ThresholdWarning
@@ -48,21 +48,6 @@ def test_macro_f1_by_hand():
     assert found["thresholds"] == {"cat": 0.5, "dog": 0.5, "emu": 0.5}
 
 
-def test_a_threshold_may_lie_anywhere_and_is_reached_by_its_equal():
-    # Below the floor of the statistics, as priors do, and not on an edge of a bin.
-    low = score(torch.tensor([0.001, 0.8, 0.5]), RESULTS, NAMES)
-    assert low["f1_per_class"]["cat"] == pytest.approx(4 / (4 + 1))
-    assert low["f1_per_class"]["dog"] == pytest.approx(2 / (2 + 0 + 1))
-    assert score(torch.tensor([0.0011, 0.8, 0.5]), RESULTS, NAMES)["f1_per_class"]["cat"] < 0.6
-
-
-def test_what_stands_keeps_its_order():
-    _, found = standing(RESULTS[:1], torch.tensor([0.6, 0.4, 0.0]))[0]
-    assert found.scores.tolist() == pytest.approx([0.9, 0.6])
-    assert found.labels.tolist() == [0, 0]
-    assert found.boxes.tolist() == [BOX, AWAY]
-
-
 def random_statistics(seed):
     generator = torch.Generator().manual_seed(seed)
     hits = torch.randint(0, 4, (3, SCORE_BINS), generator=generator)
@@ -89,11 +74,6 @@ def test_the_best_single_threshold_is_the_best_of_all(seed):
     best = max(range(1, SCORE_BINS), key=macro_f1)  # the first of equals
     assert best_single(statistics) == best / SCORE_BINS
     assert 1 / SCORE_BINS < best_single(statistics) < 1 - 1 / SCORE_BINS
-
-
-def test_no_threshold_is_below_what_is_recorded():
-    nothing = ClassStatistics(NAMES, 100, ground_truths=torch.tensor([3, 3, 0]))
-    assert best_single(nothing) == 1 / SCORE_BINS
 
 
 def test_the_single_threshold_is_that_of_all_classes_and_the_policies_their_own():

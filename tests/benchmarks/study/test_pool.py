@@ -1,6 +1,5 @@
 """Real processes: results as they come, and whoever raises, dies or is interrupted."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -74,31 +73,6 @@ def test_each_item_comes_back_and_one_that_fails_costs_no_other(folder):
     for process in processes:  # none is left
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
-
-
-def test_who_spoils_its_process_costs_no_other(folder):
-    from study_work import work
-
-    items = iter(["good", "spoil", "fine", "last"])
-    results = dict(work_off(work, lambda: next(items, None), 1, 1))
-    assert isinstance(results["spoil"], Failure)
-    sound = [results[word] for word in ("good", "fine", "last")]
-    assert [word for word, _, _ in sound] == ["GOOD", "FINE", "LAST"]
-    first, second, third = [process for _, process, _ in sound]
-    assert first != second == third  # who did well goes on
-
-
-def test_who_dies_idle_is_replaced(folder):
-    from study_work import work
-
-    items = iter(["good", "fine"])
-    results = {}
-    for item, result in work_off(work, lambda: next(items, None), 1, 1):
-        results[item] = result
-        (process,) = multiprocessing.active_children()
-        process.kill()
-        process.join()
-    assert [word for word, _, _ in results.values()] == ["GOOD", "FINE"]
 
 
 def test_ctrl_c_leaves_whole_lines_and_nothing_else(folder, place):

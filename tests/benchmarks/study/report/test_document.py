@@ -89,16 +89,6 @@ def test_the_axis_names_the_strengths_that_vary(write, make, names, label):
     assert picture.draw().axes[0].get_xlabel() == label
 
 
-def test_without_runs_or_baseline_there_is_no_report(write, make, tmp_path):
-    failed = {**make("asdn"), "error": "no"}
-    with pytest.raises(ValueError, match="no finished run"):
-        write_report(read_study([write(failed)]), tmp_path / "out")
-    study = read_study([write(make("focal"), make("ghm"))])
-    with pytest.raises(ValueError, match="baseline 'fokal'; methods: focal, ghm"):
-        write_report(study, tmp_path / "out", "fokal")
-    assert not (tmp_path / "out").exists()
-
-
 def test_guided_methods_whose_classification_is_not_known_are_named(write, make, tmp_path):
     boxes = [1.0, 0.5]
     earlier = {"step": [1, 2], "classification": boxes, "bbox_regression": boxes}
@@ -109,12 +99,6 @@ def test_guided_methods_whose_classification_is_not_known_are_named(write, make,
     assert "as it was before" in caption
     assert "not recorded of: ghm-s0 (digits, retinanet, 600 steps)." in caption
     assert "Without such rows: focal (digits, retinanet, 600 steps)." in caption
-
-
-def test_a_section_may_have_any_name(write, make, tmp_path):
-    study = read_study([write(make(section="../a b"))])
-    written = write_report(study, tmp_path / "out")
-    assert [path.name for path in written[1:]] == ["ap__a_b.png", "initial_loss.png"]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,6 @@ from benchmarks.study.report.figures import sweep, sweep_points
 from benchmarks.study.report.runs import by_method
 from benchmarks.study.report.style import (
     NothingToDrawError,
-    legend_below,
-    log_scale,
-    panels,
     styles_of,
 )
 
@@ -165,12 +162,6 @@ def test_other_seeds_are_left_out_of_line_and_baseline(frame, make):
     assert "focal" not in [line.get_label() for line in axes.get_lines()]
 
 
-def test_a_line_without_a_second_seed_anywhere_is_no_mean(frame, make):
-    found = frame(bins(make, 10, 0.5, seed=2), bins(make, 20, 0.7, seed=1))
-    (axes,) = sweep(found, {}, "bins", ["bins"], "regions", "focal").axes
-    assert axes.get_lines()[0].get_label() == "seeds 1, 2"
-
-
 def test_what_other_defaults_made_is_not_on_the_line(frame, make):
     rows = [bins(make, 10, 0.5, recipe="b10"), make("ghm", 0, 0.6, section="bins", recipe="b")]
     rows[1]["bins"] = 30
@@ -179,16 +170,6 @@ def test_what_other_defaults_made_is_not_on_the_line(frame, make):
     assert points_of(frame(*rows)) == {"": {10: [0.5], 30: [0.6]}}
     rows[2]["recipe"] = "b"
     assert points_of(frame(*rows)) == {"": {10: [0.5], 20: [0.2], 30: [0.6]}}
-
-
-def test_seeds_of_different_recipes_are_different_lines(frame, make):
-    found = frame(bins(make, 10, 0.5, recipe="a"), bins(make, 10, 0.6, seed=1, recipe="b"))
-    assert points_of(found) == {"recipe a": {10: [0.5]}, "recipe b": {10: [0.6]}}
-
-
-def test_the_sections_own_row_comes_before_another_sections(frame, make):
-    found = frame(make("ghm", 0, 0.9, bins=10), bins(make, 10, 0.5), bins(make, 20, 0.6))
-    assert points_of(found) == {"": {10: [0.5], 20: [0.6]}}
 
 
 def test_other_options_make_another_line(frame, make):
@@ -200,29 +181,6 @@ def test_other_options_make_another_line(frame, make):
     found = frame(strength(0.0, 0.5), strength(0.5, 0.6), strength(1.0, 0.1, average="valid"))
     points = points_of(found, ["strength", "reg_strength"])
     assert points == {"": {0.0: [0.5], 0.5: [0.6]}, "average=valid": {1.0: [0.1]}}
-
-
-def test_what_is_drawn_is_the_means_the_seeds_and_the_baseline(frame, make):
-    rows = [bins(make, 10, 0.5), bins(make, 10, 0.6, seed=1), bins(make, 20, 0.7)]
-    rows += [make("focal", 0, 0.4), make("focal", 1, 0.5)]
-    found = frame(*rows)
-    (axes,) = sweep(found, styles_of(found), "bins", ["bins"], "regions", "focal").axes
-    line, ten, twenty, baseline = axes.get_lines()
-    assert line.get_label() == "mean over seeds"
-    assert list(line.get_xdata()) == [10, 20]
-    assert list(line.get_ydata()) == pytest.approx([0.55, 0.7])
-    assert (list(ten.get_xdata()), list(ten.get_ydata())) == ([10, 10], [0.5, 0.6])
-    assert (list(twenty.get_xdata()), list(twenty.get_ydata())) == ([20], [0.7])
-    assert list(baseline.get_ydata()) == pytest.approx([0.45, 0.45])
-    assert baseline.get_label() == "focal"
-    assert baseline.get_color() == "#E69F00"
-    assert axes.get_xlabel() == "regions"
-
-
-def test_without_rows_there_is_nothing_to_draw(frame, make):
-    found = frame(make("focal"), make("focal", section="bins"))
-    with pytest.raises(NothingToDrawError, match="no AP by bins in section 'bins'"):
-        sweep(found, styles_of(found), "bins", ["bins"], "regions", "focal")
 
 
 def norms(positives, negatives):
@@ -295,83 +253,3 @@ def test_contributions_are_shares_of_the_same_entries(harmonized):
     np.testing.assert_allclose(drawn["CE"].get_ydata(), [3.5 / 6.5, 3 / 6.5])
     np.testing.assert_allclose(drawn["GHM, strength 1 (paper)"].get_ydata(), [0.25, 0.75])
     assert drawn["CE"].get_color() == "#7f7f7f"
-
-
-def test_the_density_is_of_the_method_called_ghm_or_of_the_first_with_a_strength(frame, make):
-    some = norms([1, 1], [5, 1])
-    rows = [make("focal", gradient_norms=some), make("late", strength=0.1, gradient_norms=some)]
-    rows += [make("ghm", strength=0.2, gradient_norms=some)]
-    ((chosen, _),) = figures.harmonized(frame(*rows)).values()
-    assert set(chosen.method) == {"ghm"}
-    ((chosen, _),) = figures.harmonized(frame(*rows[:2])).values()
-    assert set(chosen.method) == {"late"}
-
-
-def test_a_falling_strength_says_so_and_the_papers_is_drawn_once(frame, make):
-    row = make("ghm", strength=0.4, gradient_norms=norms([1, 1], [5, 1]))
-    falling = frame({**row, "options": {"strength_end": 0.0}})
-    (axes,) = figures.contribution(falling).axes
-    assert "GHM, strength 0.4 at first, 0 at last (as trained)" in labelled(axes)
-    (axes,) = figures.contribution(frame({**row, "strength": 1.0})).axes
-    assert list(labelled(axes)) == ["CE", "focal", "GHM, strength 1 (as trained; paper)"]
-
-
-@pytest.mark.parametrize("draw", [figures.reformulated, figures.contribution])
-def test_without_harmonized_rows_there_is_nothing_to_draw(frame, make, draw):
-    rows = [make("focal", gradient_norms=norms([1], [1])), make("ghm", strength=0.5)]
-    with pytest.raises(NothingToDrawError, match="GHM has gradient norms"):
-        draw(frame(*rows))
-    found = frame(rows[1])
-    with pytest.raises(NothingToDrawError, match="no row has gradient norms"):
-        figures.histograms(found, styles_of(found))
-
-
-def test_styles_are_of_methods_alone_and_all_different(frame, make):
-    names = [f"method {place}" for place in range(28)]
-    rows = [make(name) for name in names] + [make("ghm", strength=1.0), make("focal"), make("ce")]
-    styles = styles_of(frame(*rows, make("full", strength=1.0), make("too", strength=1.0)))
-    assert styles["ce"].color == "#7f7f7f"
-    assert styles["ghm"].color == "#0072B2"
-    assert styles["full"].color == "#D55E00"
-    assert styles["too"].color != "#D55E00"
-    assert len({styles[name] for name in [*names, "ghm", "focal", "ce", "full"]}) == 32
-    assert set(styles) == {*names, "ghm", "focal", "ce", "full", "too"}
-
-
-def test_panels_beyond_the_count_are_hidden():
-    figure, grid = panels(list("abcd"), 2.0, 2.0)
-    assert len(grid) == 4
-    assert [axes.get_visible() for axes in figure.axes] == [True] * 4 + [False] * 2
-
-
-def test_a_legend_has_every_label_once_and_fits():
-    figure, grid = panels(["a", "b"], 3.0, 2.0)
-    for axes in grid:
-        for place in range(8):
-            axes.plot([0, 1], [0, 1], label=f"a rather long label {place}")
-    legend_below(figure, grid)
-    (legend,) = figure.legends
-    assert len(legend.get_texts()) == 8
-    figure.draw_without_rendering()
-    box = legend.get_window_extent()
-    assert box.x0 >= 0
-    assert box.x1 <= figure.bbox.width
-    assert panels(["a"], 3.0, 2.0)[0].legends == []
-
-
-def labels(low, high):
-    figure, (axes,) = panels(["a"], 3.0, 3.0)
-    axes.plot([0, 1], [low, high])
-    log_scale(axes)
-    figure.draw_without_rendering()
-    lower, upper = axes.get_ylim()
-    ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
-    found = {tick.get_loc(): tick.label1.get_text() for tick in ticks}
-    return [found[place] for place in sorted(found) if lower <= place <= upper]
-
-
-def test_a_logarithmic_axis_speaks_plain_numbers():
-    assert [text for text in labels(0.15, 2.5) if text] == ["0.2", "0.3", "0.5", "1", "2"]
-    near = labels(0.55, 0.95)
-    assert len(near) >= 3
-    assert all(float(text) for text in near)

@@ -22,12 +22,6 @@ def test_focal_gradients_are_those_of_the_loss(target, formula):
     np.testing.assert_allclose(formula(norm.numpy()), logits.grad.abs().numpy(), rtol=1e-9)
 
 
-def test_focal_gradients_at_the_ends():
-    ends = np.array([0.0, 1.0])
-    np.testing.assert_array_equal(focal_positive(ends), [0.0, 0.25])
-    np.testing.assert_array_equal(focal_negative(ends), [0.0, 0.75])
-
-
 @pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
 def test_harmonized_gradients_are_those_of_the_loss(strength):
     # Entries in the middle of 4 regions, one of them empty: 5, 0, 2 and 1.

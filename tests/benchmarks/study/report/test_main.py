@@ -1,6 +1,3 @@
-import sys
-
-import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.study.report.__main__ import main
@@ -97,18 +94,3 @@ def test_every_run_with_curves_has_its_own(write, make, tmp_path):
         "loss/bbox_regression": [(10, 0.5)],
         "optimiser/grad_norm": [(10, 4.0), (20, 3.0)],
     }
-
-
-def test_a_second_call_replaces_the_first(write, make, tmp_path):
-    for losses in ([2.0, 1.0], [8.0, 4.0]):
-        row = make("..", section="/", curves=curves(losses))
-        write_events(read_study([write(row)]), tmp_path / "events")
-    (seed,) = (tmp_path / "events").rglob("seed_0")
-    assert len(seed.relative_to(tmp_path / "events").parts) == 4
-    assert scalars(seed)["loss/classification"] == [(10, 8.0), (20, 4.0)]
-
-
-def test_without_tensorboard_the_error_names_the_package(write, make, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match="tensorboard"):
-        write_events(read_study([write(make())]), tmp_path)

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 
 from benchmarks.study.report.runs import (
@@ -9,12 +7,6 @@ from benchmarks.study.report.runs import (
     is_guided,
     read_study,
 )
-
-
-@pytest.mark.parametrize("value", [None, "half", math.nan, math.inf])
-def test_values_other_than_finite_numbers_are_missing(frame, make, value):
-    rows = frame(make(seed=0, strength=value), make(seed=1, strength=1))
-    assert rows.strength.isna().tolist() == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -95,12 +87,6 @@ def test_a_damaged_line_is_refused_with_file_and_line(write, make, line, message
     assert str(raised.value).startswith(f"{path}, {message}")
 
 
-def test_a_file_that_is_not_text_is_refused(tmp_path):
-    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(RunFileError, match=r"x\.jsonl is not a text file"):
-        read_study([tmp_path / "x.jsonl"])
-
-
 def test_sections_can_be_selected(write, make):
     path = write(make(), make(section="bins"))
     study = read_study([path], ["bins"])
@@ -148,9 +134,3 @@ def test_titles_tell_settings_of_a_section_apart(frame, make):
         "digits, retinanet, 1,600 steps, batch 16, 128x128 pixels, 64 channels",
         "digits, retinanet, 600 steps",
     ]
-
-
-def test_one_training_under_several_names_counts_once(frame, make):
-    row = make("ghm", ap=0.5, seconds=40.1)
-    rows = [row, {**row, "section": "bins"}, {**row, "method": "bins-30"}, {**row, "seed": 1}]
-    assert frame(*rows).training.nunique() == 2

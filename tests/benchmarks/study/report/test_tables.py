@@ -1,7 +1,3 @@
-import pandas as pd
-import pytest
-from pandas import DataFrame, Series
-
 from benchmarks.study.report import tables
 from benchmarks.study.report.runs import read_study
 
@@ -18,27 +14,6 @@ def cells(text):
 
 def methods(rows, baseline="focal"):
     return tables.methods(rows, baseline, rows)
-
-
-def test_a_table_escapes_bars_and_keeps_the_text_of_numbers():
-    text = tables.markdown(DataFrame({"n": ["1.50", "10"]}, index=pd.Index(["a|b", "c"], name="x")))
-    assert [line.split() for line in text.splitlines()[2:]] == [
-        ["|", "a\\|b", "|", "1.50", "|"],
-        ["|", "c", "|", "10", "|"],
-    ]
-
-
-@pytest.mark.parametrize(
-    ("deltas", "seeds", "text"),
-    [
-        ([0.03, -0.01, 0.04], 3, "+0.020 (-0.010 to +0.040)"),
-        ([-0.03, -0.01, None], 3, "-0.020 (-0.030 to -0.010), 2 of 3 seeds"),
-        ([0.02], 3, "+0.020, 1 of 3 seeds"),
-        ([None], 3, "-"),
-    ],
-)
-def test_differences_have_a_range_and_count_missing_seeds(deltas, seeds, text):
-    assert tables.difference(Series(deltas, dtype=float), seeds) == text
 
 
 def test_methods_have_means_deviations_and_paired_differences(frame, make):
@@ -142,17 +117,3 @@ def test_provenance_is_a_line_for_each_grid_and_machine(write, make):
          "yes: trained without a GPU"],
         ["gpu", "1", f"A GPU, A CPU, Linux x86_64, {threads}", versions, "aaa", "111", "no"],
     ]  # fmt: skip
-
-
-def test_failures_are_one_line_each(write, make):
-    failed = {**make("asdn"), "error": "ValueError: a\n  b | c"}
-    text = tables.failures(read_study([write(failed)]))
-    row = text.splitlines()[-1]
-    assert row.startswith("| methods: asdn | digits, retinanet, 600 steps |")
-    assert row.endswith("ValueError: a b \\| c |")
-
-
-@pytest.mark.parametrize("value", [None, [], [0.5]])
-def test_a_class_without_a_pair_has_no_number(frame, make, value):
-    rows = frame(make(ap_per_class={"a": value}))
-    assert tables.class_precision(rows, 1).a.isna().all()
