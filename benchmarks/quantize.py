@@ -29,8 +29,7 @@ from export.graph import build_graph
 from export.quantize.convert import Int8Recipe, to_float16, to_int8
 from export.quantize.measure import Image, measure, prepared, race, spread
 from export.quantize.tradeoff import open_splits
-from ghm_triton.detection.commands import image_size
-from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.models.config import DetectorConfig, image_size
 from ghm_triton.detection.models.registry import build_detector
 from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.evidence import ClassThresholds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ghm_triton.detection.commands import image_size
+from ghm_triton.detection.models.config import image_size
 
 
 def training_parser(description: str, results: Path) -> argparse.ArgumentParser:

@@ -54,6 +54,7 @@ class _Option:
     check: Check | None
     group: str | None
     shown: str | None
+    hidden: bool
     argparse: dict[str, Any]
 
 
@@ -66,6 +67,7 @@ def option(
     check: Check | None = None,
     group: str | None = None,
     shown: str | None = None,
+    hidden: bool = False,
     **arguments: Any,
 ) -> Any:
     """A dataclass field that is also a command-line option.
@@ -78,11 +80,12 @@ def option(
         check: Condition that any value but a default of None satisfies.
         group: Heading in `--help`.
         shown: The default in `--help`, where the value does not print well; empty hides it.
+        hidden: The field is checked and documented, but is no flag.
         **arguments: For `add_argument`: `metavar`, `type`, `nargs`, `const`. The type is by
             default the annotated one.
     """
     allowed = None if choices is None else tuple(choices)
-    entry = _Option(help, flag, allowed, check, group, shown, arguments)
+    entry = _Option(help, flag, allowed, check, group, shown, hidden, arguments)
     return field(default=default, metadata={"option": entry})
 
 
@@ -91,7 +94,7 @@ def add_options(parser: argparse.ArgumentParser, *classes: type) -> None:
     groups: dict[str | None, argparse._ActionsContainer] = {None: parser}
     for cls in classes:
         hints = get_type_hints(cls)
-        for entry, own in _options(cls):
+        for entry, own in _flags(cls):
             if own.group not in groups:
                 groups[own.group] = parser.add_argument_group(own.group)
             _add(groups[own.group], entry, own, hints[entry.name])
@@ -99,7 +102,7 @@ def add_options(parser: argparse.ArgumentParser, *classes: type) -> None:
 
 def chosen(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
     """The options of a dataclass that were given on the command line, by field name."""
-    names = [entry.name for entry, _ in _options(cls)]
+    names = [entry.name for entry, _ in _flags(cls)]
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
@@ -117,12 +120,17 @@ def check_options(options: Any) -> None:
             allowed = ", ".join(own.choices)
             raise ValueError(f"{entry.name} must be one of {allowed}; got {value!r}")
         if own.check is not None and not own.check.holds(value):
-            raise ValueError(f"{entry.name} must {own.check.text}, got {value!r}")
+            end = "" if own.check.text.endswith(";") else ","
+            raise ValueError(f"{entry.name} must {own.check.text}{end} got {value!r}")
 
 
 def _options(cls: type) -> list[tuple[Field[Any], _Option]]:
     entries = fields(cls)
     return [(entry, entry.metadata["option"]) for entry in entries if "option" in entry.metadata]
+
+
+def _flags(cls: type) -> list[tuple[Field[Any], _Option]]:
+    return [(entry, own) for entry, own in _options(cls) if not own.hidden]
 
 
 def _add(group: argparse._ActionsContainer, entry: Field[Any], own: _Option, hint: Any) -> None:

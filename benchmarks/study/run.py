@@ -31,8 +31,10 @@ from ghm_triton.detection.evaluate import (
 from ghm_triton.detection.models.detector import Detector
 from ghm_triton.detection.models.postprocess import DeployedDetector
 from ghm_triton.detection.plots import gradient_norms_by_target
+from ghm_triton.detection.training.build import open_split
 from ghm_triton.detection.training.checkpoint import Checkpoint
-from ghm_triton.detection.training.loop import METRICS, TrainResult, open_split, train
+from ghm_triton.detection.training.hooks import METRICS
+from ghm_triton.detection.training.loop import TrainResult, train
 from ghm_triton.evidence import SCORE_FLOOR, ClassStatistics
 
 TEST = "test"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.postprocess import DeployedDetector
 from ghm_triton.evidence import SCORE_FLOOR, ClassStatistics
+from ghm_triton.tables import table
 
 MATCH_IOU = 0.5
 
@@ -158,16 +161,30 @@ class MeanAveragePrecision:
     per_class: dict[str, tuple[float, float]]
     images: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with None for NaN."""
+        return {
+            "ap": _number(self.ap),
+            "ap50": _number(self.ap50),
+            "ap75": _number(self.ap75),
+            "per_class": {
+                name: (_number(ap), _number(ap50)) for name, (ap, ap50) in self.per_class.items()
+            },
+            "images": self.images,
+        }
+
     def table(self) -> str:
-        """AP and AP50 of every class, for a terminal."""
-        width = max(5, *(len(name) for name in self.per_class))
-        rows = [f"{name:<{width}}  {ap:6.3f}  {ap50:6.3f}" for name, (ap, ap50) in self.rows()]
-        head = f"{'class':<{width}}      AP    AP50"
-        return "\n".join([head, "-" * len(head), *rows])
+        """AP and AP50 per class, then their mean, for a terminal."""
+        scores = [(name, f"{ap:.3f}", f"{ap50:.3f}") for name, (ap, ap50) in self.rows()]
+        return table(("class", "AP", "AP50"), scores)
 
     def rows(self) -> list[tuple[str, tuple[float, float]]]:
-        """The classes, then their mean."""
+        """`(name, (ap, ap50))` of the classes, then of their mean as `all`."""
         return [*self.per_class.items(), ("all", (self.ap, self.ap50))]
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def mean_average_precision(

@@ -33,6 +33,7 @@ class Options:
     board: str | None = option(None, "a flag with or without a value", nargs="?", const="here")
     weight: float = option(1.0, "a weight", check=WEIGHT)
     derived: int = 7
+    inner: int = option(3, "no flag", check=at_least(1), hidden=True)
 
     def __post_init__(self):
         check_options(self)
@@ -59,6 +60,7 @@ def test_only_given_options_are_chosen():
         ("x --out y --steps many", "argument --steps: invalid int value: 'many'"),
         ("x --out y --kind c", "argument --kind: invalid choice: 'c'"),
         ("x --out y --derived 3", "unrecognized arguments: --derived 3"),
+        ("x --out y --inner 3", "unrecognized arguments: --inner 3"),
     ],
 )
 def test_bad_words_exit_with_2(capsys, words, message):
@@ -88,6 +90,7 @@ def test_help_shows_the_defaults_of_the_fields(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"inner": 0}, "inner must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"rate": 0.0}, "rate must be positive, got 0.0"),
         ({"share": 1.5}, r"share must lie in \[0, 1\], got 1.5"),

@@ -1,104 +1,139 @@
-"""What a detector is, apart from its weights: everything needed to build it again."""
+"""The description of a detector: everything but its weights that is needed to build it."""
 
 from __future__ import annotations
 
+import argparse
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Self
+
+from ghm_triton.options import FRACTION, Check, Rule, at_least, check_options, option, require
 
 ARCHITECTURES = ("retinanet", "fcos", "faster-rcnn")
 CLASSIFIERS = ("sigmoid", "softmax")
 ASSIGNERS = ("iou", "cleanliness")
 BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
 
+DISTINCT = Check("be distinct and not empty", lambda v: bool(v) and len(set(v)) == len(v))
+FRAME = Check("be multiples of 32", lambda v: all(side >= 32 and side % 32 == 0 for side in v))
+
+RULES = (
+    Rule(
+        lambda c: c.classifier == "softmax" and c.architecture != "faster-rcnn",
+        "classifier must be sigmoid for {architecture}, whose places are mostly background;"
+        " got 'softmax'",
+    ),
+    Rule(
+        lambda c: c.assigner == "cleanliness" and c.architecture == "fcos",
+        "assigner must be iou for fcos, which has no anchors to rank by their overlap;"
+        " got 'cleanliness'",
+    ),
+)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`256x320` as `(256, 320)`, height first."""
+    sides = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not sides:
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH such as 256x320, got {text!r}")
+    return int(sides[1]), int(sides[2])
+
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """A detector, described.
+    """A detector, described; each field is documented by its help text.
 
-    Attributes:
-        class_names: The classes in label order, `0..C-1`.
-        image_size: `(height, width)` of the network's input in pixels, multiples of 32.
-        backbone: One of `BACKBONES`: torchvision's ResNets with FPN levels P3..P7 (Faster R-CNN:
-            P2..P6), or `tiny`, five convolution stages with levels P3..P5, that trains in minutes
-            on two cores.
-        channels: Width of `tiny`, of its pyramid and head; the ResNets' pyramid has 256.
-        head_convs: 3x3 convolutions before each dense predictor, 1 to 4 (RetinaNet's paper: 4;
-            Faster R-CNN's proposals: 1).
-        anchor_scale: Side of the smallest square anchor of a level, in units of its stride; FCOS
-            has no anchors.
-        prior: Foreground probability that a sigmoid's bias starts from, in (0, 1).
-        mean: Channel means subtracted after scaling grey levels to [0, 1].
-        std: Channel deviations divided by.
-        pad_value: Grey level, 0..255, around a letterboxed image.
-        iou_threshold: NMS overlap, in [0, 1].
-        candidates: Anchors or points kept by score before NMS; of a Faster R-CNN's level, those
-            kept before the NMS of proposals.
-        max_detections: Detections kept after NMS.
-        architecture: One of `ARCHITECTURES`.
-        classifier: `sigmoid`, a probability for every class, or `softmax` with background as a
-            class of its own (Faster R-CNN only).
-        proposals: Regions that Faster R-CNN looks into, an image.
-        region_samples: Regions that it learns from, an image.
-        assigner: How anchors learn: `iou`, by thresholds of overlap, or `cleanliness`: the best
-            anchors of every box, each as far as it is clean (`ghm_triton.imbalance.cleanliness`).
-            Faster R-CNN's are those of its proposal network; FCOS has none.
+    Raises:
+        ValueError: A value is out of range or does not fit the architecture.
     """
 
-    class_names: tuple[str, ...]
-    image_size: tuple[int, int]
-    backbone: str = "tiny"
-    channels: int = 64
-    head_convs: int = 2
-    anchor_scale: float = 3.0
-    prior: float = 0.01
+    class_names: tuple[str, ...] = option(
+        help="the classes in label order, 0..C-1", check=DISTINCT, hidden=True
+    )
+    image_size: tuple[int, int] = option(
+        help="height and width of the network's input in pixels, multiples of 32",
+        group="detector",
+        check=FRAME,
+        type=image_size,
+        metavar="HxW",
+        shown="128x128 for digits, else 320x320",
+    )
+    backbone: str = option(
+        "tiny",
+        "feature pyramid: a ResNet of torchvision with levels P3..P7 (faster-rcnn: P2..P6), or"
+        " tiny, five convolution stages with levels P3..P5 that train in minutes on two cores",
+        group="detector",
+        choices=BACKBONES,
+    )
+    channels: int = option(
+        64,
+        "width of tiny, of its pyramid and head; a ResNet's pyramid has 256",
+        group="detector",
+        check=Check("be a multiple of 8", lambda value: value >= 8 and value % 8 == 0),
+    )
+    head_convs: int = option(
+        2,
+        "3x3 convolutions before each dense predictor, 1 to 4",
+        group="detector",
+        check=Check("be 1 to 4", lambda value: 1 <= value <= 4),
+    )
+    anchor_scale: float = option(
+        3.0, "side of a level's smallest square anchor, in strides", group="detector"
+    )
+    prior: float = option(
+        0.01,
+        "foreground probability that a sigmoid's bias starts from, in (0, 1)",
+        group="detector",
+        check=Check("lie in (0, 1)", lambda value: 0.0 < value < 1.0),
+    )
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    pad_value: int = 114
-    iou_threshold: float = 0.5
-    candidates: int = 1000
-    max_detections: int = 100
-    architecture: str = "retinanet"
-    classifier: str = "sigmoid"
-    proposals: int = 300
-    region_samples: int = 128
-    assigner: str = "iou"
+    pad_value: int = option(114, "grey level, 0..255, around a letterboxed image", hidden=True)
+    iou_threshold: float = option(
+        0.5, "IoU above which NMS drops the lower-scored box", check=FRACTION, hidden=True
+    )
+    candidates: int = option(
+        1000,
+        "anchors or points kept by score before NMS; of faster-rcnn, those of a level kept before"
+        " the NMS of proposals",
+        check=at_least(1),
+        hidden=True,
+    )
+    max_detections: int = option(100, "detections kept after NMS", check=at_least(1), hidden=True)
+    architecture: str = option(
+        "retinanet",
+        "architecture; fcos has no anchors, faster-rcnn has two stages",
+        flag="--detector",
+        group="detector",
+        choices=ARCHITECTURES,
+    )
+    classifier: str = option(
+        "sigmoid",
+        "sigmoid, one probability per class, or softmax, with background as the first class"
+        " (faster-rcnn only)",
+        choices=CLASSIFIERS,
+        hidden=True,
+    )
+    proposals: int = option(
+        300, "regions per image that faster-rcnn classifies", group="detector", check=at_least(1)
+    )
+    region_samples: int = option(
+        128,
+        "regions per image that faster-rcnn is trained on, where they are sampled",
+        group="detector",
+        check=at_least(1),
+    )
+    assigner: str = option(
+        "iou",
+        "how anchors (of faster-rcnn: of its proposals) are assigned: by IoU thresholds, or"
+        " cleanliness: the best anchors of each box, with a soft label",
+        group="detector",
+        choices=ASSIGNERS,
+    )
 
     def __post_init__(self) -> None:
-        if not self.class_names or len(set(self.class_names)) != len(self.class_names):
-            raise ValueError(f"class_names must be distinct and not empty, got {self.class_names}")
-        for name, allowed in (
-            ("architecture", ARCHITECTURES),
-            ("backbone", BACKBONES),
-            ("classifier", CLASSIFIERS),
-            ("assigner", ASSIGNERS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
-                )
-        if self.classifier == "softmax" and self.architecture != "faster-rcnn":
-            raise ValueError(
-                f"classifier must be sigmoid for {self.architecture}, whose places are mostly"
-                " background; got 'softmax'"
-            )
-        if self.assigner == "cleanliness" and self.architecture == "fcos":
-            raise ValueError(
-                "assigner must be iou for fcos, which has no anchors to rank by their overlap;"
-                " got 'cleanliness'"
-            )
-        for name in ("candidates", "max_detections", "proposals", "region_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if any(side < 32 or side % 32 for side in self.image_size):
-            raise ValueError(f"image_size must be multiples of 32, got {self.image_size}")
-        if not 0.0 < self.prior < 1.0:
-            raise ValueError(f"prior must lie in (0, 1), got {self.prior}")
-        if not 1 <= self.head_convs <= 4:
-            raise ValueError(f"head_convs must be 1 to 4, got {self.head_convs}")
-        if not 0.0 <= self.iou_threshold <= 1.0:
-            raise ValueError(f"iou_threshold must lie in [0, 1], got {self.iou_threshold}")
-        if self.channels < 8 or self.channels % 8:
-            raise ValueError(f"channels must be a multiple of 8, got {self.channels}")
+        check_options(self)
+        require(RULES, self)
 
     @property
     def num_classes(self) -> int:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torchvision
 from torch import Tensor
 
+import ghm_triton
 from ghm_triton.atomic import write_atomically
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.detector import Detector
 from ghm_triton.detection.models.registry import build_detector
+from ghm_triton.detection.training.build import Run
+from ghm_triton.detection.training.config import TrainOptions
 from ghm_triton.evidence import ClassStatistics
 
+CHECKPOINT = "checkpoint.pt"
 FORMAT = "ghm-triton checkpoint"
 FORMAT_VERSION = 1
 SHOWN = 3  # weights that do not fit, spelled out in an error
@@ -46,8 +52,16 @@ class Checkpoint:
     resume: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write atomically: a killed run leaves the old file or the new one, never half of one."""
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict_shallow(self)}
+        """Write atomically: a killed run leaves the old file or the new one, whole."""
+        content = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "config": asdict(self.config),
+            "model": self.model,
+            "statistics": self.statistics.to_dict(),
+            "training": self.training,
+            "resume": self.resume,
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda stream: torch.save(content, stream))
 
@@ -106,14 +120,50 @@ class Checkpoint:
         return detector
 
 
-def asdict_shallow(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint as the plain values that `weights_only` loading accepts."""
+def save_run(run: Run) -> None:
+    """Write the checkpoint of a run, from which it can be resumed."""
+    Checkpoint(
+        config=run.config,
+        model={k: v.cpu() for k, v in run.detector.state_dict().items()},
+        statistics=run.statistics,
+        training={**run.options.to_dict(), "step": run.step, "versions": versions()},
+        resume={"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()},
+    ).save(run.out / CHECKPOINT)
+
+
+def resume_run(run: Run) -> None:
+    """Load the checkpoint of a run into it.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+        ValueError: It holds another detector, or was trained with other options.
+    """
+    saved = Checkpoint.load(run.out / CHECKPOINT)
+    if saved.config != run.config:
+        raise ValueError(f"{run.out / CHECKPOINT} holds another detector: {saved.config}")
+    before = TrainOptions.of_run(saved.training).settled(run.config.architecture).to_dict()
+    now = run.options.to_dict()
+    changed = {
+        key: (old, now[key])
+        for key, old in before.items()
+        if old != now[key] and key not in ("workers", "checkpoint_every")
+    }
+    if changed:
+        raise ValueError(f"cannot resume with other options (old, new): {changed}")
+    run.detector.load_state_dict(saved.model)
+    run.optimizer.load_state_dict(saved.resume["optimizer"])
+    run.scaler.load_state_dict(saved.resume["scaler"])
+    run.statistics = saved.statistics
+    run.step = int(saved.training["step"])
+
+
+def versions() -> dict[str, str]:
+    """The versions that a checkpoint was made with."""
     return {
-        "config": asdict(checkpoint.config),
-        "model": checkpoint.model,
-        "statistics": checkpoint.statistics.to_dict(),
-        "training": checkpoint.training,
-        "resume": checkpoint.resume,
+        "ghm_triton": ghm_triton.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a class of its own, which safe loading refuses
+        "torchvision": torchvision.__version__,
     }
 
 

@@ -1,88 +1,160 @@
-"""Which methods fit which detector, and the reason where one does not."""
+"""Which options fit which detector: a table of rules, each with the sentence that refuses it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import Any
 
-if TYPE_CHECKING:
-    from ghm_triton.detection.training.config import TrainOptions
+from ghm_triton.detection.models.config import DetectorConfig
+from ghm_triton.detection.training.config import IOU_LOSSES, TrainOptions
+from ghm_triton.options import Rule, require
 
 SOFTMAX_LOSSES = ("ce", "ghm-softmax")
-OF_BOXES = ("iou", "giou")
-# What a detector regresses: deltas to anchors and regions, or whole boxes from points.
-DETECTOR_REG_LOSSES = {
-    "retinanet": ("ghm", "sl1", "asl1", "iou", "giou"),
-    "fcos": OF_BOXES,
-    "faster-rcnn": ("ghm", "sl1", "asl1"),
-}
+TWO_STAGE = "faster-rcnn"
 
 
-def require_fitting(
-    options: TrainOptions, architecture: str, classifier: str, assigner: str = "iou"
+def _needless(flag: str, architecture: str, reason: str) -> Rule:
+    """A flag that has no meaning for a detector."""
+    name = flag.removeprefix("--").replace("-", "_")
+    return Rule(
+        lambda f: f.architecture == architecture and getattr(f, name) is not None,
+        f"{flag} does not fit --detector {architecture}: {reason}",
+    )
+
+
+# Of flags: `f` holds those given on the command line, and None for the others.
+FLAG_RULES = (
+    *(
+        _needless(flag, architecture, reason)
+        for architecture, places in (("retinanet", "anchor"), ("fcos", "point"))
+        for flag, reason in (
+            ("--proposals", "it has one stage, and proposes no regions"),
+            ("--region-samples", f"it is trained on every {places}"),
+            ("--sampling", f"it is trained on every {places}"),
+            ("--adversarial-start", "it has one stage, and no regions to make harder"),
+        )
+    ),
+    _needless("--anchor-scale", "fcos", "it has no anchors"),
+    Rule(
+        lambda f: f.prior is not None and f.init is not None,
+        "--prior {prior} and --init {init} exclude each other",
+    ),
+    Rule(
+        lambda f: f.mining_keep is not None and f.mining in (None, "none"),
+        "--mining-keep has no meaning without --mining",
+    ),
+    Rule(
+        lambda f: f.region_samples is not None and f.mining not in (None, "none"),
+        "--region-samples has no meaning with --mining {mining}, which keeps --mining-keep of all"
+        " regions",
+    ),
+    Rule(
+        lambda f: f.region_samples is not None and f.sampling is False,
+        "--region-samples has no meaning with --no-sampling, which trains on all regions",
+    ),
+    Rule(
+        lambda f: f.classifier == "softmax" and f.prior is not None,
+        "--prior {prior} does not fit --cls-loss {cls_loss}: a softmax has no such bias",
+    ),
+    Rule(
+        lambda f: f.classifier == "softmax" and f.init not in (None, "optimal"),
+        "--init {init} does not fit --cls-loss {cls_loss}: a softmax has no such bias",
+    ),
+)
+
+# Of a run: `r` holds all of its options, and the detector's architecture, classifier and assigner.
+RULES = (
+    Rule(
+        lambda r: r.architecture == "fcos" and r.reg_loss not in IOU_LOSSES,
+        "reg_loss must be iou or giou for fcos, which regresses whole boxes, and GHM-R and smooth"
+        " L1 are losses of single coordinates; got {reg_loss!r}",
+    ),
+    Rule(
+        lambda r: r.architecture == TWO_STAGE and r.reg_loss in IOU_LOSSES,
+        "reg_loss must be ghm or sl1 or asl1 for faster-rcnn, which regresses single coordinates,"
+        " and IoU losses are losses of whole boxes; got {reg_loss!r}",
+    ),
+    Rule(
+        lambda r: r.classifier == "softmax" and r.cls_loss not in SOFTMAX_LOSSES,
+        "a softmax classifier is trained by cls_loss ce or ghm-softmax; ghm and focal are losses"
+        " of sigmoids, got {cls_loss!r}",
+    ),
+    Rule(
+        lambda r: r.classifier != "softmax" and r.cls_loss == "ghm-softmax",
+        "cls_loss ghm-softmax is a loss of exclusive classes and needs a softmax classifier, as"
+        " faster-rcnn can have; this detector's are sigmoids, which are trained by ghm",
+    ),
+    Rule(
+        lambda r: not r.sampling and r.architecture != TWO_STAGE,
+        "sampling must be True for {architecture}, which is always trained on every place; False"
+        " is for faster-rcnn",
+    ),
+    Rule(
+        lambda r: not r.sampling and not r.guided,
+        "sampling=False needs guided_loss: unguided, background drowns the objects and boxes",
+    ),
+    Rule(
+        lambda r: r.adversarial != "none" and r.architecture != TWO_STAGE,
+        "adversarial must be none for {architecture}, which has one stage: an adversary hides and"
+        " turns the pooled features of regions; got {adversarial!r}",
+    ),
+    Rule(
+        lambda r: (
+            r.mining != "none" and r.assigner == "cleanliness" and r.architecture != TWO_STAGE
+        ),
+        "mining must be none with assigner cleanliness, which trains on every anchor and gives"
+        " the hard ones soft labels; got {mining!r}",
+    ),
+    Rule(
+        lambda r: r.classifier == "softmax" and r.init not in ("prior", "optimal"),
+        "init must be prior or optimal with a softmax classifier, which has no such bias (optimal"
+        " is for the proposals); got {init!r}",
+    ),
+)
+
+
+def require_compatible(
+    options: TrainOptions, architecture: str, classifier: str = "sigmoid", assigner: str = "iou"
 ) -> None:
-    """Check that a detector can learn as the options say.
+    """Check that a detector can be trained with the options.
 
     Args:
-        options: Of the run.
-        architecture: The detector's, as its configuration names it.
-        classifier: The detector's, likewise.
-        assigner: The detector's, likewise.
+        options: Options of the run.
+        architecture: As in `DetectorConfig`.
+        classifier: As in `DetectorConfig`.
+        assigner: As in `DetectorConfig`.
 
     Raises:
         ValueError: It cannot; the message names the option and the reason.
     """
-    _require_regression(options.reg_loss, architecture)
-    _require_classification(options.cls_loss, classifier)
-    _require_sampling(options, architecture)
-    if options.mining != "none" and assigner == "cleanliness" and architecture != "faster-rcnn":
-        raise ValueError(
-            "mining must be none with assigner cleanliness, which learns from every anchor and"
-            f" doubts the hard ones; got {options.mining!r}"
-        )
-    if options.init not in ("prior", "optimal") and classifier == "softmax":
-        raise ValueError(
-            "init must be prior or optimal with a softmax classifier, which has no such bias"
-            f" (optimal is of the proposals); got {options.init!r}"
-        )
+    detector = {"architecture": architecture, "classifier": classifier, "assigner": assigner}
+    require(RULES, SimpleNamespace(**options.to_dict(), **detector, guided=options.guides()))
 
 
-def _require_sampling(options: TrainOptions, architecture: str) -> None:
-    if options.sampling:
-        return
-    if architecture != "faster-rcnn":
-        raise ValueError(
-            f"sampling must be True for {architecture}, which learns from every place whatever it"
-            " says; False is of faster-rcnn"
-        )
-    if not options.guides():
-        raise ValueError(
-            "sampling=False needs guided_loss: unguided, background drowns the objects and boxes"
-        )
+def from_flags(given: dict[str, Any]) -> tuple[TrainOptions, dict[str, Any]]:
+    """The options and the detector that flags describe, with defaults that follow from others.
 
+    Args:
+        given: The flags that were given, by field of `TrainOptions` and `DetectorConfig`.
 
-def _require_regression(reg_loss: str, architecture: str) -> None:
-    fitting = DETECTOR_REG_LOSSES[architecture]
-    if reg_loss in fitting:
-        return
-    reason = (
-        "learns single coordinates, and IoU losses are losses of whole boxes"
-        if reg_loss in OF_BOXES
-        else "learns whole boxes, and GHM-R and smooth L1 are losses of single coordinates"
-    )
-    raise ValueError(
-        f"reg_loss must be {' or '.join(fitting)} for {architecture}, which {reason};"
-        f" got {reg_loss!r}"
-    )
+    Returns:
+        The options, and the fields of a `DetectorConfig` but for its classes.
 
-
-def _require_classification(cls_loss: str, classifier: str) -> None:
-    if classifier == "softmax" and cls_loss not in SOFTMAX_LOSSES:
-        raise ValueError(
-            "a softmax classifier learns by cls_loss ce or ghm-softmax; ghm and focal are losses"
-            f" of sigmoids, got {cls_loss!r}"
-        )
-    if classifier != "softmax" and cls_loss == "ghm-softmax":
-        raise ValueError(
-            "cls_loss ghm-softmax is a loss of exclusive classes and needs a softmax classifier,"
-            " as faster-rcnn can have; this detector's are sigmoids, which learn by ghm"
-        )
+    Raises:
+        ValueError: A flag has no meaning or does not fit; no data has been opened.
+    """
+    architecture = given.get("architecture", "retinanet")
+    softmax = architecture == TWO_STAGE and given.get("cls_loss") in SOFTMAX_LOSSES
+    derived = {"architecture": architecture, "classifier": "softmax" if softmax else "sigmoid"}
+    if architecture == "fcos":
+        derived["reg_loss"] = "giou"
+    given = derived | given
+    names = {*TrainOptions.__dataclass_fields__, *DetectorConfig.__dataclass_fields__}
+    require(FLAG_RULES, SimpleNamespace(**{**dict.fromkeys(names), **given}))
+    options = TrainOptions.from_dict(given)
+    frame = (128, 128) if options.data.partition(":")[0] == "digits" else (320, 320)
+    known = DetectorConfig.__dataclass_fields__
+    detector = {"image_size": frame, **{k: v for k, v in given.items() if k in known}}
+    config = DetectorConfig(class_names=("object",), **detector)  # checks the values
+    require_compatible(options, config.architecture, config.classifier, config.assigner)
+    return options, detector

@@ -1,4 +1,4 @@
-"""Where a classifier starts: a prior that is chosen, or counted over the data before training."""
+"""Initial foreground probability of a detector: chosen, or counted over the data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -26,8 +25,7 @@ from ghm_triton.imbalance.sampling_free import Assigner, count_priors, optimal_p
 COUNTS = "priors.json"
 MOST_IMAGES = 1000  # they give the share of positives to a few per cent, in seconds
 
-
-_counted: dict[str, ClassStatistics] = {}  # in this process, by what they depend on
+_counted: dict[str, ClassStatistics] = {}  # in this process, by the key of what they depend on
 
 
 def start_at_prior(
@@ -38,20 +36,20 @@ def start_at_prior(
     *,
     resume: bool = False,
 ) -> DetectorConfig:
-    """The configuration with the prior that `options.init` asks for.
+    """The configuration with the prior that `options.init` names.
 
-    What was counted is written to `priors.json`. Of a two-stage detector `optimal` is a matter of
-    `start_proposals`: what share of its regions is positive depends on what it proposes.
+    Counts are written to `priors.json`. The `optimal` prior of a two-stage detector is that of its
+    proposals, see `start_proposals`: the share of positive regions depends on the proposals.
 
     Args:
-        options: Of the run.
+        options: Options of the run.
         config: The detector.
-        dataset: What it is to learn from.
+        dataset: The training split.
         out: Folder of the run.
         resume: Read the counts of the run that is resumed, if they are there.
 
     Raises:
-        ValueError: There is nothing positive to count, or the detector cannot be asked.
+        ValueError: There is nothing positive to count.
     """
     if options.init != "optimal" or config.architecture == "faster-rcnn":
         chosen = options.chosen_prior()
@@ -67,16 +65,16 @@ def start_at_prior(
 def start_proposals(
     options: TrainOptions, detector: Detector, dataset: DetectionDataset, out: Path
 ) -> None:
-    """Start the objectness of a two-stage detector's proposals at its optimal prior.
+    """Set the objectness bias of a two-stage detector's proposals to their optimal prior.
 
-    That is the share of positives among the anchors that its proposal network learns from:
-    sampled ones, all, or clean ones, whose network starts there whatever `options.init` says. What
-    was counted is written to `priors.json`.
+    That is the share of positives among the anchors that the proposal network is trained on:
+    sampled ones, all, or clean ones, whose network starts there whatever `options.init` is. Counts
+    are written to `priors.json`.
 
     Args:
-        options: Of the run.
-        detector: Is left alone unless it has proposals.
-        dataset: What it is to learn from.
+        options: Options of the run.
+        detector: The detector; one without proposals is left alone.
+        dataset: The training split.
         out: Folder of the run.
 
     Raises:
@@ -84,42 +82,27 @@ def start_proposals(
     """
     if not isinstance(detector, FasterRCNNDetector):
         return
-    rpn, asked = detector.rpn, options.init == "optimal"
-    if not asked and not isinstance(rpn, CleanProposalNetwork):
+    rpn, required = detector.rpn, options.init == "optimal"
+    if not required and not isinstance(rpn, CleanProposalNetwork):
         return
     key = _key(options.data, detector.config, dataset, sampled=rpn.samples)
     targets = _targets(detector.config, dataset)
     statistics = _count_once(key, lambda: count_priors(rpn, targets, ("object",)))
-    if asked or 0 < int(statistics.positives.sum()) < statistics.anchors:
+    if required or 0 < int(statistics.positives.sum()) < statistics.anchors:
         rpn.start_at(_note_optimum(out, key, statistics))
 
 
-def _count_once(key: str, count: Callable[[], ClassStatistics]) -> ClassStatistics:
-    """What was counted in this process already, or now is."""
-    if key not in _counted:
-        _counted[key] = count()
-    return _counted[key]
-
-
-def _note_optimum(out: Path, key: str, statistics: ClassStatistics) -> float:
-    """The optimal prior, which is written down with what it comes from."""
-    positives, classes = int(statistics.positives.sum()), len(statistics.class_names)
-    prior = optimal_prior(positives, statistics.anchors, classes)
-    _write(out / COUNTS, {"key": key, "prior": prior, "statistics": statistics.to_dict()})
-    return prior
-
-
 def count_data_priors(config: DetectorConfig, dataset: DetectionDataset) -> ClassStatistics:
-    """What a detector's assigner makes of a data set, without its network.
+    """Count the labels that a detector's assigner gives to a data set, without its network.
 
-    Mirrored images are not counted apart, nor more than `MOST_IMAGES`, spread over the data set.
+    Mirrored images are not counted separately, and at most `MOST_IMAGES`, spread over the data.
 
     Args:
         config: The detector; its prior and its width do not matter.
-        dataset: What it is to learn from.
+        dataset: The training split.
 
     Raises:
-        ValueError: The detector assigns nothing that could be counted.
+        ValueError: The detector has no assigner.
     """
     detector = build_detector(config)
     if not isinstance(detector, Assigner):
@@ -127,8 +110,25 @@ def count_data_priors(config: DetectorConfig, dataset: DetectionDataset) -> Clas
     return count_priors(detector, _targets(config, dataset), config.class_names)
 
 
+def _count_once(key: str, count: Callable[[], ClassStatistics]) -> ClassStatistics:
+    if key not in _counted:
+        _counted[key] = count()
+    return _counted[key]
+
+
+def _note_optimum(out: Path, key: str, statistics: ClassStatistics) -> float:
+    """The optimal prior, written to `priors.json` with its counts."""
+    positives, classes = int(statistics.positives.sum()), len(statistics.class_names)
+    prior = optimal_prior(positives, statistics.anchors, classes)
+    content = {"key": key, "prior": prior, "statistics": statistics.to_dict()}
+    out.mkdir(parents=True, exist_ok=True)
+    # Atomically, since several processes of one run write the same file.
+    write_atomically(out / COUNTS, (json.dumps(content) + "\n").encode())
+    return prior
+
+
 def _read(path: Path, key: str) -> ClassStatistics | None:
-    """The counts in a file, if they are of this data and detector."""
+    """The counts in a file, if they belong to this data set and detector."""
     try:
         content = json.loads(path.read_text())
         return ClassStatistics.from_dict(content["statistics"]) if content["key"] == key else None
@@ -136,23 +136,17 @@ def _read(path: Path, key: str) -> ClassStatistics | None:
         return None
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    # Several processes of one run write the same file.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, f"{json.dumps(content)}\n".encode())
-
-
 def _targets(
     config: DetectorConfig, dataset: DetectionDataset
 ) -> Iterator[list[dict[str, Tensor]]]:
     view = TrainingView(dataset, config, (0.0, 0.0))
     count = min(len(dataset), MOST_IMAGES)
-    for place in range(count):
-        yield [view[place * len(dataset) // count, 0][1]]
+    for position in range(count):
+        yield [view[position * len(dataset) // count, 0][1]]
 
 
 def _key(data: str, config: DetectorConfig, dataset: DetectionDataset, **how: bool) -> str:
-    """What the counts depend on, as a digest."""
+    """A digest of everything that the counts depend on."""
     detector = {**config.to_dict(), "prior": None, "channels": None, "head_convs": None}
     images = [data, dataset.split, sorted(dataset.sources())]
     content = json.dumps([detector, images, *([how] if how else [])], sort_keys=True)

@@ -187,7 +187,7 @@ def test_a_mistake_is_named_with_its_place(grid, old, new, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        # By the rules of `require_fitting`, by the configuration's, and by the adversary's.
+        # By the rules of `require_compatible`, by the configuration's, and by the adversary's.
         ("{fcos: {reg_loss: giou}}", "{}", "'ghm' with detector 'fcos', .*reg_loss must be iou or"),
         ("same: {", "same: {adversarial: asdn, ", "adversarial must be none for retinanet"),
         ("clean-anchors], f", "clean-anchors], fcos: [clean-anchors], f", "assigner must be iou"),

@@ -12,12 +12,12 @@ from benchmarks.study.plan import key_of
 from benchmarks.study.run import gradients, measure, stretches
 from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.evaluate import Detections, detect
-from ghm_triton.detection.training.loop import LOOK_EVERY
+from ghm_triton.detection.training.build import REPORT_EVERY
 from ghm_triton.evidence import SCORE_FLOOR
 from ghm_triton.losses import focal_loss
 
 DATA = "digits:images=40,held_out_images=10,size=96"
-STEPS = LOOK_EVERY + 4
+STEPS = REPORT_EVERY + 4
 GRID = """
 data: {{tiny: {{source: "{data}", image_size: [96, 96], channels: 16, batch_size: 4, warmup: 2}}}}
 methods: {{ghm: {{lr: 0.001234567, fcos: {{reg_loss: giou}}}}, lost: {{lr: 1.0e+6, clip: 1.0e+9}}}}

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ghm_triton import cli
-from ghm_triton.detection.commands import image_size
+from ghm_triton.detection.models.config import image_size
 from ghm_triton.detection.training.checkpoint import Checkpoint
 
 SMALL = "--data digits:images=16,held_out_images=4,size=96 --image-size 96x96 --channels 16"
@@ -121,21 +121,24 @@ def test_thresholds_print_and_plot(trained, tmp_path, capsys):
             ["train", "--init", "optimal", "--prior", "0.1"],
             "--prior 0.1 and --init optimal exclude",
         ),
-        (["train", "--mining-keep", "9"], "--mining-keep means nothing without --mining"),
+        (["train", "--mining-keep", "9"], "--mining-keep has no meaning without --mining"),
         (["train", "--mining", "ohem", "--mining-keep", "0"], "mining_keep must be at least 1"),
         (
             ["train", *REGIONS, "--mining", "s-ohem", "--region-samples", "9"],
-            "--region-samples means nothing with --mining s-ohem, which keeps",
+            "--region-samples has no meaning with --mining s-ohem, which keeps",
         ),
         (
             ["train", *REGIONS, "--no-sampling", "--region-samples", "9"],
-            "--region-samples means nothing with --no-sampling, which learns from them all",
+            "--region-samples has no meaning with --no-sampling, which trains on all regions",
         ),
         (
             ["train", *REGIONS, "--no-sampling", "--no-guided-loss", "--data", "faces"],
             "sampling=False needs guided_loss: unguided, background drowns",
         ),
-        (["train", "--no-sampling"], "--sampling does not fit --detector retinanet: it learns"),
+        (
+            ["train", "--no-sampling"],
+            "--sampling does not fit --detector retinanet: it is trained on",
+        ),
         (
             ["train", *REGIONS, "--cls-loss", "ghm-softmax", "--init", "prior=0.1"],
             "--init prior=0.1 does not fit --cls-loss ghm-softmax: a softmax has no such bias",
@@ -150,15 +153,18 @@ def test_thresholds_print_and_plot(trained, tmp_path, capsys):
         (["train", "--resume"], "no such checkpoint"),
         (["train", "--detector", "fcos", "--reg-loss", "ghm"], "GHM-R and smooth L1 are losses of"),
         (["train", "--detector", "fcos", "--anchor-scale", "4"], "fcos: it has no anchors"),
-        (["train", "--proposals", "9"], "--detector retinanet: it looks once"),
-        (["train", "--detector", "fcos", "--region-samples", "9"], "it learns from every point"),
+        (["train", "--proposals", "9"], "--detector retinanet: it has one stage"),
+        (["train", "--detector", "fcos", "--region-samples", "9"], "it is trained on every point"),
         (
             ["train", "--detector", "faster-rcnn", "--cls-loss", "ce", "--prior", "0.1"],
             "--prior 0.1 does not fit --cls-loss ce",
         ),
         (["train", "--detector", "faster-rcnn", "--proposals", "0"], "proposals must be at least"),
-        (["train", "--adversarial", "asdn"], "adversarial must be none for retinanet, which looks"),
-        (["train", "--adversarial-start", "0.5"], "it looks once, and has no regions to make"),
+        (
+            ["train", "--adversarial", "asdn"],
+            "adversarial must be none for retinanet, which",
+        ),
+        (["train", "--adversarial-start", "0.5"], "it has one stage, and no regions to make"),
         (
             ["train", "--detector", "fcos", "--assigner", "cleanliness"],
             "assigner must be iou for fcos, which has no anchors",
@@ -180,8 +186,8 @@ def test_help_says_what_a_flag_comes_to(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "of guided losses both, as the classification follows it: balance those by" in printed
-    assert "of GHM-R after --steps batches with boxes, which alone are counted" in printed
+    assert "since the classification is scaled along with it: balance" in printed
+    assert "of GHM-R after --steps batches with boxes, which are all" in printed
 
 
 def test_an_unknown_policy_lists_the_known(trained, capsys):

@@ -8,9 +8,10 @@ import torch
 
 from ghm_triton.detection.models.config import ARCHITECTURES, DetectorConfig
 from ghm_triton.detection.models.registry import DETECTORS, build_detector
-from ghm_triton.detection.training.checkpoint import Checkpoint
+from ghm_triton.detection.training.checkpoint import CHECKPOINT, Checkpoint
 from ghm_triton.detection.training.config import TrainOptions
-from ghm_triton.detection.training.loop import CHECKPOINT, METRICS, train
+from ghm_triton.detection.training.hooks import METRICS
+from ghm_triton.detection.training.loop import train
 
 # The losses that each is trained with here, and those that no other of them is.
 KINDS = {

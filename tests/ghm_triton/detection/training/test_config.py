@@ -124,7 +124,7 @@ def test_options_survive_plain_values():
             "fcos",
             "sigmoid",
             {},
-            "must be iou or giou for fcos, which learns whole boxes.*got 'ghm'",
+            "must be iou or giou for fcos, which regresses whole boxes.*got 'ghm'",
         ),
         ("fcos", "sigmoid", {"reg_loss": "sl1"}, "GHM-R and smooth L1 are losses of single"),
         (
@@ -146,7 +146,7 @@ def test_options_survive_plain_values():
             {"cls_loss": "ce", "init": "prior=0.1"},
             "init must be prior or optimal .*'prior=0.1'",
         ),
-        ("faster-rcnn", "softmax", {}, "softmax classifier learns by cls_loss ce.*got 'ghm'"),
+        ("faster-rcnn", "softmax", {}, "softmax classifier is trained by cls_loss ce.*got 'ghm'"),
         ("faster-rcnn", "softmax", {"cls_loss": "focal"}, "got 'focal'"),
     ],
 )

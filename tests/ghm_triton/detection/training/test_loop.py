@@ -12,15 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.data.loader import StepSampler, TrainingView
 from ghm_triton.detection.models.registry import build_detector
-from ghm_triton.detection.training.checkpoint import Checkpoint
+from ghm_triton.detection.training.checkpoint import CHECKPOINT, Checkpoint
 from ghm_triton.detection.training.config import TrainOptions
-from ghm_triton.detection.training.loop import (
-    CHECKPOINT,
-    METRICS,
-    TrainingError,
-    _keep_steps,
-    train,
-)
+from ghm_triton.detection.training.hooks import METRICS, TrainingError, keep_steps
+from ghm_triton.detection.training.loop import train
 from ghm_triton.diagnosis import DensityWarning
 
 
@@ -48,7 +43,7 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(options, config, tmp_pa
 def test_a_line_that_a_killed_run_did_not_finish_is_dropped(torn, tmp_path):
     metrics = tmp_path / METRICS
     metrics.write_text("".join(f'{{"step": {n}}}\n' for n in range(5)) + torn)
-    _keep_steps(metrics, 4)
+    keep_steps(metrics, 4)
     assert [line["step"] for line in losses_of(tmp_path)] == [0, 1, 2, 3]
     assert metrics.read_text().endswith("\n")  # for the resumed run to go on from
 
@@ -59,7 +54,7 @@ def test_a_line_that_was_damaged_is_named(damaged, tmp_path):
     metrics.write_text(f'{{"step": 0}}\n{damaged}\n{{"step": 2}}\n')
     before = metrics.read_text()
     with pytest.raises(ValueError, match=rf"{METRICS}, line 2 is damaged: '.*Repair or remove"):
-        _keep_steps(metrics, 3)
+        keep_steps(metrics, 3)
     assert metrics.read_text() == before
 
 

@@ -9,8 +9,9 @@ from ghm_triton.detection.data.loader import TrainingView
 from ghm_triton.detection.models.registry import build_detector
 from ghm_triton.detection.training import priors
 from ghm_triton.detection.training.build import build_losses
-from ghm_triton.detection.training.checkpoint import Checkpoint
-from ghm_triton.detection.training.loop import CHECKPOINT, METRICS, train
+from ghm_triton.detection.training.checkpoint import CHECKPOINT, Checkpoint
+from ghm_triton.detection.training.hooks import METRICS
+from ghm_triton.detection.training.loop import train
 from ghm_triton.detection.training.priors import (
     COUNTS,
     count_data_priors,
@@ -54,7 +55,7 @@ def test_the_network_is_not_run(config, dataset, monkeypatch):
     def refuse(*_):
         raise AssertionError("the network was run")
 
-    monkeypatch.setattr("ghm_triton.detection.retinanet.RetinaNetDetector.raw", refuse)
+    monkeypatch.setattr("ghm_triton.detection.models.retinanet.RetinaNetDetector.raw", refuse)
     assert count_data_priors(config, dataset).anchors > 0
 
 

@@ -10,9 +10,10 @@ import torch
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.rpn import CleanProposalNetwork
 from ghm_triton.detection.training.build import build_losses
-from ghm_triton.detection.training.checkpoint import Checkpoint
+from ghm_triton.detection.training.checkpoint import CHECKPOINT, Checkpoint
 from ghm_triton.detection.training.config import TrainOptions
-from ghm_triton.detection.training.loop import CHECKPOINT, METRICS, train
+from ghm_triton.detection.training.hooks import METRICS
+from ghm_triton.detection.training.loop import train
 from ghm_triton.losses.schedule import StrengthSchedule
 
 FEW = "digits:images=16,held_out_images=2,size=96"
@@ -58,7 +59,7 @@ def test_the_adversary_starts_after_a_share_of_the_steps():
 @pytest.mark.parametrize(("architecture", "reg_loss"), [("retinanet", "ghm"), ("fcos", "giou")])
 def test_one_stage_detectors_have_no_regions_to_make_harder(architecture, reg_loss):
     options = TrainOptions(adversarial="astn", reg_loss=reg_loss)
-    with pytest.raises(ValueError, match=f"must be none for {architecture}.*looks once.*'astn'"):
+    with pytest.raises(ValueError, match=f"must be none for {architecture}.*one stage.*'astn'"):
         build_losses(options, architecture=architecture)
 
 

@@ -10,8 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from ghm_triton.cli import main
-from ghm_triton.detection.training.checkpoint import Checkpoint
-from ghm_triton.detection.training.loop import CHECKPOINT, METRICS, TrainingError, train
+from ghm_triton.detection.training.checkpoint import CHECKPOINT, Checkpoint
+from ghm_triton.detection.training.hooks import METRICS, TrainingError
+from ghm_triton.detection.training.loop import train
 
 SMALL = "--data digits:images=32,held_out_images=4,size=96 --image-size 96x96 --channels 16"
 SMALL += " --head-convs 1 --steps 2 --batch-size 4 --device cpu"
