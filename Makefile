@@ -1,36 +1,52 @@
-# Every target makes .venv first when it is missing. PYTHON names the interpreter to make it from.
+# Every target makes .venv first if it is missing. PYTHON names the interpreter to make it from.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PYTEST := $(BIN)/python -m pytest -q
-# Where there is no GPU, the kernels run in Triton's interpreter, which wants a process of its own.
+# CI sets MEASURE to `-m coverage run`, to measure coverage in the same runs.
+MEASURE ?=
+PYTEST := $(BIN)/python $(MEASURE) -m pytest -q
+# Without a GPU, kernels run in Triton's interpreter, which needs a process of its own.
 INTERPRET := $(shell nvidia-smi >/dev/null 2>&1 || echo TRITON_INTERPRET=1)
 OUT ?= runs/demo
 MODEL ?= runs/demo/detector.onnx
 
-.PHONY: demo test check bench serve clean
+.PHONY: demo test test-slow test-all check bench serve clean
 
 demo: $(READY)  ## train, export, verify, serve and detect, on data that is built in
 	$(BIN)/ghm demo --out $(OUT)
 
-test: $(READY)  ## every test, in two lanes that run side by side
-	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
-	( status=0; \
-	  $(INTERPRET) $(PYTEST) -m kernels tests/ghm_triton || status=1; \
-	  $(PYTEST) -m "not kernels" --ignore=tests/ghm_triton || status=1; \
-	  exit $$status ) > "$$log" 2>&1 & lane=$$!; \
-	status=0; \
-	$(PYTEST) -m "not kernels" tests/ghm_triton || status=1; \
-	wait $$lane || status=1; \
-	cat "$$log"; exit $$status
+test: SELECT := not slow
+test: $(READY)  ## the tests of every commit, with the examples in docstrings: 5 minutes on two cores
+	$(lanes)
 
-check: $(READY)  ## lint, format and types
+test-slow: SELECT := slow
+test-slow: $(READY)  ## the rest: fuzzing, a browser, long trainings, benchmark scripts
+	$(lanes)
+
+test-all: test test-slow  ## every test
+
+# Two processes side by side; 5 is pytest's status if it selects no test.
+define lanes
+@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+run() { $(PYTEST) "$$@" || [ $$? -eq 5 ] || status=1; }; \
+( status=0; \
+  $(if $(INTERPRET),export $(INTERPRET);) run -m "kernels and $(SELECT)" tests/ghm_triton; unset TRITON_INTERPRET; \
+  run -m "not kernels and $(SELECT)" tests --ignore=tests/ghm_triton; \
+  exit $$status ) > "$$log" 2>&1 & lane=$$!; \
+status=0; \
+run -m "not kernels and $(SELECT)" --doctest-modules tests/ghm_triton ghm_triton export service; \
+wait $$lane || status=1; \
+cat "$$log"; exit $$status
+endef
+
+check: $(READY)  ## lint, format, types and the layers of the packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
-bench: $(READY)  ## the losses against their peers, on the GPU where there is one
+bench: $(READY)  ## the losses against their peers, on the GPU if there is one
 	$(BIN)/python -m benchmarks.losses
 
 serve: $(READY)  ## serve MODEL over HTTP
@@ -38,6 +54,7 @@ serve: $(READY)  ## serve MODEL over HTTP
 
 clean:  ## remove what make made
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .import_linter_cache .coverage*
 
 $(READY): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ghm_triton.extras import needed_by
+
 if TYPE_CHECKING:
     from ghm_triton.evidence import (
         ClassStatistics,
@@ -34,8 +36,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Names are imported when they are first used, so that `ghm serve`, which starts here too, never
-# loads torch.
+# Names are imported at first use: the service and the client import this package without torch.
 _HOMES = {
     "ClassStatistics": "evidence",
     "ClassThreshold": "evidence",
@@ -90,7 +91,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ghm_triton' has no attribute {name!r}")
-    return getattr(import_module(f"ghm_triton.{_HOMES[name]}"), name)
+    home = _HOMES[name]
+    with needed_by(f"ghm_triton.{name}", "evidence" if home == "evidence" else "loss"):
+        return getattr(import_module(f"ghm_triton.{home}"), name)
 
 
 def __dir__() -> list[str]:

@@ -13,6 +13,7 @@ from ghm_triton import __version__
 from ghm_triton.command import Command
 from ghm_triton.demo import DEMO
 from ghm_triton.detection.commands import EVAL, THRESHOLDS, TRAIN
+from ghm_triton.extras import MissingExtraError, needed_by
 
 COMMANDS = (TRAIN, EVAL, THRESHOLDS, DEMO)
 
@@ -92,19 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: Command, arguments: argparse.Namespace) -> int:
     try:
-        return command.run(arguments)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in (
-            "ghm_triton",
-            "export",
-            "service",
-        ):
-            raise
-        return _refuse(
-            f"`ghm {command.name}` needs the package {error.name!r}:"
-            f" pip install 'ghm-triton[{command.extra}]'"
-        )
-    except (ValueError, OSError, ArithmeticError) as error:
+        with needed_by(f"`ghm {command.name}`", command.extra):
+            return command.run(arguments)
+    except (MissingExtraError, ValueError, OSError, ArithmeticError) as error:
         return _refuse(f"{error}")
     except KeyboardInterrupt:
         return _refuse("interrupted")
