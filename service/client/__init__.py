@@ -3,8 +3,8 @@
 from service.client import Client
 
 with Client("http://127.0.0.1:8000") as client:
-    for found in client.detect("photo.jpg"):
-        print(found.class_name, found.score, ">=", found.threshold, found.box)
+for detection in client.detect("photo.jpg"):
+print(detection.class_name, detection.score, ">=", detection.threshold, detection.box)
 """
 
 from service.client.answers import (
@@ -16,8 +16,7 @@ from service.client.answers import (
     Result,
     ServiceError,
 )
-from service.client.asynchronous import AsyncClient
-from service.client.synchronous import Client
+from service.client.clients import AsyncClient, Client
 
 __all__ = [
     "AsyncClient",

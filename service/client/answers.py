@@ -1,10 +1,10 @@
-"""What the service answers, as dataclasses, and how its JSON becomes them."""
+"""The service's answers as dataclasses, and their construction from JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 Box = tuple[float, float, float, float]
 
@@ -13,9 +13,9 @@ class ServiceError(Exception):
     """The service refused, failed, or did not answer.
 
     Attributes:
-        status: The HTTP status; None where there was no answer.
-        detail: One sentence, the service's own where it gave one.
-        request_id: What to look for in the service's log; None where there was no answer.
+        status: The HTTP status; None if there was no answer.
+        detail: One sentence, from the service where possible.
+        request_id: Id of the request in the service's log; None if there was no answer.
     """
 
     def __init__(self, status: int | None, detail: str, request_id: str | None = None) -> None:
@@ -30,15 +30,14 @@ class ServiceError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """One object.
+    """One detected object.
 
     Attributes:
-        box: x1, y1, x2, y2 in pixels of the image, upright.
+        box: x1, y1, x2, y2 in pixels of the upright image.
         score: A float32, in [0, 1].
-        label: The class's place in the model's list.
-        class_name: The class.
-        threshold: What the score had to reach: the threshold of its class that was in force. Of a
-            preview, the model's own.
+        label: Index of the class in the model.
+        class_name: Name of the class.
+        threshold: The threshold of the class in force; in a preview, the model's own.
     """
 
     box: Box
@@ -49,11 +48,11 @@ class Detection:
 
     @property
     def passed(self) -> bool:
-        """Whether the score reaches the threshold: always, but in a preview."""
+        """Whether the score reaches the threshold: always true outside of previews."""
         return self.score >= self.threshold
 
     def to_dict(self) -> dict[str, Any]:
-        """As the service's JSON has it."""
+        """Return the detection as in the service's JSON."""
         return {
             "box": list(self.box),
             "score": self.score,
@@ -65,15 +64,15 @@ class Detection:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was found in one image. Iterates over its detections.
+    """The detections in one image. Iterates over them.
 
     Attributes:
-        model: The name of the model that answered.
-        version: Its version.
-        width: Of the image in pixels, upright.
-        height: Of the image in pixels.
-        detections: Best first.
-        timings: Milliseconds of the request's parts, by name; of all images of a list together.
+        model: Name of the model.
+        version: Version of the model.
+        width: Width of the upright image in pixels.
+        height: Height of the upright image in pixels.
+        detections: In descending order of score.
+        timings: Milliseconds of the request's stages by name, over all images of a list.
     """
 
     model: str
@@ -90,7 +89,7 @@ class Result:
         return len(self.detections)
 
     def to_dict(self) -> dict[str, Any]:
-        """`image` and `detections`, as the service's JSON has them."""
+        """Return `image` and `detections` as in the service's JSON."""
         return {
             "image": {"width": self.width, "height": self.height},
             "detections": [one.to_dict() for one in self.detections],
@@ -99,12 +98,12 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class ClassPreview:
-    """How many boxes of a class would stand at each threshold.
+    """The number of boxes of a class at each threshold.
 
     Attributes:
-        class_name: The class.
-        label: Its place in the model's list.
-        threshold: The model's own.
+        class_name: Name of the class.
+        label: Index of the class in the model.
+        threshold: The model's own threshold.
         counts: One number for each of the preview's `steps`.
     """
 
@@ -115,34 +114,22 @@ class ClassPreview:
 
 
 @dataclass(frozen=True, slots=True)
-class Preview:
-    """Every box of an image from a floor on, whatever its class's threshold.
+class Preview(Result):
+    """All boxes of an image whose score reaches a floor, whatever the threshold of their class.
 
     Attributes:
-        model: The name of the model that answered.
-        version: Its version.
-        width: Of the image in pixels, upright.
-        height: Of the image in pixels.
-        floor: The score that every box of `detections` reaches.
-        truncated: Whether there may be more boxes than the model gives at once.
-        exact_above: Where there may be, the score above which all is exact; else None.
-        steps: Thresholds, rising, that the counts are for.
+        floor: The score that every detection reaches.
+        truncated: Whether there may be more boxes than the model returns at once.
+        exact_above: If truncated, the score above which all counts are exact; else None.
+        steps: Thresholds of the counts, in ascending order.
         classes: In the order of labels.
-        detections: Best first; `passed` tells which reach the model's thresholds.
-        timings: Milliseconds of the request's parts, by name.
     """
 
-    model: str
-    version: str
-    width: int
-    height: int
     floor: float
     truncated: bool
     exact_above: float | None
     steps: tuple[float, ...]
     classes: tuple[ClassPreview, ...]
-    detections: tuple[Detection, ...]
-    timings: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +137,13 @@ class Model:
     """A model of the service.
 
     Attributes:
-        name: What requests call it.
-        version: Which of the models of its name.
-        sha256: The digest of its file.
+        name: Name used in requests.
+        version: Version under that name.
+        sha256: Digest of the file.
         class_names: In the order of labels.
-        thresholds: The file's threshold of each class.
-        threshold_policy: How they were chosen.
-        problem: Why the file as it is now is not what serves; None where it is.
+        thresholds: The file's threshold per class.
+        threshold_policy: How the thresholds were chosen.
+        problem: Why the file as it is now does not serve; None where it does.
     """
 
     name: str
@@ -170,15 +157,14 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """Everything that a model says of itself.
+    """A model with its whole card.
 
     Attributes:
-        name: What requests call it.
-        version: Which of the models of its name.
-        sha256: The digest of its file.
-        providers: What runs it, by onnxruntime's names.
-        card: The file's card as JSON has it; `DetectorCard.model_validate(card)` of
-            `export.card` gives it types.
+        name: Name used in requests.
+        version: Version under that name.
+        sha256: Digest of the file.
+        providers: onnxruntime's execution providers.
+        card: The card as JSON; `export.card.DetectorCard.model_validate(card)` gives it types.
     """
 
     name: str
@@ -188,88 +174,64 @@ class ModelCard:
     card: Mapping[str, Any]
 
 
+T = TypeVar("T")
+
+
+def _build(kind: type[T], body: Mapping[str, Any], **changes: Any) -> T:
+    """Make a dataclass from the members of JSON with the names of its fields."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    values = {name: changes[name] if name in changes else body[name] for name in names}
+    return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+
+
 def read_result(body: Any) -> Result:
-    """The answer for one image."""
-    return _result(body, body)
+    """Read the answer for one image."""
+    return _read_image(Result, body)
+
+
+def _read_image(
+    kind: type[T], body: Any, thresholds: Mapping[int, float] | None = None, **changes: Any
+) -> T:
+    """Read an image's answer; `thresholds` by label where its detections have none."""
+    detections = [
+        _build(
+            Detection,
+            one,
+            class_name=one["class"],
+            threshold=one["threshold"] if thresholds is None else thresholds[one["label"]],
+        )
+        for one in body["detections"]
+    ]
+    return _build(kind, body, detections=detections, **body["image"], **changes)
 
 
 def read_results(body: Any) -> list[Result | ServiceError]:
-    """The answer for a list of images: an error in the place of one that could not be read."""
+    """Read the answer for a list of images, with an error for each that could not be read."""
     return [
-        _failure(one["error"], body) if "error" in one else _result(one, body)
+        ServiceError(one["error"]["status"], one["error"]["detail"], body["request_id"])
+        if "error" in one
+        else read_result({**body, **one})
         for one in body["results"]
     ]
 
 
-def _failure(error: Any, body: Any) -> ServiceError:
-    return ServiceError(error["status"], error["detail"], body["request_id"])
-
-
-def _result(one: Any, body: Any) -> Result:
-    return Result(
-        model=body["model"],
-        version=body["version"],
-        width=one["image"]["width"],
-        height=one["image"]["height"],
-        detections=tuple(_detection(found, found["threshold"]) for found in one["detections"]),
-        timings=body["timings"],
-    )
-
-
-def _detection(found: Any, threshold: float) -> Detection:
-    x1, y1, x2, y2 = found["box"]
-    return Detection((x1, y1, x2, y2), found["score"], found["label"], found["class"], threshold)
-
-
 def read_preview(body: Any) -> Preview:
-    """The answer of a preview."""
-    classes = tuple(
-        ClassPreview(one["class"], one["label"], one["threshold"], tuple(one["counts"]))
-        for one in body["classes"]
-    )
-    own = {one.label: one.threshold for one in classes}
-    return Preview(
-        model=body["model"],
-        version=body["version"],
-        width=body["image"]["width"],
-        height=body["image"]["height"],
-        floor=body["floor"],
-        truncated=body["truncated"],
-        exact_above=body["exact_above"],
-        steps=tuple(body["steps"]),
-        classes=classes,
-        detections=tuple(_detection(one, own[one["label"]]) for one in body["detections"]),
-        timings=body["timings"],
-    )
+    """Read the answer of a preview."""
+    classes = [_build(ClassPreview, one, class_name=one["class"]) for one in body["classes"]]
+    thresholds = {one.label: one.threshold for one in classes}
+    return _read_image(Preview, body, thresholds, classes=classes)
 
 
 def read_models(body: Any) -> list[Model]:
-    """The list of models."""
-    return [
-        Model(
-            name=one["name"],
-            version=one["version"],
-            sha256=one["sha256"],
-            class_names=tuple(one["class_names"]),
-            thresholds=one["thresholds"],
-            threshold_policy=one["threshold_policy"],
-            problem=one["problem"],
-        )
-        for one in body["models"]
-    ]
+    """Read the list of models."""
+    return [_build(Model, one) for one in body["models"]]
 
 
 def read_card(body: Any) -> ModelCard:
-    """One model."""
-    return ModelCard(
-        name=body["name"],
-        version=body["version"],
-        sha256=body["sha256"],
-        providers=tuple(body["providers"]),
-        card=body["card"],
-    )
+    """Read one model."""
+    return _build(ModelCard, body)
 
 
 def read_ready(body: Any) -> bool:
-    """The readiness of a service that answered with success."""
+    """Read the readiness of a service that answered with success."""
     return bool(body["status"])
