@@ -6,10 +6,12 @@ import argparse
 import logging
 import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ghm_triton.command import Command
+from ghm_triton.options import add_options, chosen, option
 from service.predict import PREDICT
 
 if TYPE_CHECKING:
@@ -19,9 +21,9 @@ logger = logging.getLogger("ghm.service")
 
 _DESCRIPTION = """Serve a detector, or a folder of them, over HTTP.
 
-The file carries its classes, its thresholds and how images are prepared, so nothing else is
-needed. Each option can also be set as an environment variable, GHM_HOST for --host and so on;
-the option wins. More settings have a variable only: the README has them all.
+The file contains the classes, the thresholds and the preprocessing, so nothing else is needed.
+Each option can also be set as an environment variable, GHM_HOST for --host and so on; the option
+wins. More settings have a variable only: the README lists them.
 """
 
 _EPILOG = """example:
@@ -36,6 +38,80 @@ http://127.0.0.1:8000/docs describes every request and answer. Ctrl+C stops the 
 """
 
 _BAD_USAGE = 2
+_LEVELS = ("critical", "error", "warning", "info", "debug")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+@dataclass
+class ServeOptions:
+    """Settings that have a flag. `Settings` has the defaults, and checks the values."""
+
+    host: str | None = option(None, "address to listen at", shown="127.0.0.1")
+    port: int | None = option(None, "port; 0 takes a free one", shown="8000")
+    provider: str | None = option(
+        None,
+        "what runs the model; cuda fails to start where CUDA does not work",
+        choices=("auto", "cpu", "cuda"),
+        shown="auto",
+    )
+
+    workers: int | None = option(None, "processes that answer", group="work", shown="1")
+    threads: int | None = option(
+        None,
+        "threads that inferences share",
+        group="work",
+        shown="the processors, divided among workers",
+    )
+    inferences: int | None = option(
+        None, "concurrent inferences per worker", group="work", shown="the processors, up to 4"
+    )
+    batch_size: int | None = option(
+        None, "most images in one inference", group="work", shown="1 on a CPU, 8 on CUDA"
+    )
+    queue_size: int | None = option(
+        None, "images that may wait, per worker", group="work", shown="64"
+    )
+    deadline_ms: float | None = option(
+        None, "milliseconds that a request may take", group="work", shown="10000"
+    )
+
+    max_upload_mb: float | None = option(
+        None, "largest body, in MiB", group="limits", shown="20", type=_positive
+    )
+    max_megapixels: float | None = option(
+        None, "largest image", group="limits", shown="40", type=_positive
+    )
+    max_images: int | None = option(None, "most images in a request", group="limits", shown="16")
+    rate_limit: float | None = option(
+        None, "requests per second of one token or address", group="limits", shown="no limit"
+    )
+
+    tokens_file: str | None = option(
+        None,
+        "bearer tokens, name:token a line, of which each request must carry one",
+        group="operations",
+    )
+    cors_origins: str | None = option(
+        None, "origins whose pages may call, comma-separated, or *", group="operations"
+    )
+    drain_seconds: float | None = option(
+        None, "after SIGTERM, stay unready this long before closing", group="operations", shown="0"
+    )
+    shutdown_seconds: float | None = option(
+        None, "after that, time for running requests to end", group="operations", shown="30"
+    )
+    log_level: str | None = option(
+        None, "least level logged", choices=_LEVELS, group="operations", shown="info"
+    )
+    log_format: str | None = option(
+        None, "format of the log", choices=("json", "text"), group="operations", shown="json"
+    )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,105 +123,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="the detector, a .onnx file that ghm export wrote, or a folder of them",
     )
-    parser.add_argument("--host", help="address to listen at (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port; 0 takes a free one (default: 8000)")
-    parser.add_argument(
-        "--provider",
-        choices=("auto", "cpu", "cuda"),
-        help="what runs the model; cuda does not start where it does not work (default: auto)",
-    )
-    _add_work(parser.add_argument_group("work"))
-    _add_limits(parser.add_argument_group("limits"))
-    _add_operations(parser.add_argument_group("operations"))
-
-
-def _add_work(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--workers", type=int, metavar="N", help="processes that answer (default: 1)"
-    )
-    group.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="threads that inferences share (default: the processors, divided among workers)",
-    )
-    group.add_argument(
-        "--inferences",
-        type=int,
-        metavar="N",
-        help="inferences at a time, a worker (default: the processors, up to 4)",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="most images of one inference (default: 1 on a CPU, 8 on CUDA)",
-    )
-    group.add_argument(
-        "--queue-size", type=int, metavar="N", help="images that may wait, a worker (default: 64)"
-    )
-    group.add_argument(
-        "--deadline-ms",
-        type=float,
-        metavar="MS",
-        help="how long a request may take (default: 10000)",
-    )
-
-
-def _add_limits(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--max-upload-mb", type=_positive, metavar="MB", help="largest body, in MiB (default: 20)"
-    )
-    group.add_argument(
-        "--max-megapixels", type=_positive, metavar="MP", help="largest image (default: 40)"
-    )
-    group.add_argument(
-        "--max-images", type=int, metavar="N", help="most images in a request (default: 16)"
-    )
-    group.add_argument(
-        "--rate-limit",
-        type=float,
-        metavar="R",
-        help="requests a second of one token or address (default: no limit)",
-    )
-
-
-def _add_operations(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--tokens-file",
-        metavar="FILE",
-        help="bearer tokens, name:token a line, of which each request must carry one",
-    )
-    group.add_argument(
-        "--cors-origins", metavar="LIST", help="origins whose pages may call us, with commas, or *"
-    )
-    group.add_argument(
-        "--drain-seconds",
-        type=float,
-        metavar="S",
-        help="after SIGTERM, stay unready this long before closing (default: 0)",
-    )
-    group.add_argument(
-        "--shutdown-seconds",
-        type=float,
-        metavar="S",
-        help="after that, how long requests in work may take to end (default: 30)",
-    )
-    group.add_argument(
-        "--log-level",
-        choices=("critical", "error", "warning", "info", "debug"),
-        help="what is logged (default: info)",
-    )
-    group.add_argument(
-        "--log-format", choices=("json", "text"), help="how it is logged (default: json)"
-    )
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
+    add_options(parser, ServeOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -168,39 +146,28 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# Options that are named and measured like their settings.
-_PLAIN = (
-    *("host", "port", "provider", "workers", "threads", "inferences", "batch_size", "queue_size"),
-    *("deadline_ms", "max_images", "rate_limit", "tokens_file", "cors_origins"),
-    *("drain_seconds", "shutdown_seconds", "log_level", "log_format"),
-)
-
-
 def _settings(arguments: argparse.Namespace) -> Settings:
     from service.core.settings import load_settings, unknown_variables
     from service.observability import logs
 
-    def scaled(value: float | None, unit: int) -> int | None:
-        return None if value is None else round(value * unit)
-
-    source = arguments.model
-    kind = "models" if source is not None and Path(source).is_dir() else "model"
-    settings = load_settings(
-        **{kind: source},
-        **{name: getattr(arguments, name) for name in _PLAIN},
-        max_upload_bytes=scaled(arguments.max_upload_mb, 2**20),
-        max_pixels=scaled(arguments.max_megapixels, 10**6),
-    )
+    options = chosen(arguments, ServeOptions)
+    if "max_upload_mb" in options:
+        options["max_upload_bytes"] = round(options.pop("max_upload_mb") * 2**20)
+    if "max_megapixels" in options:
+        options["max_pixels"] = round(options.pop("max_megapixels") * 10**6)
+    if arguments.model is not None:
+        options["models" if Path(arguments.model).is_dir() else "model"] = arguments.model
+    settings = load_settings(**options)
     logs.configure(settings.log_level, settings.log_format)
     for name in unknown_variables():
-        logger.warning("%s is set, and is no setting of this service", name)
+        logger.warning("%s is set, but is not a setting of this service", name)
     return settings
 
 
 def _serve(settings: Settings) -> None:
     from service.server import DrainingServer, banner, prepare
 
-    app = prepare(settings)  # before we listen, so that what cannot run is an error of the start
+    app = prepare(settings)  # before listening, so that a model that cannot run fails the start
     with _listen(settings.host, settings.port) as listener:
         _announce(banner(app), listener)
         DrainingServer(app, settings).run(sockets=[listener])
@@ -222,17 +189,17 @@ def _announce(text: str, listener: socket.socket) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that already listens: whoever reads the address from stdout can connect to it."""
+    """Return a socket that listens already, so that readers of stdout can connect at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        reason = str(error.strerror).partition(" (while")[0]  # Python adds the address, as we do
+        reason = str(error.strerror).partition(" (while")[0]  # Python appends the address
         raise OSError(f"cannot listen at {host}:{port}: {reason}") from error
 
 
 def _url(listener: socket.socket) -> str:
-    """An address that can be opened: a wildcard stands for this machine too."""
+    """Return an address that can be opened, also for a wildcard."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  shown, not bound
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
