@@ -1,19 +1,22 @@
-"""Inference requests and answers of the protocol, JSON alone or with binary tensors behind it.
+"""Inference requests and answers of the protocol, as JSON alone or followed by binary tensors.
 
-A body is JSON, and where the header `Inference-Header-Content-Length` says how long that is, the
+A body is JSON. If the header `Inference-Header-Content-Length` states the length of the JSON, the
 bytes of tensors follow it in the order in which the JSON names them. A length of 0 is the
-protocol's raw request: the body is the images and nothing else.
+protocol's raw request: the body is the images alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
+from pydantic import BaseModel, ValidationError
 
 from service.core.errors import short
+from service.v2 import schemas
 from service.v2.signature import Signature
 from service.v2.tensors import (
     NAMES,
@@ -22,22 +25,23 @@ from service.v2.tensors import (
     from_binary,
     from_json,
     malformed,
-    read_shape,
     to_binary,
     to_json,
 )
 
 HEADER = "Inference-Header-Content-Length"
 
-# JSON of a few bytes can stand for objects of hundreds: no honest request has so many strings, and
-# one that has so many lists can send its numbers flat.
+# JSON of a few bytes can parse to objects of hundreds. Honest requests have few strings, and can
+# send numbers flat instead of in many lists.
 _MOST_QUOTES = 2**14
 _MOST_LISTS = 2**20
 
+T = TypeVar("T", bound=BaseModel)
+
 
 @dataclass(frozen=True)
-class WantedOutput:
-    """An output that a request asks for, as bytes or as JSON."""
+class OutputFormat:
+    """A requested output, as bytes or as JSON."""
 
     name: str
     binary: bool
@@ -45,47 +49,50 @@ class WantedOutput:
 
 @dataclass(frozen=True)
 class InferRequest:
-    """What a request asks of a model.
+    """A request to a model.
 
     Attributes:
-        inputs: By name, each as the model's signature says.
+        inputs: Arrays by name, each as the model's signature requires.
         outputs: In the order of the answer.
         id: The client's name for the request.
-        timeout_ms: How long the client waits; None where it does not say.
+        timeout_ms: The client's own deadline; None if it has none.
     """
 
     inputs: Mapping[str, Array]
-    outputs: tuple[WantedOutput, ...]
+    outputs: tuple[OutputFormat, ...]
     id: str | None = None
     timeout_ms: float | None = None
 
 
 def parse_request(body: bytes, header_length: str | None, signature: Signature) -> InferRequest:
-    """Read an inference request.
+    """Parse an inference request.
 
     Args:
         body: The whole body, inflated.
-        header_length: The value of `Inference-Header-Content-Length`; None where there is none.
-        signature: Of the model that is asked.
+        header_length: Value of `Inference-Header-Content-Length`; None if there is none.
+        signature: The signature of the model.
 
     Returns:
-        The request. Arrays may share memory with `body`.
+        The request. Its arrays may share memory with `body`.
 
     Raises:
-        ProblemError: 400 for whatever the protocol or the model does not allow. The message names
-            the value at fault.
+        ProblemError: 400 for whatever the protocol or the model does not allow, naming the value.
     """
     length = _header_length(header_length, len(body))
     if length == 0 and header_length is not None:
-        return _raw(body, signature)
-    asked = read_json(body[:length])
-    parameters = _parameters(asked, "the request")
-    _refuse_sequences(parameters)
+        return _raw_request(body, signature)
+    request = parse_json(body[:length], schemas.InferenceRequest)
+    parameters = request.parameters or schemas.RequestParameters()
+    if parameters.sequence_id not in (None, 0, ""):
+        raise malformed(
+            f"sequence_id is {short(parameters.sequence_id)}, but detectors keep no state between"
+            " requests"
+        )
     return InferRequest(
-        _inputs(asked, memoryview(body)[length:], signature),
-        _outputs(asked, parameters, signature),
-        _id(asked),
-        _timeout_ms(parameters),
+        _inputs(request.inputs, memoryview(body)[length:], signature),
+        _outputs(request.outputs or [], parameters.binary_data_output, signature),
+        request.id,
+        parameters.timeout / 1000 or None,  # microseconds; 0 is no limit
     )
 
 
@@ -100,32 +107,31 @@ def _header_length(text: str | None, size: int) -> int:
     return length
 
 
-def _raw(body: bytes, signature: Signature) -> InferRequest:
-    images = signature.inputs[0]
-    if -1 in images.shape[1:]:
+def _raw_request(body: bytes, signature: Signature) -> InferRequest:
+    spec = signature.inputs[0]
+    if -1 in spec.shape[1:]:
         raise malformed(
-            f"{HEADER} is 0, but the shape of {images.name} cannot be told from its bytes:"
-            f" it is {list(images.shape)}"
+            f"{HEADER} is 0, but the shape of {spec.name} cannot be told from its bytes:"
+            f" it is {list(spec.shape)}"
         )
-    each = images.dtype.itemsize
-    for size in images.shape[1:]:
-        each *= size
-    if not body or len(body) % each:
+    image_bytes = spec.dtype.itemsize * math.prod(spec.shape[1:])
+    if not body or len(body) % image_bytes:
         raise malformed(
-            f"{HEADER} is 0, so the body must be images of {each} bytes each;"
+            f"{HEADER} is 0, so the body must be images of {image_bytes} bytes each;"
             f" it has {len(body)} bytes"
         )
-    shape = (len(body) // each, *images.shape[1:])
-    array = from_binary(memoryview(body), images.datatype, shape, images.name)
-    outputs = tuple(WantedOutput(spec.name, binary=True) for spec in signature.outputs)
-    return InferRequest({images.name: array}, outputs)
+    shape = (len(body) // image_bytes, *spec.shape[1:])
+    images = from_binary(memoryview(body), spec.datatype, shape, spec.name)
+    outputs = tuple(OutputFormat(output.name, binary=True) for output in signature.outputs)
+    return InferRequest({spec.name: images}, outputs)
 
 
-def read_json(text: bytes) -> dict[str, Any]:
-    """The object that a request's JSON holds.
+def parse_json(text: bytes, kind: type[T]) -> T:
+    """Parse and validate JSON.
 
     Raises:
-        ProblemError: 400 for JSON that is malformed, or none of an honest request.
+        ProblemError: 400 if the JSON is malformed, invalid, or larger in memory than any honest
+            request.
     """
     if text.count(b'"') > _MOST_QUOTES:
         raise malformed(f"the JSON has more than {_MOST_QUOTES // 2} strings")
@@ -134,180 +140,127 @@ def read_json(text: bytes) -> dict[str, Any]:
             f"the JSON has more than {_MOST_LISTS} lists; send tensors flat, or as binary data"
         )
     try:
-        asked = orjson.loads(text)
+        return kind.model_validate(orjson.loads(text))
     except orjson.JSONDecodeError as error:
         raise malformed(f"the JSON is malformed: {error}") from error
-    return _object(asked, "the request")
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the request"
+        raise malformed(f"{where} is {short(first['input'])}: {first['msg']}") from error
 
 
-def _object(value: object, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise malformed(f"{what} must be a JSON object, got {short(value)}")
-    return value
-
-
-def _list(owner: dict[str, Any], field: str) -> list[Any]:
-    value = owner.get(field)  # some clients send null for what they leave out
-    if not isinstance(value, list | None):
-        raise malformed(f"{field} must be a list, got {short(value)}")
-    return value or []
-
-
-def _parameters(owner: dict[str, Any], what: str) -> dict[str, Any]:
-    """The parameters of a request or tensor; those that nobody here knows are let be."""
-    given = owner.get("parameters")
-    return {} if given is None else _object(given, f"parameters of {what}")
-
-
-def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
-    value = parameters.get(name, default)
-    if not isinstance(value, bool):
-        raise malformed(f"{name} must be true or false, got {short(value)}")
-    return value
-
-
-def _count(value: object, name: str) -> int:
-    if type(value) is not int or value < 0:  # a bool is an int, and no count
-        raise malformed(f"{name} must be an integer from 0, got {short(value)}")
-    return value
-
-
-def _id(asked: dict[str, Any]) -> str | None:
-    given = asked.get("id")
-    if given is not None and not isinstance(given, str):
-        raise malformed(f"id must be a string, got {short(given)}")
-    return given
-
-
-def _timeout_ms(parameters: dict[str, Any]) -> float | None:
-    """The protocol counts microseconds, and 0 is no limit."""
-    if "timeout" not in parameters:
-        return None
-    return _count(parameters["timeout"], "timeout") / 1000 or None
-
-
-def _refuse_sequences(parameters: dict[str, Any]) -> None:
-    given = parameters.get("sequence_id")
-    if given not in (None, 0, ""):
-        raise malformed(
-            f"sequence_id is {short(given)}, but detectors keep no state between requests"
-        )
-
-
-def _refuse_elsewhere(parameters: dict[str, Any], what: str) -> None:
-    region = parameters.get("shared_memory_region")
-    if region is not None:
-        raise malformed(
-            f"{what} is in shared memory region {short(region)},"
-            " but this service reads and writes no shared memory"
-        )
-
-
-def _inputs(asked: dict[str, Any], behind: memoryview, signature: Signature) -> dict[str, Array]:
+def _inputs(
+    tensors: list[schemas.InputTensor], binary: memoryview, signature: Signature
+) -> dict[str, Array]:
     specs = {spec.name: spec for spec in signature.inputs}
-    found: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
     start = 0
-    for entry in _list(asked, "inputs"):
-        tensor = _object(entry, "an input")
-        spec = _spec(tensor.get("name"), "input", specs)
-        if spec.name in found:
+    for tensor in tensors:
+        spec = _spec(tensor.name, "input", specs)
+        if spec.name in arrays:
             raise malformed(f"input {spec.name} is given twice")
-        found[spec.name], size = _input(tensor, spec, behind[start:])
+        arrays[spec.name], size = _input(tensor, spec, binary[start:])
         start += size
     for spec in signature.inputs:
-        if spec.name not in found and not spec.optional:
-            raise malformed(f"input {spec.name} is missing; given: {short(sorted(found))}")
-    if start != len(behind):
+        if spec.name not in arrays and not spec.optional:
+            raise malformed(f"input {spec.name} is missing; given: {short(sorted(arrays))}")
+    if start != len(binary):
         raise malformed(
-            f"{len(behind)} bytes follow the JSON, but the inputs' binary_data_size add up to"
+            f"{len(binary)} bytes follow the JSON, but the inputs' binary_data_size add up to"
             f" {start}"
         )
-    return found
+    return arrays
 
 
-def _input(tensor: dict[str, Any], spec: TensorSpec, behind: memoryview) -> tuple[Array, int]:
-    """A tensor, and how many of the bytes behind the JSON are its."""
-    name = spec.name
-    parameters = _parameters(tensor, f"input {name}")
-    _refuse_elsewhere(parameters, f"input {name}")
-    shape = read_shape(tensor.get("shape"), name)
-    taken = spec.checked(tensor.get("datatype"), shape)
-    data, size = tensor.get("data"), parameters.get("binary_data_size")
+def _input(tensor: schemas.InputTensor, spec: TensorSpec, binary: memoryview) -> tuple[Array, int]:
+    """Return a tensor, and the number of bytes behind the JSON that it takes."""
+    parameters = tensor.parameters or schemas.InputParameters()
+    _refuse_shared_memory(parameters.shared_memory_region, f"input {spec.name}")
+    shape = tuple(tensor.shape)
+    taken = spec.checked(tensor.datatype, shape)
+    size = parameters.binary_data_size
     if size is None:
-        if data is None:
-            raise malformed(f"input {name} has neither data nor binary_data_size")
-        return from_json(data, spec.datatype, shape, name).reshape(taken), 0
-    if data is not None:
-        raise malformed(f"input {name} has both data and binary_data_size")
-    size = _count(size, f"input {name}: binary_data_size")
-    if size > len(behind):
+        if tensor.data is None:
+            raise malformed(f"input {spec.name} has neither data nor binary_data_size")
+        return from_json(tensor.data, spec.datatype, shape, spec.name).reshape(taken), 0
+    if tensor.data is not None:
+        raise malformed(f"input {spec.name} has both data and binary_data_size")
+    if size > len(binary):
         raise malformed(
-            f"input {name}: binary_data_size is {size}, but only {len(behind)} bytes are left"
+            f"input {spec.name}: binary_data_size is {size}, but only {len(binary)} bytes are left"
             " behind the JSON"
         )
-    return from_binary(behind[:size], spec.datatype, shape, name).reshape(taken), size
+    return from_binary(binary[:size], spec.datatype, shape, spec.name).reshape(taken), size
 
 
-def _spec(name: object, kind: str, specs: dict[str, TensorSpec]) -> TensorSpec:
-    if not isinstance(name, str) or name not in specs:
+def _spec(name: str, kind: str, specs: dict[str, TensorSpec]) -> TensorSpec:
+    if name not in specs:
         raise malformed(f"no {kind} {short(name)}; this model has {', '.join(specs)}")
     return specs[name]
 
 
+def _refuse_shared_memory(region: object, tensor: str) -> None:
+    if region is not None:
+        raise malformed(
+            f"{tensor} is in shared memory region {short(region)},"
+            " but this service reads and writes no shared memory"
+        )
+
+
 def _outputs(
-    asked: dict[str, Any], parameters: dict[str, Any], signature: Signature
-) -> tuple[WantedOutput, ...]:
-    binary = _flag(parameters, "binary_data_output", default=False)
+    requested: list[schemas.OutputRequest], binary: bool, signature: Signature
+) -> tuple[OutputFormat, ...]:
     specs = {spec.name: spec for spec in signature.outputs}
-    found: dict[str, WantedOutput] = {}
-    for entry in _list(asked, "outputs"):
-        name = _spec(_object(entry, "an output").get("name"), "output", specs).name
-        if name in found:
+    outputs: dict[str, OutputFormat] = {}
+    for output in requested:
+        name = _spec(output.name, "output", specs).name
+        if name in outputs:
             raise malformed(f"output {name} is asked for twice")
-        own = _parameters(entry, f"output {name}")
-        _refuse_elsewhere(own, f"output {name}")
-        if "classification" in own:
+        parameters = output.parameters or schemas.OutputParameters()
+        _refuse_shared_memory(parameters.shared_memory_region, f"output {name}")
+        if parameters.classification is not None:
             raise malformed(
-                f"output {name}: classification is {short(own['classification'])},"
+                f"output {name}: classification is {short(parameters.classification)},"
                 " but these outputs are detections, which have no classification extension"
             )
-        found[name] = WantedOutput(name, _flag(own, "binary_data", default=binary))
-    return tuple(found.values()) or tuple(WantedOutput(name, binary) for name in specs)
+        own = parameters.binary_data
+        outputs[name] = OutputFormat(name, binary if own is None else own)
+    return tuple(outputs.values()) or tuple(OutputFormat(name, binary) for name in specs)
 
 
 def encode_answer(
-    wanted: tuple[WantedOutput, ...],
-    tensors: Mapping[str, Array],
+    outputs: tuple[OutputFormat, ...],
+    arrays: Mapping[str, Array],
     model: tuple[str, str],
     request_id: str | None,
 ) -> tuple[bytes, int | None]:
-    """Write an answer.
+    """Encode an answer.
 
     Args:
-        wanted: The outputs, in the order of the answer.
-        tensors: At least these, by name.
-        model: The name and version of the model that answers.
-        request_id: The client's; left out where None.
+        outputs: The outputs, in the order of the answer.
+        arrays: At least these, by name.
+        model: Name and version of the model.
+        request_id: The client's id; left out if None.
 
     Returns:
-        The body, and how much of it is JSON; None where all of it is.
+        The body, and the length of its JSON; None if all of it is JSON.
     """
-    outputs: list[dict[str, Any]] = []
+    tensors: list[dict[str, Any]] = []
     binary: list[bytes] = []
-    for one in wanted:
-        array = tensors[one.name]
-        output: dict[str, Any] = {
-            "name": one.name,
+    for output in outputs:
+        array = arrays[output.name]
+        tensor: dict[str, Any] = {
+            "name": output.name,
             "datatype": NAMES[array.dtype],
             "shape": list(array.shape),
         }
-        if one.binary:
+        if output.binary:
             binary.append(to_binary(array))
-            output["parameters"] = {"binary_data_size": len(binary[-1])}
+            tensor["parameters"] = {"binary_data_size": len(binary[-1])}
         else:
-            output["data"] = to_json(array)
-        outputs.append(output)
+            tensor["data"] = to_json(array)
+        tensors.append(tensor)
     named = {} if request_id is None else {"id": request_id}
-    answer = {"model_name": model[0], "model_version": model[1], **named, "outputs": outputs}
+    answer = {"model_name": model[0], "model_version": model[1], **named, "outputs": tensors}
     text = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
     return b"".join([text, *binary]), len(text) if binary else None

@@ -1,4 +1,4 @@
-"""One inference request: read, checked, run with the others, and answered."""
+"""One inference request: read, check, run with others, encode."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LARGEST_PIXEL = 1000.0
 
 _FLOAT_BYTES = 4
 
-# An answer of more bytes is written in another thread.
+# Answers of more bytes are encoded in a thread.
 _LARGE = 2**18
 
 
@@ -38,94 +38,92 @@ async def infer(request: Request, model: ServedModel) -> Response:
     """Answer an inference request.
 
     Raises:
-        ProblemError: 400 for what is malformed, 413 for too much, 415 for an unknown compression,
-            429 where too many wait, 504 past the deadline or the request's own `timeout`.
+        ProblemError: 400 if the request is malformed, 413 if it is too large, 415 for an unknown
+            compression, 429 if too many wait, 504 past the deadline or the request's `timeout`.
         ModelError: The model failed.
     """
     service = service_state(request)
-    counts = statistics_of(model)
-    with counts.request(), counted(service.metrics):
+    statistics = statistics_of(model)
+    with statistics.request(), counted(service.metrics):
         service.scheduler.check_room()
-        with _stage(service, counts, "read", "compute_input"):
+        with _stage(service, statistics, "read", "compute_input"):
             body = await read_body(
                 request, service.settings.max_upload_bytes, service.scheduler.decode
             )
-            asked, wanted = await service.scheduler.decode(
+            asked, params = await service.scheduler.decode(
                 read, body, _header_length(request), model.card, service.settings
             )
         images = asked.inputs[INPUT]
         limit_ms = min(service.settings.deadline_ms, asked.timeout_ms or math.inf)
-        with counts.part("compute_infer"), service.scheduler.admit(len(images)):
-            outputs = await while_wanted(request, _run(service, model, images, wanted), limit_ms)
+        with statistics.part("compute_infer"), service.scheduler.admit(len(images)):
+            outputs = await while_wanted(request, _run(service, model, images, params), limit_ms)
         accepted = request.headers.get("accept-encoding", "")
-        with _stage(service, counts, "encode", "compute_output"):
+        with _stage(service, statistics, "encode", "compute_output"):
             if outputs.boxes.nbytes > _LARGE:
                 response = await service.scheduler.decode(_answer, asked, outputs, model, accepted)
             else:
                 response = _answer(asked, outputs, model, accepted)
-        counts.images += len(images)
-    found = [outputs.image(place) for place in range(len(outputs))]
-    service.metrics.detections(model, found, as_shipped=wanted is None)
+        statistics.images += len(images)
+    detections = [outputs.image(index) for index in range(len(outputs))]
+    service.metrics.detections(model, detections, as_shipped=params is None)
     return response
 
 
 async def _run(
-    service: ServiceState, model: ServedModel, images: Array, wanted: DetectionParams | None
+    service: ServiceState, model: ServedModel, images: Array, params: DetectionParams | None
 ) -> Outputs:
-    """Run a batch, in parts that are no larger than those of other requests.
+    """Run a batch in parts no larger than those of other requests.
 
-    A few bytes can stand for the largest batch, whose inference takes memory by the gigabyte.
+    A few bytes can stand for the largest batch, whose inference takes gigabytes of memory.
     """
     step = service.settings.max_images
     async with service.decoded.use(_needed_bytes(images.shape, model.card, step)):
         parts = [
-            await service.scheduler.run(model, images[start : start + step], wanted)
+            await service.scheduler.run(model, images[start : start + step], params)
             for start in range(0, len(images), step)
         ]
-    return (
-        parts[0]
-        if len(parts) == 1
-        else Outputs(*map(np.concatenate, zip(*map(_fields, parts), strict=True)))
+    if len(parts) == 1:
+        return parts[0]
+    return Outputs(
+        **{name: np.concatenate([vars(p)[name] for p in parts]) for name in vars(parts[0])}
     )
 
 
-def _fields(outputs: Outputs) -> tuple[Array, ...]:
-    return outputs.boxes, outputs.scores, outputs.labels, outputs.num_detections
-
-
 @contextmanager
-def _stage(service: ServiceState, counts: ModelStatistics, stage: str, part: str) -> Iterator[None]:
-    """Time a part of a request, by our name and by the protocol's."""
+def _stage(
+    service: ServiceState, statistics: ModelStatistics, stage: str, part: str
+) -> Iterator[None]:
+    """Time a part of a request for the metrics and for the protocol's statistics."""
     started = perf_counter()
-    with counts.part(part):
+    with statistics.part(part):
         yield
     service.metrics.stage(stage, perf_counter() - started)
 
 
 def _header_length(request: Request) -> str | None:
-    given = set(request.headers.getlist(HEADER))
-    if len(given) > 1:
-        raise malformed(f"{HEADER} is given as {' and as '.join(sorted(given))}")
-    return given.pop() if given else None
+    values = set(request.headers.getlist(HEADER))
+    if len(values) > 1:
+        raise malformed(f"{HEADER} is given as {' and as '.join(sorted(values))}")
+    return values.pop() if values else None
 
 
 def read(
     body: bytes, header_length: str | None, card: DetectorCard, settings: Settings
 ) -> tuple[InferRequest, DetectionParams | None]:
-    """Read and check a request. Takes time, so it runs off the event loop.
+    """Parse and check a request. Slow enough to run off the event loop.
 
     Args:
         body: The whole body, inflated.
-        header_length: As `parse_request` takes it.
-        card: Of the model that is asked.
+        header_length: As for `parse_request`.
+        card: The model's card.
         settings: Their `max_pixels`, `max_images` and `max_decoded_bytes`.
 
     Returns:
-        The request, and the thresholds it sets; None where it sets none.
+        The request, and the parameters that it sets; None if it sets none.
 
     Raises:
-        ProblemError: 400 for what the protocol or the model does not allow, 413 for pictures that
-            would take too much memory to prepare.
+        ProblemError: 400 for whatever the protocol or the model does not allow, 413 for images
+            that would take too much memory to prepare.
     """
     asked = parse_request(body, header_length, Signature.of(card))
     images = asked.inputs[INPUT]
@@ -134,13 +132,13 @@ def read(
             f"input {INPUT} is a batch of {len(images)}; at most {LARGEST_BATCH} images go into one"
         )
     if card.input == "uint8":
-        _check_pictures(images.shape, card, settings)
+        _check_size(images.shape, card, settings)
     else:
         _check_pixels(images)
-    return asked, _wanted(asked, card)
+    return asked, _params(asked, card)
 
 
-def _check_pictures(shape: tuple[int, ...], card: DetectorCard, settings: Settings) -> None:
+def _check_size(shape: tuple[int, ...], card: DetectorCard, settings: Settings) -> None:
     batch, height, width, _ = shape
     if height * width > settings.max_pixels:
         raise ProblemError(
@@ -158,10 +156,10 @@ def _check_pictures(shape: tuple[int, ...], card: DetectorCard, settings: Settin
 
 
 def _needed_bytes(shape: tuple[int, ...], card: DetectorCard, at_once: int) -> int:
-    """What a batch takes in memory before the network, or the part of it that runs at once.
+    """Return the memory that a batch, or its part that runs at once, takes before the network.
 
-    A graph that takes pictures of any size resizes them with one window of pixels for each pixel
-    of the frame's width, in every row that it has and every row that it makes.
+    A graph that takes images of any size resizes them with one window of pixels for each pixel of
+    the frame's width, in every row of the image and of the frame.
     """
     if card.input == "float32":
         return math.prod(shape) * _FLOAT_BYTES
@@ -182,7 +180,7 @@ def _check_pixels(images: Array) -> None:
         )
 
 
-def _wanted(asked: InferRequest, card: DetectorCard) -> DetectionParams | None:
+def _params(asked: InferRequest, card: DetectorCard) -> DetectionParams | None:
     thresholds = asked.inputs.get(THRESHOLDS_INPUT)
     iou = asked.inputs.get(IOU_INPUT)
     if thresholds is None and iou is None:

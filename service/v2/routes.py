@@ -1,17 +1,18 @@
-"""The Open Inference Protocol, for clients that exist: Triton Inference Server's and KServe's.
+"""The Open Inference Protocol, for existing clients: Triton Inference Server's and KServe's.
 
-Of the protocol's extensions there are binary tensors, model configuration, statistics, and the
-repository's index and load. The others answer 404 and say so.
+Supported extensions are binary tensors, model configuration, statistics, and the repository's
+index and load. Routes of the others answer 404 with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version as installed_version
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Path, Request, Response
+from pydantic import BaseModel
 
 from service.api.openapi import problems
 from service.api.state import service_state
@@ -19,22 +20,8 @@ from service.core.errors import ProblemError, short
 from service.engine.repository import Entry
 from service.engine.session import ServedModel
 from service.http.bodies import read_body
-from service.v2 import inference
-from service.v2.codec import HEADER, read_json
-from service.v2.schemas import (
-    InferenceAnswer,
-    InferenceRequest,
-    ModelConfig,
-    ModelMetadata,
-    ModelReady,
-    RepositoryModel,
-    RepositoryQuery,
-    ServerLive,
-    ServerMetadata,
-    ServerReady,
-    Statistics,
-    inlined,
-)
+from service.v2 import inference, schemas
+from service.v2.codec import HEADER, parse_json
 from service.v2.signature import config, metadata
 from service.v2.statistics import statistics_of
 from service.v2.tensors import malformed
@@ -43,24 +30,32 @@ router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 
-# A question to the repository is a line or two.
-_MOST_QUESTION_BYTES = 64 * 1024
+# Requests to the repository are a line or two.
+_MOST_QUERY_BYTES = 64 * 1024
 
 Name = Annotated[str, Path(description="A model's name", examples=["pets"])]
 Version = Annotated[str, Path(description="One of its versions", examples=["1"])]
+Handler = Callable[[Request, str, str | None], Awaitable[Response]]
+Query = TypeVar("Query", bound=BaseModel)
 
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
 _LENGTH = {
-    "description": "Bytes of JSON at the begin of the body; the bytes of tensors follow."
-    " 0: the body is images and nothing else",
+    "description": "Bytes of JSON at the start of the body; the bytes of tensors follow."
+    " 0: the body is images alone",
     "schema": {"type": "integer", "minimum": 0},
 }
+
+
+def _json_body(kind: type[BaseModel]) -> dict[str, Any]:
+    return {"content": {"application/json": {"schema": schemas.inlined(kind)}}}
+
+
 _REQUEST = {
     "parameters": [{"name": HEADER, "in": "header", "required": False, **_LENGTH}],
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {"schema": inlined(InferenceRequest)},
+            **_json_body(schemas.InferenceRequest)["content"],
             "application/octet-stream": _BYTES,
         },
     },
@@ -69,21 +64,21 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {"application/octet-stream": _BYTES},
         "headers": {HEADER: _LENGTH},
-        "description": "The outputs: JSON, or JSON and bytes where any was asked for as bytes",
+        "description": "The outputs: JSON, followed by bytes where any was asked for as bytes",
     },
     **problems(400, 404, 408, 413, 415, 429, 500, 503, 504),
 }
-
-
-Handler = Callable[[Request, str, str | None], Awaitable[Response]]
 
 
 def _json(content: object) -> Response:
     return Response(orjson.dumps(content), media_type="application/json")
 
 
-def _model_route(method: str, suffix: str, summary: str, **options: Any) -> Callable[..., Handler]:
-    """Register a handler twice: for a model's newest version, and for one that is named."""
+def _model_route(
+    method: str, suffix: str, summary: str, answer: type[BaseModel], **options: Any
+) -> Callable[..., Handler]:
+    """Register a handler twice: for a model's newest version, and for a named one."""
+    options.setdefault("responses", problems(404, 500, 503))
 
     def register(handler: Handler) -> Handler:
         async def newest(request: Request, name: Name) -> Response:
@@ -100,6 +95,7 @@ def _model_route(method: str, suffix: str, summary: str, **options: Any) -> Call
                 summary=summary + (" of one version" if path else ""),
                 description=handler.__doc__,
                 name=f"{handler.__name__}_{endpoint.__name__}",
+                response_model=answer,
                 **options,
             )
         return handler
@@ -108,14 +104,16 @@ def _model_route(method: str, suffix: str, summary: str, **options: Any) -> Call
 
 
 @router.get("/", include_in_schema=False)
-@router.get("", summary="What the service is", response_model=ServerMetadata)
+@router.get("", summary="The service", response_model=schemas.ServerMetadata)
 async def server() -> Response:
-    """Its name, its version, and the protocol's extensions that it has."""
-    own = {"name": "ghm-triton", "version": installed_version("ghm-triton")}
-    return _json({**own, "extensions": EXTENSIONS})
+    """Name, version, and the protocol's extensions that are supported."""
+    version = installed_version("ghm-triton")
+    return _json({"name": "ghm-triton", "version": version, "extensions": EXTENSIONS})
 
 
-@router.get("/health/live", summary="Whether the process lives", response_model=ServerLive)
+@router.get(
+    "/health/live", summary="Whether the process is alive", response_model=schemas.ServerLive
+)
 async def server_live() -> Response:
     """Answers as long as the process does."""
     return _json({"live": True})
@@ -124,7 +122,7 @@ async def server_live() -> Response:
 @router.get(
     "/health/ready",
     summary="Whether requests can be answered",
-    response_model=ServerReady,
+    response_model=schemas.ServerReady,
     responses=problems(500, 503),
 )
 async def server_ready(request: Request) -> Response:
@@ -135,55 +133,48 @@ async def server_ready(request: Request) -> Response:
 
 @router.get(
     "/models/stats",
-    summary="What all models have answered",
-    response_model=Statistics,
+    summary="Statistics of all models",
+    response_model=schemas.Statistics,
     responses=problems(500),
 )
 async def all_statistics(request: Request) -> Response:
     """Counts and times of every model that is loaded."""
+    return _statistics(service_state(request).registry.entries())
+
+
+def _statistics(entries: list[Entry]) -> Response:
+    models = [entry.model for entry in entries if entry.model]
+    return _json({"model_stats": [statistics_of(model).to_dict(model) for model in models]})
+
+
+def _versions(request: Request, name: str) -> list[Entry]:
     entries = service_state(request).registry.entries()
-    return _statistics([entry.model for entry in entries if entry.model])
+    return [entry for entry in entries if entry.name == name and entry.model]
 
 
-def _statistics(models: list[ServedModel]) -> Response:
-    return _json({"model_stats": [statistics_of(model).shown(model) for model in models]})
-
-
-@_model_route(
-    "GET", "", "The tensors", response_model=ModelMetadata, responses=problems(404, 500, 503)
-)
+@_model_route("GET", "", "The tensors", schemas.ModelMetadata)
 async def model_metadata(request: Request, name: str, version: str | None) -> Response:
-    """What the model takes and gives."""
-    registry = service_state(request).registry
-    model = registry.loaded(name, version).served
-    versions = [entry.version for entry in registry.entries() if entry.name == name and entry.model]
-    return _json(metadata(model, versions))
+    """The model's inputs and outputs."""
+    model = _loaded(request, name, version)
+    return _json(metadata(model, [entry.version for entry in _versions(request, name)]))
 
 
-@_model_route(
-    "GET",
-    "/ready",
-    "Whether requests can be answered",
-    response_model=ModelReady,
-    responses=problems(404, 500, 503),
-)
+def _loaded(request: Request, name: str, version: str | None) -> ServedModel:
+    return service_state(request).registry.loaded(name, version).served
+
+
+@_model_route("GET", "/ready", "Whether requests can be answered", schemas.ModelReady)
 async def model_ready(request: Request, name: str, version: str | None) -> Response:
     """Answers 200 once the model is loaded and has run."""
     model = service_state(request).registry.get(name, version)
     return _json({"name": model.name, "ready": True})
 
 
-@_model_route(
-    "GET",
-    "/config",
-    "The configuration",
-    response_model=ModelConfig,
-    responses=problems(404, 500, 503),
-)
+@_model_route("GET", "/config", "The configuration", schemas.ModelConfig)
 async def model_config(request: Request, name: str, version: str | None) -> Response:
     """The model's configuration, in the form of Triton Inference Server's."""
     service = service_state(request)
-    model = service.registry.loaded(name, version).served
+    model = _loaded(request, name, version)
     return _json(
         config(
             model,
@@ -194,29 +185,18 @@ async def model_config(request: Request, name: str, version: str | None) -> Resp
     )
 
 
-@_model_route(
-    "GET",
-    "/stats",
-    "What has been answered",
-    response_model=Statistics,
-    responses=problems(404, 500, 503),
-)
+@_model_route("GET", "/stats", "The statistics", schemas.Statistics)
 async def model_statistics(request: Request, name: str, version: str | None) -> Response:
     """Counts and times of the model, through this protocol and in this process."""
-    registry = service_state(request).registry
-    newest = registry.loaded(name, version).served
-    if version is not None:
-        return _statistics([newest])
-    return _statistics(
-        [entry.model for entry in registry.entries() if entry.name == name and entry.model]
-    )
+    entry = service_state(request).registry.loaded(name, version)
+    return _statistics(_versions(request, name) if version is None else [entry])
 
 
 @_model_route(
     "POST",
     "/infer",
     "Run on tensors",
-    response_model=InferenceAnswer,
+    schemas.InferenceAnswer,
     responses=_ANSWERS,
     openapi_extra=_REQUEST,
 )
@@ -232,17 +212,13 @@ async def model_infer(request: Request, name: str, version: str | None) -> Respo
 @router.post(
     "/repository/index",
     summary="List the models",
-    response_model=list[RepositoryModel],
+    response_model=list[schemas.RepositoryModel],
     responses=problems(400, 408, 413, 415, 429, 500),
-    openapi_extra={
-        "requestBody": {"content": {"application/json": {"schema": inlined(RepositoryQuery)}}}
-    },
+    openapi_extra={"requestBody": _json_body(schemas.RepositoryQuery)},
 )
 async def repository_index(request: Request) -> Response:
-    """Every model that the service knows of, and whether it is ready."""
-    only_ready = (await _question(request)).get("ready", False)
-    if not isinstance(only_ready, bool):
-        raise malformed(f"ready must be true or false, got {short(only_ready)}")
+    """Every model in the repository, and whether it is ready."""
+    only_ready = (await _query(request, schemas.RepositoryQuery)).ready
     entries = service_state(request).registry.entries()
     return _json([_listed(entry) for entry in entries if entry.ready or not only_ready])
 
@@ -256,28 +232,26 @@ def _listed(entry: Entry) -> dict[str, str]:
 @router.post(
     "/repository/models/{name}/load",
     summary="Read a model's file again",
-    response_model=list[RepositoryModel],
+    response_model=list[schemas.RepositoryModel],
     responses=problems(400, 404, 408, 409, 413, 415, 429, 500),
-    openapi_extra={
-        "requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}
-    },
+    openapi_extra={"requestBody": _json_body(schemas.LoadRequest)},
 )
 async def load_model(request: Request, name: Name) -> Response:
     """As `POST /v1/models/{name}/reload`. A file or configuration in the request is refused."""
-    parameters = (await _question(request)).get("parameters")
+    parameters = (await _query(request, schemas.LoadRequest)).parameters
     if parameters:
         raise malformed(f"parameters are {short(parameters)}; models are loaded from their files")
     return _json([_listed(entry) for entry in await service_state(request).reload(name)])
 
 
-async def _question(request: Request) -> dict[str, Any]:
-    """The JSON object that a request to the repository may have."""
+async def _query(request: Request, kind: type[Query]) -> Query:
+    """Parse the JSON object that a request to the repository may have."""
     decode = service_state(request).scheduler.decode
-    body = await read_body(request, _MOST_QUESTION_BYTES, decode)
-    return read_json(body) if body.strip() else {}
+    body = await read_body(request, _MOST_QUERY_BYTES, decode)
+    return parse_json(body, kind) if body.strip() else kind()
 
 
-_ABSENT = {
+_UNSUPPORTED = {
     "/logging": "logging",
     "/trace/setting": "trace",
     "/models/{name}/trace/setting": "trace",
@@ -289,14 +263,14 @@ _ABSENT = {
 }
 
 
-def _absent(extension: str) -> Callable[[], Awaitable[Response]]:
+def _refusal(extension: str) -> Callable[[], Awaitable[Response]]:
     async def refuse() -> Response:
         raise ProblemError(404, f"{extension} is not among this service's extensions: GET /v2")
 
     return refuse
 
 
-for _path, _extension in _ABSENT.items():
+for _path, _extension in _UNSUPPORTED.items():
     router.add_api_route(
-        _path, _absent(_extension), methods=["GET", "POST"], include_in_schema=False
+        _path, _refusal(_extension), methods=["GET", "POST"], include_in_schema=False
     )

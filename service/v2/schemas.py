@@ -1,51 +1,135 @@
-"""What the protocol's routes take and answer, for OpenAPI.
+"""The JSON of the protocol: requests, which are parsed by these models, and answers.
 
-The routes write their JSON themselves; a test holds it to these models.
+The routes write their answers themselves, for speed; tests validate them against these models.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 Count = Annotated[int, Field(ge=0)]
-Parameters = dict[str, bool | int | float | str]
 Datatype = Literal["FP32", "UINT8", "INT64"]
+Name = Annotated[str, Field(examples=["pets"])]
+Version = Annotated[str, Field(examples=["1"])]
+OutputParameterValues = dict[str, bool | int | float | str]
 
 
-class _Strict(BaseModel):
+def _one_of(*values: str) -> Any:
+    """A string whose allowed values are documented here and checked against the model."""
+    return Field(json_schema_extra={"enum": list(values)})
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(strict=True)  # unknown members are ignored
+
+
+class InputParameters(_Request):
+    """Parameters of an input; unknown ones are ignored."""
+
+    binary_data_size: Count | None = Field(
+        default=None, description="Number of the bytes behind the JSON that are this tensor's"
+    )
+    shared_memory_region: Any = Field(default=None, description="Refused")
+
+
+class InputTensor(_Request):
+    """An input, with its numbers in `data` or as bytes behind the JSON."""
+
+    name: str = _one_of("images", "class_thresholds", "iou_threshold")
+    datatype: str = _one_of("FP32", "UINT8")
+    shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=1, max_length=4)
+    parameters: InputParameters | None = None
+    data: Annotated[Any, WithJsonSchema({"type": "array", "items": {}})] = Field(
+        default=None, description="Numbers in row-major order, flat or nested as the shape"
+    )
+
+
+class OutputParameters(_Request):
+    """Parameters of an output; unknown ones are ignored."""
+
+    binary_data: bool | None = Field(
+        default=None, description="Whether it comes as bytes behind the JSON"
+    )
+    classification: Any = Field(default=None, description="Refused")
+    shared_memory_region: Any = Field(default=None, description="Refused")
+
+
+class OutputRequest(_Request):
+    """A requested output."""
+
+    name: str = _one_of("boxes", "scores", "labels", "num_detections")
+    parameters: OutputParameters | None = None
+
+
+class RequestParameters(_Request):
+    """Parameters of a request; unknown ones are ignored."""
+
+    binary_data_output: bool = Field(
+        default=False, description="Whether outputs come as bytes unless they choose themselves"
+    )
+    timeout: Count = Field(
+        default=0, description="Microseconds after which the answer is no longer needed; 0: none"
+    )
+    sequence_id: Any = Field(default=None, description="Refused: no state is kept")
+
+
+class InferenceRequest(_Request):
+    """The JSON of a request. All outputs are answered where none are named."""
+
+    id: str | None = Field(default=None, description="Echoed")
+    parameters: RequestParameters | None = None
+    inputs: list[InputTensor] = Field(min_length=1, max_length=3)
+    outputs: list[OutputRequest] | None = Field(default=None, max_length=4)
+
+
+class RepositoryQuery(_Request):
+    """Which models to list."""
+
+    ready: bool = Field(default=False, description="Only those that are ready")
+
+
+class LoadRequest(_Request):
+    """Options of a load: none are supported."""
+
+    parameters: Annotated[Any, WithJsonSchema({"type": "object"})] = Field(
+        default=None, description="Refused: models are loaded from their files"
+    )
+
+
+class _Answer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class ServerLive(_Strict):
-    """The process lives."""
+class ServerLive(_Answer):
+    """The process is alive."""
 
     live: Literal[True]
 
 
-class ServerReady(_Strict):
+class ServerReady(_Answer):
     """Requests can be answered."""
 
     ready: Literal[True]
 
 
-class ModelReady(_Strict):
+class ModelReady(_Answer):
     """Requests to this model can be answered."""
 
-    name: str = Field(examples=["pets"])
+    name: Name
     ready: Literal[True]
 
 
-class ServerMetadata(_Strict):
-    """What the service is, and which of the protocol's extensions it has."""
+class ServerMetadata(_Answer):
+    """The service, and the protocol's extensions that it supports."""
 
     name: str = Field(examples=["ghm-triton"])
     version: str = Field(examples=["0.1.0"])
     extensions: list[str] = Field(examples=[["binary_tensor_data"]])
 
 
-class TensorMetadata(_Strict):
+class TensorMetadata(_Answer):
     """A tensor of a model; -1 stands for any size from 1."""
 
     name: str = Field(examples=["images"])
@@ -53,20 +137,20 @@ class TensorMetadata(_Strict):
     shape: list[int] = Field(examples=[[-1, 3, 512, 512]])
 
 
-class ModelMetadata(_Strict):
+class ModelMetadata(_Answer):
     """A model's tensors.
 
-    `class_thresholds` and `iou_threshold` may be left out of a request: the file's own hold then.
+    A request may leave out `class_thresholds` and `iou_threshold`: the file's own apply then.
     """
 
-    name: str = Field(examples=["pets"])
+    name: Name
     versions: list[str] = Field(examples=[["1"]])
     platform: str = Field(examples=["onnxruntime_onnx"])
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
 
 
-class ConfiguredTensor(_Strict):
+class ConfiguredTensor(_Answer):
     """A tensor of a model, without the batch."""
 
     name: str = Field(examples=["boxes"])
@@ -75,16 +159,16 @@ class ConfiguredTensor(_Strict):
 
 
 class ConfiguredInput(ConfiguredTensor):
-    """An input. Those that are optional hold for a whole request and are sent once."""
+    """An input. Optional inputs apply to the whole request and are sent once."""
 
     format: Literal["FORMAT_NONE", "FORMAT_NCHW", "FORMAT_NHWC"]
     optional: bool
 
 
-class ModelConfig(_Strict):
+class ModelConfig(_Answer):
     """A model's configuration, in the form of Triton Inference Server's."""
 
-    name: str = Field(examples=["pets"])
+    name: Name
     platform: str
     backend: str
     version_policy: dict[str, Any]
@@ -99,45 +183,8 @@ class ModelConfig(_Strict):
     )
 
 
-class InputTensor(BaseModel):
-    """An input: its numbers in `data`, or behind the JSON, or nowhere else."""
-
-    name: Literal["images", "class_thresholds", "iou_threshold"]
-    datatype: Literal["FP32", "UINT8"]
-    shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=1, max_length=4)
-    parameters: Parameters | None = Field(
-        default=None, description="`binary_data_size`: how many of the bytes behind the JSON"
-    )
-    data: list[Any] | None = Field(
-        default=None, description="Numbers in row-major order, flat or nested as the shape"
-    )
-
-
-class OutputRequest(BaseModel):
-    """An output that is wanted."""
-
-    name: Literal["boxes", "scores", "labels", "num_detections"]
-    parameters: Parameters | None = Field(
-        default=None, description="`binary_data`: whether as bytes behind the JSON"
-    )
-
-
-class InferenceRequest(BaseModel):
-    """The JSON of a request. All outputs are answered where none are named."""
-
-    id: str | None = Field(default=None, description="Echoed")
-    parameters: Parameters | None = Field(
-        default=None,
-        description="`binary_data_output`: whether outputs come as bytes where they do not say;"
-        " `timeout`: microseconds after which the answer is of no more use. Others are let be,"
-        " except `sequence_id`: no state is kept.",
-    )
-    inputs: list[InputTensor] = Field(min_length=1, max_length=3)
-    outputs: list[OutputRequest] | None = Field(default=None, max_length=4)
-
-
-class OutputTensor(_Strict):
-    """An output, its numbers flat in row-major order, or as bytes behind the JSON.
+class OutputTensor(_Answer):
+    """An output, with its numbers flat in row-major order, or as bytes behind the JSON.
 
     Boxes are in pixels of `images`; images with fewer detections are padded with 0, and labels
     with -1.
@@ -147,26 +194,26 @@ class OutputTensor(_Strict):
     datatype: Datatype
     shape: list[Count] = Field(examples=[[1, 2]])
     data: list[float] | None = Field(default=None, examples=[[0.875, 0.5]])
-    parameters: Parameters | None = Field(default=None, description="`binary_data_size`")
+    parameters: OutputParameterValues | None = Field(default=None, description="`binary_data_size`")
 
 
-class InferenceAnswer(_Strict):
+class InferenceAnswer(_Answer):
     """The JSON of an answer."""
 
-    model_name: str = Field(examples=["pets"])
-    model_version: str = Field(examples=["1"])
-    id: str | None = Field(default=None, description="As the request had it")
+    model_name: Name
+    model_version: Version
+    id: str | None = Field(default=None, description="That of the request")
     outputs: list[OutputTensor]
 
 
-class DurationSum(_Strict):
-    """How often, and how long in all."""
+class DurationSum(_Answer):
+    """A number of events and their total time."""
 
     count: Count
     ns: Count
 
 
-class InferenceStatistics(_Strict):
+class InferenceStatistics(_Answer):
     """Times of a model's requests; waiting for a turn is part of `compute_infer`."""
 
     success: DurationSum
@@ -176,40 +223,34 @@ class InferenceStatistics(_Strict):
     compute_output: DurationSum
 
 
-class ModelStatistics(_Strict):
-    """What a model has answered through this protocol, in the process that tells it."""
+class ModelStatistics(_Answer):
+    """The requests that a model has answered through this protocol, in this process."""
 
-    name: str = Field(examples=["pets"])
-    version: str = Field(examples=["1"])
+    name: Name
+    version: Version
     last_inference: Count = Field(description="Milliseconds since 1970; 0 for never")
     inference_count: Count = Field(description="Images")
     execution_count: Count = Field(description="Requests")
     inference_stats: InferenceStatistics
 
 
-class Statistics(_Strict):
-    """The statistics of every model that was asked for."""
+class Statistics(_Answer):
+    """The statistics of all models asked for."""
 
     model_stats: list[ModelStatistics]
 
 
-class RepositoryModel(_Strict):
+class RepositoryModel(_Answer):
     """A model in the repository."""
 
-    name: str = Field(examples=["pets"])
-    version: str = Field(examples=["1"])
+    name: Name
+    version: Version
     state: Literal["READY", "LOADING", "UNAVAILABLE"]
     reason: str = Field(description="Why the file as it is does not serve; else empty")
 
 
-class RepositoryQuery(BaseModel):
-    """Which models to list."""
-
-    ready: bool = Field(default=False, description="Only those that are ready")
-
-
 def inlined(model: type[BaseModel]) -> dict[str, Any]:
-    """A model's JSON schema without references, for places that FastAPI does not fill."""
+    """Return a model's JSON schema without references, for places that FastAPI does not fill."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
 
@@ -220,5 +261,5 @@ def inlined(model: type[BaseModel]) -> dict[str, Any]:
             return {key: resolved(value) for key, value in part.items()}
         return [resolved(value) for value in part] if isinstance(part, list) else part
 
-    found: dict[str, Any] = resolved(schema)
-    return found
+    result: dict[str, Any] = resolved(schema)
+    return result

@@ -1,4 +1,4 @@
-"""What the protocol tells of a model, and asks of a request: drawn from the detector's card."""
+"""A model's tensors, metadata and configuration in the protocol's terms, from the card."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from service.core.settings import LARGEST_BATCH
 from service.engine.session import CPU, ServedModel
 from service.v2.tensors import TensorSpec
 
-PLATFORM = "onnxruntime_onnx"  # what other inference servers call such a file
+PLATFORM = "onnxruntime_onnx"  # the name that other inference servers use
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The tensors that a model takes and gives.
+    """The tensors of a model.
 
     Attributes:
         inputs: `images`, and the thresholds that a request may set.
@@ -27,7 +27,7 @@ class Signature:
 
     @classmethod
     def of(cls, card: DetectorCard) -> Signature:
-        """The signature of a detector with this card."""
+        """Return the signature of a detector with this card."""
         size = card.preprocessing
         if card.input == "uint8":
             images = TensorSpec(INPUT, "UINT8", (-1, -1, -1, 3))
@@ -51,48 +51,51 @@ class Signature:
 
 
 def metadata(model: ServedModel, versions: list[str]) -> dict[str, Any]:
-    """A model's metadata.
-
-    Args:
-        model: The model.
-        versions: Every version that is served under its name.
-    """
+    """Return a model's metadata; `versions` are all that are served under its name."""
     signature = Signature.of(model.card)
+    inputs, outputs = (
+        [{"name": s.name, "datatype": s.datatype, "shape": list(s.shape)} for s in specs]
+        for specs in (signature.inputs, signature.outputs)
+    )
     return {
         "name": model.name,
         "versions": versions,
         "platform": PLATFORM,
-        "inputs": [_tensor(spec) for spec in signature.inputs],
-        "outputs": [_tensor(spec) for spec in signature.outputs],
+        "inputs": inputs,
+        "outputs": outputs,
     }
-
-
-def _tensor(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
 
 
 def config(
     model: ServedModel, *, inferences: int, batch_size: int, batch_wait_ms: float
 ) -> dict[str, Any]:
-    """A model's configuration, in the form of Triton Inference Server's.
+    """Return a model's configuration in the form of Triton Inference Server's.
 
     Args:
         model: The model.
-        inferences: How many of its inferences run at a time.
-        batch_size: The most images that the service puts into one of them; 1 is no batching.
-        batch_wait_ms: How long an image waits for others.
+        inferences: Number of concurrent inferences.
+        batch_size: The most images of one inference; 1 is no batching.
+        batch_wait_ms: Time that an image waits for others.
 
     Returns:
-        The configuration. `dims` leave out the batch, as they do there.
+        The configuration. `dims` leave out the batch.
     """
     signature = Signature.of(model.card)
-    found: dict[str, Any] = {
+    layout = "FORMAT_NHWC" if model.card.input == "uint8" else "FORMAT_NCHW"
+    configuration: dict[str, Any] = {
         "name": model.name,
         "platform": PLATFORM,
         "backend": "onnxruntime",
         "version_policy": {"latest": {"num_versions": 1}},
         "max_batch_size": LARGEST_BATCH,
-        "input": [_configured_input(spec, model.card) for spec in signature.inputs],
+        "input": [
+            {
+                **_configured(spec),
+                "format": layout if spec.name == INPUT else "FORMAT_NONE",
+                "optional": spec.optional,
+            }
+            for spec in signature.inputs
+        ],
         "output": [_configured(spec) for spec in signature.outputs],
         "instance_group": [
             {
@@ -105,22 +108,13 @@ def config(
         "model_transaction_policy": {"decoupled": False},
     }
     if batch_size > 1:
-        found["dynamic_batching"] = {
+        configuration["dynamic_batching"] = {
             "preferred_batch_size": [batch_size],
             "max_queue_delay_microseconds": round(batch_wait_ms * 1000),
         }
-    return found
+    return configuration
 
 
 def _configured(spec: TensorSpec) -> dict[str, Any]:
     dims = spec.shape if spec.optional else spec.shape[1:]
     return {"name": spec.name, "data_type": f"TYPE_{spec.datatype}", "dims": list(dims)}
-
-
-def _configured_input(spec: TensorSpec, card: DetectorCard) -> dict[str, Any]:
-    layout = "FORMAT_NHWC" if card.input == "uint8" else "FORMAT_NCHW"
-    return {
-        **_configured(spec),
-        "format": layout if spec.name == INPUT else "FORMAT_NONE",
-        "optional": spec.optional,
-    }

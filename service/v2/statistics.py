@@ -1,4 +1,4 @@
-"""What each model has answered through this protocol, in this process."""
+"""Counts and times of each model's requests through this protocol, in this process."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from weakref import WeakKeyDictionary
 
 from service.engine.session import ServedModel
 
+_PARTS = ("success", "fail", "compute_input", "compute_infer", "compute_output")
+
 
 @dataclass
 class Duration:
-    """How often something happened, and how long it took in all."""
+    """A number of events and their total time."""
 
     count: int = 0
     ns: int = 0
 
     def add(self, nanoseconds: int) -> None:
-        """It has happened once more."""
+        """Count one event."""
         self.count += 1
         self.ns += nanoseconds
 
@@ -30,28 +32,25 @@ class ModelStatistics:
     """The counts of one model.
 
     Attributes:
-        images: Answered.
-        last_ms: When a request last succeeded, in milliseconds since 1970; 0 for never.
+        images: Images answered.
+        last_ms: Time of the last success, in milliseconds since 1970; 0 for never.
         parts: By the protocol's names. `compute_input` reads a request, `compute_infer` waits for
-            a turn and runs the model, `compute_output` writes the answer.
+            a turn and runs the model, `compute_output` encodes the answer.
     """
 
     images: int = 0
     last_ms: int = 0
     parts: dict[str, Duration] = field(
-        default_factory=lambda: {
-            name: Duration()
-            for name in ("success", "fail", "compute_input", "compute_infer", "compute_output")
-        }
+        default_factory=lambda: {name: Duration() for name in _PARTS}
     )
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Count a request as a success, or as a failure where it raises."""
+        """Count the request within the context as a success, or as a failure if it raises."""
         started = perf_counter_ns()
         try:
             yield
-        except BaseException:  # whoever goes away before the answer counts as a failure too
+        except BaseException:  # a client that disconnects is a failure too
             self.parts["fail"].add(perf_counter_ns() - started)
             raise
         self.parts["success"].add(perf_counter_ns() - started)
@@ -59,13 +58,13 @@ class ModelStatistics:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the time of a part of a request that did not fail in it."""
+        """Count the time of a part of a request, unless it raises."""
         started = perf_counter_ns()
         yield
         self.parts[name].add(perf_counter_ns() - started)
 
-    def shown(self, model: ServedModel) -> dict[str, Any]:
-        """The counts as the protocol's statistics extension lays them out."""
+    def to_dict(self, model: ServedModel) -> dict[str, Any]:
+        """Return the counts in the layout of the protocol's statistics extension."""
         return {
             "name": model.name,
             "version": model.version,
@@ -78,10 +77,10 @@ class ModelStatistics:
         }
 
 
-# A model that was replaced begins again, as it does in other inference servers.
-_KEPT: WeakKeyDictionary[ServedModel, ModelStatistics] = WeakKeyDictionary()
+# A replaced model starts from zero, as in other inference servers.
+_STATISTICS: WeakKeyDictionary[ServedModel, ModelStatistics] = WeakKeyDictionary()
 
 
 def statistics_of(model: ServedModel) -> ModelStatistics:
-    """The counts of a model, from its first request on."""
-    return _KEPT.setdefault(model, ModelStatistics())
+    """Return the counts of a model."""
+    return _STATISTICS.setdefault(model, ModelStatistics())

@@ -15,14 +15,14 @@ def counts(statistics: ModelStatistics) -> dict[str, int]:
 
 def test_success_and_failure_are_told_apart(model):
     statistics = ModelStatistics()
-    assert Shown.model_validate(statistics.shown(model)).last_inference == 0
+    assert Shown.model_validate(statistics.to_dict(model)).last_inference == 0
     with statistics.request(), statistics.part("compute_input"):
         pass
     assert counts(statistics) == {"success": 1, "compute_input": 1}
     with pytest.raises(ValueError, match="no"), statistics.request():
         raise ValueError("no")
     assert counts(statistics) == {"success": 1, "compute_input": 1, "fail": 1}
-    shown = Shown.model_validate(statistics.shown(model))
+    shown = Shown.model_validate(statistics.to_dict(model))
     assert shown.execution_count == 1
     assert shown.last_inference > 1.7e12  # milliseconds since 1970, and not seconds
     success, part = shown.inference_stats.success, shown.inference_stats.compute_input
