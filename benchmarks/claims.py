@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.result_file import BOTH, Row, current, latest, matches, read
+from benchmarks.result_file import BOTH, Row, current, latest, markdown, matches, read
 
 RESULTS = Path(__file__).parent / "results"
 KEYS = ("gpu", "device", "task", "entries", "dtype", "target", "loss", "stage", "shape")
@@ -151,13 +151,16 @@ def judge(rows: Sequence[Row], device: str | None = None) -> list[Row]:
 
 def table(verdicts: Sequence[Row]) -> str:
     """The verdicts for a terminal, and for a page."""
-    lines = ["| verdict | measured | bound | claim | where |", "|---|---|---|---|---|"]
-    for each in verdicts:
-        measured = "" if each["measured"] is None else f"{each['measured']:.3g}"
-        where = " ".join(each["where"].replace("|", "/").split())[:160]
-        cells = (each["verdict"], measured, f"{each['bound']:g}", each["claim"], where)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown(
+        {
+            "verdict": each["verdict"],
+            "measured": "" if each["measured"] is None else f"{each['measured']:.3g}",
+            "bound": f"{each['bound']:g}",
+            "claim": each["claim"],
+            "where": " ".join(each["where"].replace("|", "/").split())[:160],
+        }
+        for each in verdicts
+    )
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.provenance import provenance
-from benchmarks.result_file import Row, Rows, latest, read
+from benchmarks.result_file import Row, Rows, latest, markdown, read
+from benchmarks.trainings import precision_on_test, trained
 from export.graph import build_graph
-from ghm_triton.detection.data import open_dataset
-from ghm_triton.detection.evaluate import detect, mean_average_precision, torch_predictor
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.detector import Detector
 from ghm_triton.detection.models.faster_rcnn import FasterRCNNDetector
-from ghm_triton.detection.models.postprocess import DeployedDetector
 from ghm_triton.detection.models.registry import build_detector
-from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.detection.training.config import TrainOptions
-from ghm_triton.detection.training.loop import train
 
 RESULTS = Path(__file__).parent / "results" / "detectors.jsonl"
 LEARNT, COST = "learnt", "cost"
@@ -88,17 +83,10 @@ def learn(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
     """Train, and evaluate on the test split."""
     built, trained_by = DETECTORS[name]
     options = TrainOptions(data=arguments.data, steps=arguments.steps, seed=seed, **trained_by)
-    names = open_dataset(options.data, options.train_split).class_names
-    config = DetectorConfig(class_names=names, image_size=(128, 128), channels=48, **built)
     started = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        saved = Checkpoint.load(train(options, config, Path(folder), progress=False).checkpoint)
+    saved = trained(options, image_size=(128, 128), channels=48, **built)
     seconds = time.process_time() - started
-    test = open_dataset(options.data, "test", class_names=names)
-    predict = torch_predictor(DeployedDetector(saved.detector()))
-    result = mean_average_precision(names, list(detect(predict, config, test)))
-    precision = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75}
-    rounded = {key: round(value, 4) for key, value in precision.items()}
+    rounded = {key: round(ap, 4) for key, ap in precision_on_test(saved, arguments.data).items()}
     return {**rounded, "processor_seconds": round(seconds, 1)}
 
 
@@ -183,25 +171,28 @@ def _session(content: bytes) -> onnxruntime.InferenceSession:
 
 def table(rows: list[Row]) -> str:
     """What was learnt and what it costs, as Markdown: two tables; the newest cost counts."""
-    head = ["detector", "steps", "seeds", "AP", "AP50", "AP75"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     runs: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row["stage"] == LEARNT:
             runs.setdefault((row["detector"], row["steps"]), []).append(row)
-    for (name, steps), own in runs.items():
-        means = [f"{statistics.mean(r[key] for r in own):.3f}" for key in ("ap", "ap50", "ap75")]
-        lines.append(f"| {' | '.join([name, str(steps), str(len(own)), *means])} |")
+    averages = {"AP": "ap", "AP50": "ap50", "AP75": "ap75"}
+    learnt = [
+        {"detector": name, "steps": steps, "seeds": len(own)}
+        | {head: f"{statistics.mean(r[key] for r in own):.3f}" for head, key in averages.items()}
+        for (name, steps), own in runs.items()
+    ]
     costs = latest((row for row in rows if row["stage"] == COST), ("detector", "backbone"))
-    head = ["detector", "network", "its latency, ms", "choosing none", f"choosing among {CHOSEN:,}"]
-    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in costs:
-        height, width = row["image_size"]
-        shares = [f"{row[key]:+.1%}" for key in ("quiet_share", "busy_share")]
-        network = f"{row['backbone']}, {height}x{width}"
-        cells = (row["detector"], network, f"{row['network_ms']:.2f}", *shares)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    timed = [
+        {
+            "detector": row["detector"],
+            "network": f"{row['backbone']}, {'x'.join(map(str, row['image_size']))}",
+            "its latency, ms": f"{row['network_ms']:.2f}",
+            "choosing none": f"{row['quiet_share']:+.1%}",
+            f"choosing among {CHOSEN:,}": f"{row['busy_share']:+.1%}",
+        }
+        for row in costs
+    ]
+    return f"{markdown(learnt)}\n\n{markdown(timed)}"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ One JSON line a loss, with provenance.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -33,16 +32,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.provenance import provenance
-from benchmarks.result_file import Row, Rows, latest, read
-from benchmarks.trainings import training_parser
+from benchmarks.result_file import Row, Rows, latest, markdown, read
+from benchmarks.trainings import trained, training_parser
 from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.data.loader import Batch, StepSampler, TrainingView, training_loader
-from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.losses import SmoothL1
 from ghm_triton.detection.models.retinanet import RetinaNetDetector
-from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.detection.training.config import TrainOptions
-from ghm_triton.detection.training.loop import train
 from ghm_triton.losses import focal_loss, ghm_c_loss
 from ghm_triton.losses.density import GradientDensity
 
@@ -210,20 +206,13 @@ def _half_trained(
         reg_loss="sl1",
         guided_loss=False,
     )
-    dataset = open_dataset(options.data, options.train_split)
-    config = DetectorConfig(
-        class_names=dataset.class_names,
-        image_size=arguments.image_size,
-        channels=arguments.channels,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        saved = Checkpoint.load(train(options, config, Path(folder), progress=False).checkpoint)
-    detector = saved.detector()
+    saved = trained(options, image_size=arguments.image_size, channels=arguments.channels)
+    dataset, detector = open_dataset(options.data, options.train_split), saved.detector()
     if not isinstance(detector, RetinaNetDetector):
         raise TypeError(f"signal looks at a RetinaNet, not at {type(detector).__name__}")
     steps = options.steps, options.steps + WARM + BATCHES
     sampler = StepSampler(len(dataset), options.batch_size, seed, *steps, 0, 1)
-    view = TrainingView(dataset, config, (0.0, 0.0))
+    view = TrainingView(dataset, saved.config, (0.0, 0.0))
     return detector.eval(), iter(training_loader(view, sampler, 0))
 
 
@@ -261,14 +250,11 @@ def shares(slope: Tensor, logits: Tensor, labels: Tensor) -> dict[str, float]:
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
     names = ("agreement", "cls_to_reg", "rms_to_reg", "positives", "easy", "hard", "thin")
-    lines = [
-        f"| data | steps | seed | loss | {' | '.join(names)} |",
-        "|---|---|---|---" + "|---" * len(names) + "|",
-    ]
-    for row in rows:
-        head = " | ".join(str(row[name]) for name in ("data", "steps", "seed", "loss"))
-        lines.append(f"| {head} | {' | '.join(f'{row[name]:.3g}' for name in names)} |")
-    return "\n".join(lines)
+    head = ("data", "steps", "seed", "loss")
+    return markdown(
+        {name: row[name] for name in head} | {name: f"{row[name]:.3g}" for name in names}
+        for row in rows
+    )
 
 
 if __name__ == "__main__":

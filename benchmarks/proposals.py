@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -28,17 +27,13 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from benchmarks.provenance import provenance
-from benchmarks.result_file import Row, Rows, current, read
-from benchmarks.trainings import training_parser
+from benchmarks.result_file import Row, Rows, current, markdown, read
+from benchmarks.trainings import precision_on_test, trained, training_parser
 from ghm_triton.detection.data import DetectionDataset, open_dataset
 from ghm_triton.detection.data.loader import TrainingView
-from ghm_triton.detection.evaluate import detect, mean_average_precision, torch_predictor
-from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.faster_rcnn import FasterRCNNDetector
-from ghm_triton.detection.models.postprocess import DeployedDetector
 from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.detection.training.config import TrainOptions
-from ghm_triton.detection.training.loop import train
 
 RESULTS = Path(__file__).parent / "results" / "proposals.jsonl"
 COUNTS = (100, 300, 1000)
@@ -88,22 +83,17 @@ def measure(network: str, seed: int, arguments: argparse.Namespace) -> dict[str,
         hflip=arguments.flips,
         vflip=arguments.flips,
     )
-    names = open_dataset(options.data, options.train_split).class_names
-    config = DetectorConfig(
-        class_names=names,
+    started = time.perf_counter()
+    saved = trained(
+        options,
         image_size=arguments.image_size,
         channels=arguments.channels,
         architecture="faster-rcnn",
         assigner=NETWORKS[network],
     )
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        saved = Checkpoint.load(train(options, config, Path(folder), progress=False).checkpoint)
     seconds = time.perf_counter() - started
-    test = open_dataset(options.data, "test", class_names=names)
-    predict = torch_predictor(DeployedDetector(saved.detector()))
-    result = mean_average_precision(names, list(detect(predict, config, test)))
-    precision = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75}
+    test = open_dataset(options.data, "test", class_names=saved.config.class_names)
+    precision = precision_on_test(saved, options.data)
     numbers = {**precision, **recall(best_overlaps(saved, test))}
     rounded = {name: round(value, 4) for name, value in numbers.items()}
     return {**rounded, "seconds": round(seconds, 1)}
@@ -141,15 +131,15 @@ def recall(overlaps: dict[int, Tensor]) -> dict[str, float]:
 def table(rows: Iterable[Row]) -> str:
     """Mean and range over seeds, as Markdown."""
     head = ("data", "train_split", "channels", "steps", "network")
-    lines = [f"| {' | '.join((*head, 'seeds', *MEASURED))} |"]
-    lines.append("|---" * (len(head) + 1 + len(MEASURED)) + "|")
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(name) for name in head), []).append(row)
-    for what, runs in groups.items():
-        cells = [_spread([run[name] for run in runs]) for name in MEASURED]
-        lines.append(f"| {' | '.join(map(str, (*what, len(runs), *cells)))} |")
-    return "\n".join(lines)
+    return markdown(
+        dict(zip(head, what, strict=True))
+        | {"seeds": len(runs)}
+        | {name: _spread([run[name] for run in runs]) for name in MEASURED}
+        for what, runs in groups.items()
+    )
 
 
 def _spread(values: list[float]) -> str:

@@ -24,7 +24,7 @@ import torch
 from onnx import ModelProto
 
 from benchmarks.provenance import provenance
-from benchmarks.result_file import Row, Rows, latest, read
+from benchmarks.result_file import Row, Rows, latest, markdown, read
 from export.graph import build_graph
 from export.quantize.convert import Int8Recipe, to_float16, to_int8
 from export.quantize.measure import Image, measure, prepared, race, spread
@@ -158,21 +158,19 @@ def _described(name: str, config: DetectorConfig, variant: str) -> Row:
 
 def table(rows: Iterable[Row]) -> str:
     """The rows as Markdown."""
-    head = ("detector", "computes with", "AP", "AP50", "size, MB", "latency, ms", "as fast")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in rows:
-        height, width = row["image_size"]
-        quality = [f"{row[key]:.3f}" if key in row else "" for key in ("ap", "ap50")]
-        cells = (
-            f"{row['detector']}, {row['architecture']}-{row['backbone']}, {height}x{width}",
-            row["variant"],
-            *quality,
-            f"{row['bytes'] / 1e6:.2f}",
-            f"{row['ms']:.2f}",
-            f"{row['times_as_fast']:.2f}x",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown(
+        {
+            "detector": f"{row['detector']}, {row['architecture']}-{row['backbone']},"
+            f" {'x'.join(map(str, row['image_size']))}",
+            "computes with": row["variant"],
+            "AP": f"{row['ap']:.3f}" if "ap" in row else "",
+            "AP50": f"{row['ap50']:.3f}" if "ap50" in row else "",
+            "size, MB": f"{row['bytes'] / 1e6:.2f}",
+            "latency, ms": f"{row['ms']:.2f}",
+            "as fast": f"{row['times_as_fast']:.2f}x",
+        }
+        for row in rows
+    )
 
 
 if __name__ == "__main__":

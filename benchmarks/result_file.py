@@ -1,4 +1,4 @@
-"""Result files: JSON lines that a run adds to, and that a later run goes on from."""
+"""Result files: JSON lines that a run appends to and a later run resumes from."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-# What was measured: a row's `stage`. Here, so that who only reads rows need not load torch.
+# Stages of a measurement, the field `stage`. Here, so that reading rows does not load torch.
 COPY, FORWARD, BOTH, GRAPH = "copy", "forward", "forward+backward", "graph"
 SCALED = "forward+backward, scaled"
 SAME_PLACE = ("source", "gpu", "cpu", "device")
 
 
 class Rows:
-    """A result file that is being added to, a line at a time, flushed at once.
+    """A result file open for appending; every line is flushed at once.
 
     Args:
-        path: Made, with its folder, where missing. A last line that a killed run left unfinished
-            is dropped.
-        origin: Goes into every row. Rows already there count as done only where they agree with
-            it on source, GPU, CPU and device: other code or another machine is measured anew.
+        path: Created with its folder if missing. An unfinished last line of a killed run is
+            dropped.
+        origin: Fields added to every row. Existing rows count as done only if they agree with it
+            in source, GPU, CPU and device: other code or another machine is measured again.
     """
 
     def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
@@ -32,12 +32,12 @@ class Rows:
         path.touch()
         whole, newline, rest = path.read_bytes().rpartition(b"\n")
         if rest:
-            # Cut off in place: no moment without the rows, and a lock on the file still holds.
+            # Truncate in place: the rows never disappear, and a lock on the file stays valid.
             os.truncate(path, len(whole + newline))
         self._path = path
 
     def add(self, row: Mapping[str, Any]) -> Row:
-        """Write one row; returns it with its origin."""
+        """Append a row and return it with its origin."""
         full = {**row, **self.origin}
         with self._path.open("a") as stream:
             stream.write(json.dumps(full) + "\n")
@@ -45,14 +45,14 @@ class Rows:
         return full
 
     def here(self, key: Mapping[str, Any]) -> list[Row]:
-        """Rows of this code on this machine that have all of `key`."""
+        """Rows of this code on this machine that match `key`."""
         place = {name: self.origin[name] for name in SAME_PLACE if name in self.origin}
         wanted = {**place, **key}
         return [row for row in self._rows if matches(row, wanted)]
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, which may be missing; an unfinished last line is not one."""
+    """Rows of a file; none if it is missing. An unfinished last line is skipped."""
     if not path.exists():
         return []
     finished, _, _ = path.read_text().rpartition("\n")
@@ -60,12 +60,19 @@ def read(path: Path) -> list[Row]:
 
 
 def matches(row: Row, key: Mapping[str, Any]) -> bool:
-    """Whether a row has all of `key`."""
+    """Whether a row has all fields of `key` with equal values."""
     return all(name in row and row[name] == value for name, value in key.items())
 
 
+def markdown(rows: Iterable[Mapping[str, object]]) -> str:
+    """Rows of equal keys as a Markdown table, text as it is."""
+    from pandas import DataFrame  # here, as most readers need no table
+
+    return str(DataFrame(list(rows)).to_markdown(index=False, disable_numparse=True))
+
+
 def latest(rows: Iterable[Row], names: Iterable[str]) -> list[Row]:
-    """The last row of each combination of `names`: what was measured again replaces the old."""
+    """The last row of each combination of the fields `names`."""
     kept: dict[str, Row] = {}
     names = tuple(names)
     for row in rows:
@@ -76,7 +83,7 @@ def latest(rows: Iterable[Row], names: Iterable[str]) -> list[Row]:
 
 
 def current(rows: Iterable[Row]) -> list[Row]:
-    """Of each device, only the rows of the source that it measured last."""
+    """Rows of the newest source of each device."""
     rows = list(rows)
     last = {(row.get("device"), row.get("gpu")): row.get("source") for row in rows}
     return [row for row in rows if last[row.get("device"), row.get("gpu")] == row.get("source")]

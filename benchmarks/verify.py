@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.provenance import provenance
-from benchmarks.result_file import Row, Rows, latest, read
+from benchmarks.result_file import Row, Rows, latest, markdown, read
 from export.detector import export_detector
 from export.verify.report import VerifyReport
 from export.verify.runtimes import RUNTIME_NAMES, RUNTIMES
@@ -119,18 +119,18 @@ def table(rows: Iterable[Row]) -> str:
     """The rows as Markdown: a line for each detector and its data, a column for each runtime."""
     rows = list(rows)
     versions = {row["runtime"]: row["version"] for row in rows}
-    head = ["detector", "images of", "AP of checkpoint, file", *versions.values()]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         found.setdefault((row["detector"], row["data"]), {})[row["runtime"]] = row
-    for about, own in found.items():
+    for (detector, data), own in found.items():
         measured = next((row for row in own.values() if "file_ap" in row), None)
         keys = ("checkpoint_ap", "file_ap")
         precision = ", ".join(f"{measured[key]:.4f}" for key in keys) if measured else ""
-        runs = [outcome(own[name]) if name in own else "" for name in versions]
-        lines.append(f"| {' | '.join([*about, precision, *runs])} |")
-    return "\n".join(lines)
+        about = {"detector": detector, "images of": data, "AP of checkpoint, file": precision}
+        runs = {v: outcome(own[k]) if k in own else "" for k, v in versions.items()}
+        lines.append(about | runs)
+    return markdown(lines)
 
 
 def outcome(row: Row) -> str:

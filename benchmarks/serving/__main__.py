@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import provenance
-from benchmarks.result_file import Row, Rows, latest, read
+from benchmarks.result_file import Row, Rows, latest, markdown, read
 from benchmarks.serving.load import Load, ask, form_request, raw_request
 from benchmarks.serving.processes import (
     cpu_seconds,
@@ -238,19 +238,19 @@ def raw(ours: Contender, setting: Setting) -> Contender:
 
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
-    lines = [
-        "| cores | clients | server | img/s | of no server | of before | p50 ms | p99 ms | CPU ms"
-        " | MiB |",
-        "|---" * 10 + "|",
-    ]
-    for row in rows:
-        times = [f"{row[key]:.1f}" if key in row else "" for key in ("p50_ms", "p99_ms")]
-        lines.append(
-            f"| {row['cores']} | {row['clients']} | {row['server']} | {row['per_second']:.1f} |"
-            f" {row['share']:.2f} | {row.get('ratio', '')} | {times[0]} | {times[1]} |"
-            f" {row['cpu_ms']:.1f} | {row['megabytes']:.0f} |"
-        )
-    return "\n".join(lines)
+    return markdown(
+        {
+            **{name: row[name] for name in ("cores", "clients", "server")},
+            "img/s": f"{row['per_second']:.1f}",
+            "of no server": f"{row['share']:.2f}",
+            "of before": f"{row['ratio']:.3f}" if "ratio" in row else "",
+            "p50 ms": f"{row['p50_ms']:.1f}" if "p50_ms" in row else "",
+            "p99 ms": f"{row['p99_ms']:.1f}" if "p99_ms" in row else "",
+            "CPU ms": f"{row['cpu_ms']:.1f}",
+            "MiB": f"{row['megabytes']:.0f}",
+        }
+        for row in rows
+    )
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
+from pydantic import TypeAdapter, ValidationError
 
 from benchmarks.study.plan import ANY_CLASSES, Run, data_label, key_of
 from ghm_triton.detection.models.config import ARCHITECTURES, DetectorConfig
@@ -240,21 +241,11 @@ class Grid:
         """A value of the field's type; whole numbers are numbers, lists are tuples."""
         if isinstance(value, list):
             value = tuple(value)
-        if type(value) is int and kind in (float, float | None):
-            return float(value)
-        if kind in (str, int, bool, float):
-            fits = type(value) is kind
-        elif kind in (float | None, bool | None):
-            fits = type(value) in get_args(kind)
-        else:  # tuples of numbers: sizes, means and deviations
-            number = int if kind == tuple[int, int] else (int, float)
-            length = 2 if kind == tuple[int, int] else 3
-            fits = isinstance(value, tuple) and len(value) == length
-            fits = fits and all(isinstance(part, number) for part in value)
-        if not fits:
+        try:
+            return TypeAdapter(kind).validate_python(value, strict=True)
+        except ValidationError:
             wanted = getattr(kind, "__name__", kind) if isinstance(kind, type) else kind
-            raise self._error(where, f"expected {wanted}, got {value!r}")
-        return value
+            raise self._error(where, f"expected {wanted}, got {value!r}") from None
 
     def _expanded(self, text: str, where: str) -> str:
         def value_of(match: re.Match[str]) -> str:

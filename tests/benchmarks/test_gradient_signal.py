@@ -63,7 +63,7 @@ def test_each_network_and_split_has_rows_of_its_own(monkeypatch, tmp_path, capsy
         monkeypatch.setattr(sys, "argv", ["main", "--out", str(tmp_path / "rows"), *words])
         gradient_signal.main()
     # The table after the last call: a row a change, and what was done twice once.
-    assert capsys.readouterr().out.split("| data")[-1].count("| focal |") == len(changes)
+    assert capsys.readouterr().out.split("| data")[-1].count(" focal ") == len(changes)
 
 
 def test_every_loss_looks_at_one_network(monkeypatch, tmp_path):

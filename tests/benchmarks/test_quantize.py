@@ -1,5 +1,6 @@
 """What int8 gains and loses is measured on real files, and the table says what its rows say."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,8 @@ def test_the_table_shows_the_newest_row_of_each_variant():
         {**row, "variant": "int8", "ms": 2.0, "times_as_fast": 2.0},
         {**row, "ap": 0.5, "ap50": 0.75},
     ]
-    assert table(latest(rows, KEY)).splitlines()[2:] == [
-        "| BCCD, fcos-tiny, 64x96 | int8 |  |  | 2.50 | 2.00 | 2.00x |",
+    text = re.sub(" +", " ", table(latest(rows, KEY)))
+    assert text.splitlines()[2:] == [
+        "| BCCD, fcos-tiny, 64x96 | int8 | | | 2.50 | 2.00 | 2.00x |",
         "| BCCD, fcos-tiny, 64x96 | float32 | 0.500 | 0.750 | 2.50 | 4.00 | 1.00x |",
     ]

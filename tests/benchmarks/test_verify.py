@@ -1,5 +1,7 @@
 """The table of proofs says what its rows say, and its rows what the reports say."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -47,9 +49,9 @@ def test_the_table_has_a_line_a_detector_and_a_column_a_runtime(report):
     cells, scenes = {"detector": "fcos", "data": "cells"}, {"detector": "fcos", "data": "scenes"}
     openvino, reference = findings(report, slow_images=4)
     rows = [{**cells, **openvino}, {**cells, **reference}, {**scenes, **reference}]
-    head, _, first, second = table(rows).splitlines()
+    head, _, first, second = re.sub(" +", " ", table(rows)).splitlines()
     assert head.endswith(f"| {openvino['version']} | {reference['version']} |")
     agreed = "90 in 9: 3e-07, 8e-05 px; 2 decided by rounding"
     wrong = "90 in 4: 3e-07, 8e-05 px; 2 decided by rounding; 1 wrong"
     assert first == f"| fcos | cells | 0.5124, 0.5000 | {agreed} | {wrong} |"
-    assert second == f"| fcos | scenes |  |  | {wrong} |"
+    assert second == f"| fcos | scenes | | | {wrong} |"
