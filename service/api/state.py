@@ -34,13 +34,7 @@ class ServiceState:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.registry = Registry(
-            settings.source,
-            provider=settings.provider,
-            threads=settings.threads,
-            spin=settings.inferences == 1,
-            observer=self.metrics,
-        )
+        self.registry = Registry(settings, self.metrics)
         self.scheduler = Scheduler(settings, self.metrics)
         self.decoded = ByteBudget(settings.max_decoded_bytes)
         self.draining = False

@@ -1,8 +1,8 @@
-"""Who waits, who runs, and who is sent away: inference and decoding off the event loop.
+"""Queueing and batching: inference and decoding off the event loop.
 
-Images wait in one bounded queue, first come, first served. A few threads run inferences; where
-batching is on, images of several requests that want the same thresholds share one. A request that
-would have to wait longer than it may is refused at once, with the time after which to try again.
+Images wait in one bounded queue, first come, first served. A few threads run inferences; with
+batching, images of several requests that use the same thresholds share one. A request that would
+wait longer than it may is refused at once, with the time after which to retry.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,46 +25,15 @@ from service.core.detections import DetectionParams, Outputs
 from service.core.errors import ProblemError
 from service.core.settings import Settings
 from service.engine.session import CUDA, ModelError, ServedModel
+from service.observability.metrics import Metrics
 
 T = TypeVar("T")
 
-# Where an accelerator runs the model, a batch costs little more than one image.
+# On an accelerator, a batch costs little more than one image.
 _BATCH_ON_CUDA = 8
 
-# How fast the estimate of an image's cost follows what is measured.
+# Weight of the latest measurement in the estimated time per image.
 _SMOOTHING = 0.1
-
-
-class WorkObserver(Protocol):
-    """Whoever wants to know how the work goes: the metrics."""
-
-    def stage(self, stage: str, seconds: float) -> None:
-        """A part of a request has taken so long."""
-
-    def rejected(self, reason: str) -> None:
-        """A request was refused."""
-
-    def batch(self, size: int) -> None:
-        """So many images have shared an inference."""
-
-    def queue(self, waiting: int, running: int) -> None:
-        """So many images wait, and so many are worked on."""
-
-
-class Unobserved:
-    """An observer that looks away."""
-
-    def stage(self, stage: str, seconds: float) -> None:
-        """Ignored."""
-
-    def rejected(self, reason: str) -> None:
-        """Ignored."""
-
-    def batch(self, size: int) -> None:
-        """Ignored."""
-
-    def queue(self, waiting: int, running: int) -> None:
-        """Ignored."""
 
 
 @dataclass(eq=False)
@@ -73,41 +42,41 @@ class _Job:
 
     model: ServedModel
     batch: npt.NDArray[Any]
-    wanted: DetectionParams | None
+    params: DetectionParams | None
     answer: asyncio.Future[Outputs]
     since: float = field(default_factory=perf_counter)
-    context: Context = field(default_factory=copy_context)  # which trace it is a part of
+    context: Context = field(default_factory=copy_context)  # of its request's trace and log
 
     def goes_with(self, other: _Job) -> bool:
-        """Whether both can share an inference: a graph takes one set of thresholds a run."""
+        """Whether both can share an inference: a graph takes one set of thresholds per run."""
         return (
             self.model is other.model
             and self.batch.shape[1:] == other.batch.shape[1:]
-            and _same(self.wanted, other.wanted)
+            and _same(self.params, other.params)
         )
 
     def run(self, batch: npt.NDArray[Any]) -> Outputs:
-        """Run its model, at its thresholds, on a batch that may hold the images of others too."""
-        if self.wanted is None:
+        """Run the model at these thresholds on a batch, which may hold images of other jobs."""
+        if self.params is None:
             return self.model.run(batch)
-        return self.model.run(batch, self.wanted.class_thresholds, self.wanted.iou_threshold)
+        return self.model.run(batch, self.params.class_thresholds, self.params.iou_threshold)
 
 
 class Scheduler:
-    """Runs models for many requests. Its methods belong to the event loop.
+    """Runs models for many requests. Methods must be called on the event loop.
 
     Args:
-        settings: Their `inferences`, `threads`, `queue_size`, `deadline_ms`, `batch_size` and
+        settings: Provides `inferences`, `threads`, `queue_size`, `deadline_ms`, `batch_size` and
             `batch_wait_ms`.
-        observer: Told of waits, batches and refusals.
+        metrics: Observes waiting times, batches and refusals.
 
     Attributes:
-        in_flight: Images that are admitted and not answered yet.
+        in_flight: Number of images that are admitted and not answered yet.
     """
 
-    def __init__(self, settings: Settings, observer: WorkObserver | None = None) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
-        self._observer = observer or Unobserved()
+        self._metrics = metrics
         self._jobs: deque[_Job] = deque()
         self._running = 0
         self._running_images = 0
@@ -122,14 +91,11 @@ class Scheduler:
 
     @contextmanager
     def admit(self, images: int) -> Iterator[None]:
-        """Count the images of a request in while it is worked on.
-
-        Args:
-            images: Their number.
+        """Count the images of a request as in flight while it is worked on.
 
         Raises:
-            ProblemError: 429 where too many are in flight, or these would wait beyond the
-                deadline. `Retry-After` says when there should be room.
+            ProblemError: 429 if too many are in flight, or these would wait beyond the deadline.
+                `Retry-After` estimates when there is room.
         """
         self.check_room(images)
         self.in_flight += images
@@ -139,77 +105,73 @@ class Scheduler:
             self.in_flight -= images
 
     def check_room(self, images: int = 1) -> None:
-        """Refuse images that would find no room.
+        """Refuse images for which there is no room.
 
-        An idle service takes a request of any size, so that none is refused for ever.
+        An idle service admits a request of any size, so that none is refused for ever.
 
         Raises:
-            ProblemError: As `admit`.
+            ProblemError: As for `admit`.
         """
         room = self._settings.queue_size + self._settings.inferences
-        wait = self._seconds_for(self.in_flight)
+        wait = self.in_flight * self._image_seconds / self._settings.inferences
         late = wait * 1000 > self._settings.deadline_ms
         if self.in_flight == 0 or (self.in_flight + images <= room and not late):
             return
-        self._observer.rejected("queue_full")
+        self._metrics.rejected("queue_full")
         raise ProblemError(
             429,
             f"busy: {self.in_flight} images are waiting or worked on, and at most {room} may be",
             {"Retry-After": str(max(1, math.ceil(wait)))},
         )
 
-    def _seconds_for(self, images: int) -> float:
-        """How long so many images take, by what the last ones took."""
-        return images * self._image_seconds / self._settings.inferences
-
     async def decode(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a blocking function in one of the decoders' threads."""
+        """Run a blocking function in a decoding thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._decoders, function, *arguments)
 
     async def run(
-        self, model: ServedModel, batch: npt.NDArray[Any], wanted: DetectionParams | None = None
+        self, model: ServedModel, batch: npt.NDArray[Any], params: DetectionParams | None = None
     ) -> Outputs:
         """Run a model on the images of a request, when their turn has come.
 
-        Cancelling it drops the images from the queue; an inference that has begun runs to its end
-        and is forgotten.
+        Cancelling removes the images from the queue; an inference that has begun runs to its end,
+        and its result is dropped.
 
         Args:
-            model: What to run.
-            batch: As `ServedModel.run` takes it.
-            wanted: The values in force; the file's own where None.
+            model: The model.
+            batch: As for `ServedModel.run`.
+            params: Thresholds in force; None for the file's own.
 
         Returns:
-            The answers for these images, whichever shared their inference.
+            The outputs for these images, whichever others shared their inference.
 
         Raises:
-            ValueError: The batch or a threshold is not what the model takes.
+            ValueError: The batch or a threshold is not valid for the model.
             ModelError: The inference failed.
         """
         answer: asyncio.Future[Outputs] = asyncio.get_running_loop().create_future()
-        self._jobs.append(_Job(model, batch, wanted, answer))
+        self._jobs.append(_Job(model, batch, params, answer))
         self._dispatch()
         return await answer
 
     def close(self) -> None:
-        """Let the threads end. What has begun runs to its end."""
+        """Let the threads end after the work that has begun."""
         self._decoders.shutdown(wait=False)
         self._inferences.shutdown(wait=False)
-        self._open()  # threads begin with the first work: an application can start again
+        self._open()  # threads start with the first work, so an application can start again
 
     def _dispatch(self) -> None:
-        """Give the first images in the queue to threads that have nothing to do."""
+        """Give the first images in the queue to idle threads."""
         while self._running < self._settings.inferences:
             jobs = self._next()
             if not jobs:
                 break
             self._start(jobs)
-        self._observer.queue(_images(self._jobs), self._running_images)
+        self._metrics.queue(_images(self._jobs), self._running_images)
 
     def _next(self) -> list[_Job]:
-        """The jobs of the next inference; none where nothing waits, or it is worth waiting."""
-        while self._jobs and self._jobs[0].answer.done():  # its request has gone
+        """Return the jobs of the next inference; none if the queue is empty or should fill up."""
+        while self._jobs and self._jobs[0].answer.done():  # its request was cancelled
             self._jobs.popleft()
         if not self._jobs:
             return []
@@ -227,15 +189,13 @@ class Scheduler:
         return group
 
     def _batch_size(self, model: ServedModel) -> int:
-        given = self._settings.batch_size
-        if given is not None:
-            return given
-        return _BATCH_ON_CUDA if model.providers[0] == CUDA else 1
+        default = _BATCH_ON_CUDA if model.providers[0] == CUDA else 1
+        return self._settings.batch_size or default
 
     def _worth_waiting(self, first: _Job) -> bool:
-        """Whether others may still come in time to share the inference of the first image."""
+        """Whether other images may still arrive in time to share the first one's inference."""
         if self.in_flight <= _images(self._jobs) + self._running_images:
-            return False  # nobody is on the way: all that is admitted waits here or runs
+            return False  # no others are being read: all that is admitted waits here or runs
         left = self._settings.batch_wait_ms / 1000 - (perf_counter() - first.since)
         if left <= 0:
             return False
@@ -247,9 +207,9 @@ class Scheduler:
     def _start(self, jobs: list[_Job]) -> None:
         loop = asyncio.get_running_loop()
         for job in jobs:
-            job.context.run(self._observer.stage, "queue", perf_counter() - job.since)
+            job.context.run(self._metrics.stage, "queue", perf_counter() - job.since)
         images = _images(jobs)
-        self._observer.batch(images)
+        self._metrics.batch(images)
         self._running += 1
         self._running_images += images
 
@@ -273,14 +233,14 @@ class Scheduler:
             else:
                 job.answer.set_result(answer)
         each = seconds / images
-        known = self._image_seconds or each
-        self._image_seconds = known + _SMOOTHING * (each - known)
-        jobs[0].context.run(self._observer.stage, "inference", seconds)
+        before = self._image_seconds or each
+        self._image_seconds = before + _SMOOTHING * (each - before)
+        jobs[0].context.run(self._metrics.stage, "inference", seconds)
         self._dispatch()
 
 
 def _run_together(jobs: list[_Job]) -> list[Outputs | Exception]:
-    """One inference for all; where it fails, one each, so that only the culprit fails."""
+    """Run one inference for all jobs; if it fails, one per job, so that only one of them fails."""
     if len(jobs) == 1:
         return [_run_alone(jobs[0])]
     try:
@@ -294,7 +254,7 @@ def _run_together(jobs: list[_Job]) -> list[Outputs | Exception]:
 def _run_alone(job: _Job) -> Outputs | Exception:
     try:
         return job.run(job.batch)
-    except Exception as error:  # noqa: BLE001  it belongs to whoever awaits the answer
+    except Exception as error:  # noqa: BLE001  raised in the task that awaits the answer
         return error
 
 

@@ -1,10 +1,10 @@
-"""Which files a folder of models holds, by name and version.
+"""Model files of a folder, by name and version.
 
     NAME.onnx                   model NAME, version 1
     NAME/VERSION.onnx           model NAME, version VERSION
     NAME/VERSION/model.onnx     the same, in the layout of other inference servers
 
-Other files, and all whose name begins with a dot, are left alone.
+Other files, and those whose name begins with a dot, are ignored.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Names go into addresses and metrics.
-_HARMLESS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,127}")
+# Names are part of URLs and metrics.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,127}")
 
 FIRST_VERSION = "1"
 
 
 class CatalogueError(ValueError):
-    """The folder does not say clearly which models it holds."""
+    """A folder without models, or with two files for the same version of a model."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Tells whether a file is still the one that was read."""
+    """Modification time, size and inode of a file: different if the file has changed."""
 
     modified_ns: int
     size: int
@@ -34,82 +34,82 @@ class Signature:
 
     @classmethod
     def of(cls, path: Path) -> Signature | None:
-        """The signature of a file as it is now; None where there is none."""
+        """Return the current signature of a file, or None if there is none."""
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError:
             return None
-        return cls(found.st_mtime_ns, found.st_size, found.st_ino)
+        return cls(status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A file, and what requests call it. A single file's name is None: its card says it."""
+    """A model file, and its name and version. A single file's name is None: its card has it."""
 
     path: Path
     name: str | None
     version: str
 
 
-def list_models(source: Path) -> list[Listed]:
-    """The models of a file or a folder.
+def list_models(source: Path) -> tuple[list[Listed], dict[Path, str]]:
+    """List the models of a file or folder.
 
     Args:
-        source: One `.onnx` file, or a folder of them.
+        source: A `.onnx` file or a folder of them.
 
     Returns:
-        The files, by name and then by version, the newest version last.
+        The files, by name and then by version, the newest version last; and the reason per entry
+        of the folder that cannot be listed: a folder that cannot be read, or an invalid name.
 
     Raises:
-        CatalogueError: Two files are the same version of one model, or a name has signs that an
-            address cannot carry.
+        CatalogueError: Two files have the same name and version.
+        OSError: The folder itself cannot be read.
     """
     if not source.is_dir():
-        return [Listed(source, None, FIRST_VERSION)]
-    found: dict[tuple[str, str], Listed] = {}
-    for listed in _walk(source):
-        key = (str(listed.name), listed.version)
-        if key in found:
-            raise CatalogueError(
-                f"{found[key].path} and {listed.path} are both version {key[1]} of {key[0]}"
-            )
-        found[key] = listed
-    return sorted(found.values(), key=lambda one: (str(one.name), version_key(one.version)))
+        return [Listed(source, None, FIRST_VERSION)], {}
+    models: dict[tuple[str, str], Listed] = {}
+    problems: dict[Path, str] = {}
+    for path in _visible(source):
+        try:
+            files = [Listed(path, path.stem, FIRST_VERSION)] if path.is_file() else _versions(path)
+        except OSError as error:
+            problems[path] = str(error.strerror)
+            continue
+        for listed in files:
+            key = (str(listed.name), listed.version)
+            if invalid := [name for name in key if not _NAME.fullmatch(name)]:
+                problems[listed.path] = (
+                    f"{invalid[0]!r} is no name for a model: letters, digits, and . _ - or a space"
+                    " inside, at most 128"
+                )
+            elif key in models:
+                raise CatalogueError(
+                    f"{models[key].path} and {listed.path} are both version {key[1]} of {key[0]}"
+                )
+            else:
+                models[key] = listed
+    ordered = sorted(models.values(), key=lambda one: (str(one.name), version_key(one.version)))
+    return ordered, problems
 
 
 def version_key(version: str) -> list[tuple[int, int, str]]:
-    """Orders versions as people do: 2 before 10, 1.9 before 1.10."""
+    """Return the sort key that orders versions by number: 2 before 10, 1.9 before 1.10."""
     parts = re.findall(r"\d+|\D+", version)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def _walk(folder: Path) -> Iterator[Listed]:
+def _visible(folder: Path) -> Iterator[Path]:
+    """Yield the entries of a folder that may be models or versions of one."""
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _versions(path)
-        elif path.suffix == ".onnx":
-            yield Listed(path, _checked(path.stem, path), FIRST_VERSION)
+        if not path.name.startswith(".") and (path.suffix == ".onnx" or path.is_dir()):
+            yield path
 
 
-def _versions(folder: Path) -> Iterator[Listed]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and (path / "model.onnx").exists():
-            name, version, path = folder.name, path.name, path / "model.onnx"
-        elif path.suffix == ".onnx":
-            name, version = folder.name, path.stem
-        else:
-            continue
-        yield Listed(path, _checked(name, path), _checked(version, path))
-
-
-def _checked(name: str, path: Path) -> str:
-    if not _HARMLESS.fullmatch(name):
-        raise CatalogueError(
-            f"{path}: {name!r} is no name for a model: letters, digits, and . _ - or a space"
-            " inside, at most 128"
-        )
-    return name
+def _versions(folder: Path) -> list[Listed]:
+    listed = []
+    for path in _visible(folder):
+        if path.is_file():
+            listed.append(Listed(path, folder.name, path.stem))
+        elif (path / "model.onnx").exists():
+            listed.append(Listed(path / "model.onnx", folder.name, path.name))
+    return listed

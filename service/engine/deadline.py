@@ -1,4 +1,4 @@
-"""Work for a request ends when its answer is of no more use: too late, or nobody listens."""
+"""Cancel the work of a request when its answer is of no more use."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from fastapi import Request
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
 from service.core.errors import ProblemError
 
@@ -15,65 +14,55 @@ T = TypeVar("T")
 
 
 async def while_wanted(request: Request, work: Coroutine[Any, Any, T], milliseconds: float) -> T:
-    """Do the work of a request, unless the client goes away or the time is up.
+    """Do the work of a request until the client disconnects or the time is up.
+
+    The work runs in the caller's task, since another task would cost as much as the watch for the
+    client.
 
     Args:
-        request: Its body must have been read to the end: what arrives after it is only the news
-            that the client is gone.
-        work: Cancelled when it is of no more use.
-        milliseconds: How long it may take.
+        request: The request. Its body must have been read to the end, so that the next message is
+            the disconnection.
+        work: Cancelled when its result is of no more use.
+        milliseconds: Time limit.
 
     Returns:
-        What the work returns.
+        The result of the work.
 
     Raises:
         ProblemError: 504 when the time is up.
-        ClientDisconnect: Nobody waits for the answer any more.
+        ClientDisconnect: The client has disconnected.
     """
-    watch = _Watch(request)
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("no task is running")
+    gone = False
+
+    def on_disconnect(leaving: asyncio.Future[None]) -> None:
+        nonlocal gone
+        if not leaving.cancelled():
+            gone = True
+            task.cancel()
+
+    watch = asyncio.ensure_future(_disconnected(request))
+    watch.add_done_callback(on_disconnect)
     limit = asyncio.timeout(milliseconds / 1000)
     try:
         async with limit:
             return await work
     except TimeoutError as error:
-        if not limit.expired():  # the work's own
+        if not limit.expired():  # raised by the work
             raise
         raise ProblemError(504, f"the answer was not ready within {milliseconds:g} ms") from error
     except asyncio.CancelledError:
-        if not watch.gone:  # somebody else's wish
+        if not gone:  # cancelled from outside
             raise
-        watch.working.uncancel()
+        task.uncancel()
         raise ClientDisconnect from None
     finally:
-        watch.end()
+        watch.remove_done_callback(on_disconnect)
+        watch.cancel()
 
 
-class _Watch:
-    """Cancels the task that makes it as soon as the client has gone.
-
-    The work stays in the task of its request: one task more would cost as much as this.
-    """
-
-    def __init__(self, request: Request) -> None:
-        working = asyncio.current_task()
-        if working is None:
-            raise RuntimeError("no task is running")
-        self.working = working
-        self.gone = False
-        self._leaving = asyncio.ensure_future(_gone(request))
-        self._leaving.add_done_callback(self._left)
-
-    def _left(self, leaving: asyncio.Future[None]) -> None:
-        if not leaving.cancelled():
-            self.gone = True
-            self.working.cancel()
-
-    def end(self) -> None:
-        """Look no more."""
-        self._leaving.remove_done_callback(self._left)
-        self._leaving.cancel()
-
-
-async def _gone(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,7 +1,7 @@
-"""The models that are served: found, loaded, looked up, and replaced while requests run.
+"""The served models: loaded, looked up, and replaced while requests run.
 
-A model is replaced as a whole and only once its successor has answered an image, so a request has
-one model from beginning to end, and a file that cannot be served leaves its predecessor serving.
+A model is replaced as a whole, and only after its successor has run once. A request therefore uses
+one model throughout, and a file that cannot be served leaves its predecessor in place.
 """
 
 from __future__ import annotations
@@ -12,39 +12,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from export.card import CardError
 from export.file import read_detector
 from service.core.errors import ProblemError, short
+from service.core.settings import Settings
 from service.engine.catalogue import CatalogueError, Listed, Signature, list_models, version_key
 from service.engine.session import ModelError, ServedModel
+from service.observability.metrics import Metrics
 
 logger = logging.getLogger("ghm.service")
-
-Loader = Callable[[Listed], ServedModel]
-
-
-class LoadObserver(Protocol):
-    """Whoever wants to know of loads: the metrics."""
-
-    def model_loaded(self, model: ServedModel) -> None:
-        """A model has begun to serve."""
-
-    def reload_failed(self, name: str) -> None:
-        """A file could not be loaded; its predecessor, if any, goes on."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One file, and the model that serves for it.
+    """One file, and the model served from it.
 
     Attributes:
-        listed: The file, and the name that its place gives it.
-        model: What serves; None where nothing could be loaded from it yet.
-        problem: Why the file as it is now is not what serves; None where it is.
-        loaded_at: When the model began to serve, UTC.
-        signature: The file that was last tried.
+        listed: The file, and its name and version in the folder.
+        model: The model in use; None if nothing could be loaded from the file yet.
+        problem: Why the current file is not what is served; None if it is.
+        loaded_at: Time at which the model came into use, UTC.
+        signature: Signature of the file that was tried last.
     """
 
     listed: Listed
@@ -55,27 +45,27 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """What requests call it."""
+        """Name of the model in requests."""
         return self.listed.name or (self.model.name if self.model else self.listed.path.stem)
 
     @property
     def version(self) -> str:
-        """Which of the models of its name it is."""
+        """Version of the model in requests."""
         return self.listed.version
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Path of the file."""
         return self.listed.path
 
     @property
     def ready(self) -> bool:
-        """Whether its model answers."""
+        """Whether the model answers."""
         return self.model is not None and self.model.warm
 
     @property
     def warming(self) -> bool:
-        """Whether its model has yet to answer for the first time, and may."""
+        """Whether the model is loaded but has not run yet."""
         return self.model is not None and not self.model.warm and self.problem is None
 
     @property
@@ -83,7 +73,7 @@ class Entry:
         """The model.
 
         Raises:
-            ProblemError: 503 where none is loaded.
+            ProblemError: 503 if none is loaded.
         """
         if self.model is None:
             raise _not_ready([self])
@@ -91,64 +81,54 @@ class Entry:
 
 
 class Registry:
-    """Every model of one file or folder.
+    """All models of one file or folder.
 
-    Its methods belong to the event loop; files are read and models loaded in threads.
+    Methods must be called on the event loop; files are read and models loaded in threads.
 
     Args:
-        source: A `.onnx` file or a folder of them.
-        provider: As `ServedModel` takes it.
-        threads: As `ServedModel` takes it.
-        spin: As `ServedModel` takes it.
-        observer: Told of loads and failures.
-        loader: Loads one model; from the file where None.
+        settings: Provides `source`, `provider`, `threads` and `inferences`.
+        metrics: Counts loads and failures.
+        loader: Loads one model; reads the file if None.
 
     Attributes:
         source: The file or folder.
-        problem: Why the folder as it is now is not what serves; None where it is.
     """
 
     def __init__(
         self,
-        source: Path,
-        *,
-        provider: str = "auto",
-        threads: int = 1,
-        spin: bool = True,
-        observer: LoadObserver | None = None,
-        loader: Loader | None = None,
+        settings: Settings,
+        metrics: Metrics,
+        loader: Callable[[Listed], ServedModel] | None = None,
     ) -> None:
-        self.source = source
-        self._provider = provider
-        self._threads = threads
-        self._spin = spin
-        self._observer = observer
+        self.source = settings.source
+        self._settings = settings
+        self._metrics = metrics
         self._loader = loader or self._read
         self._entries: dict[Path, Entry] = {}
+        self._skipped: dict[Path, str] = {}  # entries of the folder that cannot be listed
         self._busy = asyncio.Lock()
-        self.problem: str | None = None
 
     def entries(self) -> list[Entry]:
-        """Every model, by name and then by version, the newest last."""
+        """Return all models, by name and then by version, the newest last."""
         return sorted(self._entries.values(), key=lambda e: (e.name, version_key(e.version)))
 
     def problems(self) -> list[str]:
-        """What an operator should know: files that are there and not served as they are."""
-        found = [f"{entry.path}: {entry.problem}" for entry in self.entries() if entry.problem]
-        return [self.problem, *found] if self.problem else found
+        """Return one sentence per file that is present but not served as it is."""
+        failed = {entry.path: entry.problem for entry in self.entries() if entry.problem}
+        return [f"{path}: {problem}" for path, problem in (self._skipped | failed).items()]
 
     def get(self, name: str | None = None, version: str | None = None) -> ServedModel:
-        """The model that a request means.
+        """Return the model for a request.
 
         Args:
-            name: Its name; may be None where only one name is served.
-            version: Its version; the newest that serves where None.
+            name: Name of the model; may be None if only one name is served.
+            version: Its version; the newest that is ready if None.
 
         Raises:
-            ProblemError: 404 for a model that is not there, 422 where one must be named, 503 for
-                one that is not ready.
+            ProblemError: 404 for an unknown model, 422 if a name is required, 503 if it is not
+                ready.
         """
-        if len(self._entries) == 1:  # as nearly always; this is asked for every request
+        if len(self._entries) == 1:  # the usual case, once per request
             (only,) = self._entries.values()
             if only.ready and name in (None, only.name) and version in (None, only.version):
                 return only.served
@@ -159,10 +139,10 @@ class Registry:
         return ready[-1].served
 
     def loaded(self, name: str | None = None, version: str | None = None) -> Entry:
-        """The entry of a loaded model, whether or not it has answered yet.
+        """Return the entry of a loaded model, whether or not it is warm.
 
         Raises:
-            ProblemError: As `get`.
+            ProblemError: As for `get`.
         """
         entries = self._matching(name, version)
         loaded = [entry for entry in entries if entry.model]
@@ -171,10 +151,10 @@ class Registry:
         return loaded[-1]
 
     def check_ready(self) -> list[Entry]:
-        """The entries, once at least one model answers and none is still warming up.
+        """Return the entries if at least one model is ready and none is warming up.
 
         Raises:
-            ProblemError: 503 before that.
+            ProblemError: 503 otherwise.
         """
         entries = self.entries()
         if any(entry.warming for entry in entries) or not any(entry.ready for entry in entries):
@@ -191,59 +171,43 @@ class Registry:
         named = [entry for entry in entries if name in (None, entry.name)]
         if entries and not named:
             raise ProblemError(404, f"no model {short(name)}; there is {', '.join(names)}")
-        found = [entry for entry in named if version in (None, entry.version)]
-        if named and not found:
+        matching = [entry for entry in named if version in (None, entry.version)]
+        if named and not matching:
             versions = ", ".join(entry.version for entry in named)
             raise ProblemError(
                 404, f"no version {short(version)} of {named[0].name!r}; there is {versions}"
             )
-        return found
+        return matching
 
     def adopt(self, model: ServedModel) -> None:
-        """Serve a model that somebody else has loaded, in place of the file's."""
-        listed = Listed(self.source, None, model.version)
-        self._entries[self.source] = Entry(
-            listed, model, None, datetime.now(UTC), Signature.of(self.source)
-        )
-        if self._observer:
-            self._observer.model_loaded(model)
+        """Serve a model that the caller has loaded, in place of the file's."""
+        signature = Signature.of(self.source)
+        self._serve(Entry(Listed(self.source, None, model.version), model, signature=signature))
 
     async def load(self) -> None:
-        """Load everything, at the start; models are ready after `warm_up`.
+        """Load all models at the start; they are ready after `warm_up`.
 
-        A folder may hold files that cannot be served, as long as one can.
+        Files of a folder that cannot be served are reported by `problems`, if at least one can.
 
         Raises:
             CardError, ModelError, OSError: The only file cannot be served.
-            CatalogueError: The folder is unclear, or empty, or none of its files can be served.
+            CatalogueError: The folder is ambiguous or empty, or none of its files can be served.
         """
-        listing = await asyncio.to_thread(self.files)
-        for listed in listing:
-            signature = Signature.of(listed.path)
+        for listed in await self._list():
+            entry = Entry(listed, signature=Signature.of(listed.path))
             try:
                 model = await asyncio.to_thread(self._loader, listed)
             except (CardError, ModelError, OSError) as error:
                 if listed.name is None:
                     raise
-                self._failed(Entry(listed, signature=signature), error)
+                self._failed(entry, error)
             else:
-                self._began(Entry(listed, model, signature=signature))
+                self._serve(replace(entry, model=model))
         if not any(entry.model for entry in self._entries.values()):
             raise CatalogueError("; ".join(["no model can be served", *self.problems()]))
 
-    def files(self) -> list[Listed]:
-        """The files as they are now.
-
-        Raises:
-            CatalogueError: The folder is unclear or holds no model.
-        """
-        listing = list_models(self.source)
-        if not listing:
-            raise CatalogueError(f"{self.source}: no .onnx file in this folder")
-        return listing
-
     async def warm_up(self) -> None:
-        """Let every loaded model answer once. One that cannot stays unready and says why."""
+        """Run every loaded model once. One that fails stays unready, with a problem."""
         for entry in self.entries():
             if entry.model is None or entry.model.warm:
                 continue
@@ -251,22 +215,21 @@ class Registry:
                 await asyncio.to_thread(entry.model.warm_up)
             except ModelError as error:
                 logger.error("%s failed its warm-up: %s", entry.path, error)
-                self._entries[entry.path] = replace(
-                    entry, problem=f"the model failed its warm-up: {error}"
-                )
+                problem = f"the model failed its warm-up: {error}"
+                self._entries[entry.path] = replace(entry, problem=problem)
 
     async def reload(self, name: str) -> list[Entry]:
-        """Read the files of a model again, whether or not they look changed.
+        """Read the files of a model again, whether or not they have changed.
 
         Args:
-            name: The model's; every version of it is read.
+            name: Name of the model; every version of it is read.
 
         Returns:
-            Its entries. Where the file cannot be served, the old model goes on, and the entry's
-            `problem` says why.
+            Its entries. Where a file cannot be served, the old model stays in use, and the entry's
+            `problem` has the reason.
 
         Raises:
-            ProblemError: 404 for a model that is not there.
+            ProblemError: 404 for an unknown model.
         """
         paths = [entry.path for entry in self._matching(name, None)]
         async with self._busy:
@@ -276,41 +239,48 @@ class Registry:
         return [self._entries[path] for path in paths if path in self._entries]
 
     async def refresh(self) -> None:
-        """Follow the files: load what is new or changed, drop what has gone."""
+        """Load new and changed files, and drop the models of files that are gone."""
         async with self._busy:
             try:
-                listing = await asyncio.to_thread(self.files)
+                listing = {listed.path: listed for listed in await self._list()}
             except (CatalogueError, OSError) as error:
-                self._unclear(str(error))
+                self._skip({self.source: str(error).removeprefix(f"{self.source}: ")})
                 return
-            self.problem = None
-            await self._follow({listed.path: listed for listed in listing})
+            for path in set(self._entries) - set(listing):
+                if self._skipped.keys() & {path, *path.parents}:  # perhaps still there
+                    continue
+                gone = self._entries.pop(path)
+                logger.info("%s is gone: %s is no longer served", path, gone.name)
+            for path, listed in listing.items():
+                signature = await asyncio.to_thread(Signature.of, path)
+                entry = self._entries.get(path, Entry(listed))
+                if signature != entry.signature:
+                    await self._replace(entry)
 
     async def watch(self, seconds: float) -> NoReturn:
-        """Follow the files for ever.
-
-        Args:
-            seconds: How often to look.
-        """
+        """Call `refresh` every so many seconds, whatever fails."""
         while True:
             await asyncio.sleep(seconds)
             try:
                 await self.refresh()
-            except Exception:  # a watcher that dies is worse than any single failure
+            except Exception:  # the watch must survive any single failure
                 logger.exception("looking for changed models failed")
 
-    async def _follow(self, listing: dict[Path, Listed]) -> None:
-        for path in set(self._entries) - set(listing):
-            gone = self._entries.pop(path)
-            logger.info("%s has gone: %s is served no longer", path, gone.name)
-        for path, listed in listing.items():
-            signature = await asyncio.to_thread(Signature.of, path)
-            entry = self._entries.get(path, Entry(listed))
-            if signature != entry.signature:
-                await self._replace(entry)
+    async def _list(self) -> list[Listed]:
+        listing, problems = await asyncio.to_thread(list_models, self.source)
+        self._skip(problems)
+        if not listing:
+            reasons = [f"{self.source}: no .onnx file in this folder", *self.problems()]
+            raise CatalogueError("; ".join(reasons))
+        return listing
+
+    def _skip(self, problems: dict[Path, str]) -> None:
+        for path in problems.keys() - self._skipped.keys():
+            logger.error("%s is not served: %s", path, problems[path])
+        self._skipped = problems
 
     async def _replace(self, entry: Entry) -> None:
-        """Try the file as it is now, and serve it only if it answers."""
+        """Load the current file, and serve it only if it runs."""
         # Taken before the file is read: a change while reading is then seen the next time.
         signature = await asyncio.to_thread(Signature.of, entry.path)
         entry = replace(entry, signature=signature)
@@ -322,9 +292,9 @@ class Registry:
         except (CardError, ModelError, OSError) as error:
             self._failed(entry, error)
         else:
-            self._began(replace(entry, model=model))
+            self._serve(replace(entry, model=model))
 
-    def _began(self, entry: Entry) -> None:
+    def _serve(self, entry: Entry) -> None:
         before = self._entries.get(entry.path)
         same = before is not None and before.model is entry.model
         loaded_at = entry.loaded_at if same else datetime.now(UTC)
@@ -332,34 +302,27 @@ class Registry:
         if same or entry.model is None:
             return
         logger.info("%s: serving %s, sha256 %s", entry.path, entry.name, entry.model.sha256[:12])
-        if self._observer:
-            self._observer.model_loaded(entry.model)
+        self._metrics.model_loaded(entry.model)
 
     def _failed(self, entry: Entry, error: Exception) -> None:
         self._entries[entry.path] = replace(entry, problem=str(error))
-        goes_on = "its predecessor goes on serving" if entry.model else "nothing serves for it"
-        logger.error("%s cannot be served, %s: %s", entry.path, goes_on, error)
-        if self._observer:
-            self._observer.reload_failed(entry.name)
-
-    def _unclear(self, problem: str) -> None:
-        if problem != self.problem:
-            logger.error("the models are not followed: %s", problem)
-        self.problem = problem
+        kept = "the model before it stays in use" if entry.model else "no model is in its place"
+        logger.error("%s cannot be served, %s: %s", entry.path, kept, error)
+        self._metrics.reload_failed(entry.name)
 
     def _read(self, listed: Listed) -> ServedModel:
         return ServedModel(
             read_detector(listed.path),
-            provider=self._provider,
-            threads=self._threads,
-            spin=self._spin,
+            provider=self._settings.provider,
+            threads=self._settings.threads,
+            spin=self._settings.inferences == 1,
             name=listed.name,
             version=listed.version,
         )
 
 
 def _not_ready(entries: list[Entry]) -> ProblemError:
-    """Says why none of these models answers."""
+    """Return the error for models none of which is ready."""
     problems = [entry.problem for entry in entries if entry.problem]
     if any(entry.warming for entry in entries):
         reason = "the model is warming up"

@@ -1,4 +1,4 @@
-"""The detector in memory: an onnxruntime session that keeps to its file's card."""
+"""A detector in memory: an onnxruntime session, checked against its file's card."""
 
 from __future__ import annotations
 
@@ -20,35 +20,37 @@ logger = logging.getLogger("ghm.service")
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
-_ERRORS_ONLY = 3  # onnxruntime warns of every overridable initializer
+# onnxruntime's errors are raised as well; its log would put lines on stderr that are not JSON.
+_FATAL = 4
+onnxruntime.set_default_logger_severity(_FATAL)
 
 
 class ModelError(RuntimeError):
-    """The runtime cannot load or run this detector, or not on what was asked for."""
+    """The runtime cannot load or run a detector, or not with the requested provider."""
 
 
 class ServedModel:
-    """A detector that answers. Safe to call from several threads at once.
+    """A loaded detector. Thread-safe.
 
     Args:
-        file: The detector, as `export.file.read_detector` returns it.
-        provider: `auto`, `cpu` or `cuda`. `auto` takes CUDA where it works and the CPU elsewhere.
-        threads: Threads of all its inferences on the CPU.
-        spin: Whether threads that wait for work keep a processor busy. That makes the inference of
-            one request faster, and takes the processors from others that run at the same time.
-        name: What requests call it; the card's name where None.
-        version: Which of the models of this name it is.
+        file: The detector, from `export.file.read_detector`.
+        provider: `auto`, `cpu` or `cuda`. `auto` uses CUDA where it works, else the CPU.
+        threads: Number of threads shared by all inferences on the CPU.
+        spin: Whether threads busy-wait for work. That shortens a single inference and takes the
+            processors from others that run at the same time.
+        name: Name in requests; None for the card's.
+        version: Version in requests.
 
     Attributes:
-        name: What requests call it.
-        version: Which of the models of this name it is.
+        name: Name in requests.
+        version: Version in requests.
         card: The detector's card.
-        sha256: The digest of its file.
-        providers: What runs it, in order of preference, by onnxruntime's names.
-        warm: Whether it has answered once.
+        sha256: Digest of the file.
+        providers: Execution providers in use, in order of preference, by onnxruntime's names.
+        warm: Whether it has run once.
 
     Raises:
-        ModelError: The runtime refuses the graph, or CUDA was asked for and does not work here.
+        ModelError: The runtime refuses the graph, or `cuda` was requested and does not work.
     """
 
     def __init__(
@@ -71,10 +73,10 @@ class ServedModel:
         self._thresholds = np.array(file.card.class_thresholds, dtype=np.float32)
 
     def warm_up(self) -> None:
-        """Answer for one grey image, so that the first request does not pay for first things.
+        """Run once on a grey image, so that the first request does not pay for initialization.
 
         Raises:
-            ModelError: The graph does not run, or not as the contract says.
+            ModelError: The graph does not run, or its outputs break the contract.
         """
         height, width = self.card.preprocessing.height, self.card.preprocessing.width
         if self.card.input == "uint8":
@@ -89,23 +91,9 @@ class ServedModel:
         class_thresholds: npt.NDArray[np.float32] | None = None,
         iou_threshold: float | None = None,
     ) -> list[Detections]:
-        """Find objects in a batch of images: `run`, taken apart.
-
-        Args:
-            batch: As `run` takes it.
-            class_thresholds: As `run` takes them.
-            iou_threshold: As `run` takes it.
-
-        Returns:
-            One entry an image.
-
-        Raises:
-            ValueError: An input has another shape or type, or holds NaN or infinity.
-            ModelError: The runtime fails, or the graph answers with something else than the
-                contract says.
-        """
+        """Detect objects in a batch of images: `run`, with one result per image."""
         outputs = self.run(batch, class_thresholds, iou_threshold)
-        return [outputs.image(place) for place in range(len(outputs))]
+        return [outputs.image(index) for index in range(len(outputs))]
 
     def run(
         self,
@@ -116,21 +104,20 @@ class ServedModel:
         """Run the graph on a batch of images.
 
         Args:
-            batch: Images as the card's `input` says: float32 `[B, 3, H, W]`, prepared
+            batch: Images of the card's `input` type: float32 `[B, 3, H, W]`, normalised
                 (`service.images.decode.letterbox`), or uint8 RGB `[B, height, width, 3]` of any
                 size.
-            class_thresholds: float32 `[C]`, the score that a detection of each class must reach;
-                the card's where None. `OFF` switches a class off.
-            iou_threshold: Of two boxes of a class that overlap by more, the lesser falls, in
-                [0, 1]; the card's where None.
+            class_thresholds: float32 `[C]`, minimum score per class; None for the card's. `OFF`
+                switches a class off.
+            iou_threshold: IoU above which NMS drops the lower-scored box of a class, in [0, 1];
+                None for the card's.
 
         Returns:
-            The graph's outputs, found to be what the contract says.
+            The graph's outputs, checked against the contract.
 
         Raises:
-            ValueError: An input has another shape or type, or holds NaN or infinity.
-            ModelError: The runtime fails, or the graph answers with something else than the
-                contract says.
+            ValueError: An input has the wrong shape or dtype, or holds NaN or infinity.
+            ModelError: The runtime fails, or the outputs break the contract.
         """
         self._check_batch(batch)
         feeds: dict[str, npt.NDArray[Any]] = {INPUT: batch}
@@ -150,13 +137,14 @@ class ServedModel:
     def _check_batch(self, batch: npt.NDArray[Any]) -> None:
         size = self.card.preprocessing
         if self.card.input == "uint8":
-            wanted, fits = "height, width, 3", batch.shape[3:] == (3,) and 0 not in batch.shape[1:]
+            expected = "height, width, 3"
+            fits = batch.shape[3:] == (3,) and 0 not in batch.shape[1:]
         else:
-            wanted = f"3, {size.height}, {size.width}"
+            expected = f"3, {size.height}, {size.width}"
             fits = batch.shape[1:] == (3, size.height, size.width)
         if batch.dtype != self.card.input or not fits:
             raise ValueError(
-                f"images must be {self.card.input} [B, {wanted}],"
+                f"images must be {self.card.input} [B, {expected}],"
                 f" got {batch.dtype} {list(batch.shape)}"
             )
         if len(batch) == 0:
@@ -175,7 +163,7 @@ class ServedModel:
         return values
 
     def _check_outputs(self, outputs: Outputs, images: int) -> None:
-        """Padding is checked too: it is finite, and its label is -1."""
+        """Check the outputs, their padding included: it is finite, and its label is -1."""
         numbers, labels = outputs.num_detections, outputs.labels
         whole = len(outputs) == images and outputs.boxes.shape == (*labels.shape, 4)
         if not whole or numbers.min() < 0 or numbers.max() > labels.shape[1]:
@@ -193,21 +181,21 @@ def _session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(
-            file.content, options, providers=_wanted_providers(provider)
+            file.content, options, providers=_providers(provider)
         )
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"{file.path}: onnxruntime cannot load it: {error}") from error
-    # Without this the session changes providers by itself when one fails in the middle.
+    # Otherwise the session switches providers by itself when one fails during a run.
     session.disable_fallback()
     got = session.get_providers()
-    # onnxruntime answers with a CPU session, not with an error, where CUDA does not load.
+    # onnxruntime returns a CPU session, not an error, where CUDA does not load.
     if provider == "cuda" and CUDA not in got:
         raise ModelError(
             f"provider cuda does not work here: onnxruntime {onnxruntime.__version__} fell back to"
@@ -218,7 +206,7 @@ def _session(
     return session
 
 
-def _wanted_providers(provider: str) -> list[Any]:
+def _providers(provider: str) -> list[Any]:
     if provider == "cpu":
         return [CPU]
     built_in = CUDA in onnxruntime.get_available_providers()
@@ -235,7 +223,7 @@ def _wanted_providers(provider: str) -> list[Any]:
 
 
 def _has_cuda_device() -> bool:
-    """Ask the driver, quietly; onnxruntime lists CUDA whether or not there is a device."""
+    """Query the driver: onnxruntime lists CUDA whether or not there is a device."""
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
         driver = ctypes.CDLL(name)

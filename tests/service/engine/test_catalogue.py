@@ -18,22 +18,19 @@ def folder(tmp_path):
 
 def test_a_single_file_leaves_its_name_to_its_card(tmp_path):
     path = tmp_path / "pets.onnx"
-    assert list_models(path) == [Listed(path, None, "1")]
+    assert list_models(path) == ([Listed(path, None, "1")], {})
 
 
-def test_every_layout(folder):
-    root = folder("pets.onnx", "cars/3.onnx", "cars/10.onnx", "signs/2/model.onnx")
-    assert list_models(root) == [
+def test_every_layout_and_nothing_else(folder):
+    ignored = (".b.onnx", "c.onnx.tmp", "README", ".d/1.onnx", "e/.1.onnx", "e/x.txt", "f/2/x.onnx")
+    root = folder("pets.onnx", "cars/3.onnx", "cars/10.onnx", "signs/2/model.onnx", *ignored)
+    expected = [
         Listed(root / "cars/3.onnx", "cars", "3"),
         Listed(root / "cars/10.onnx", "cars", "10"),
         Listed(root / "pets.onnx", "pets", "1"),
         Listed(root / "signs/2/model.onnx", "signs", "2"),
     ]
-
-
-def test_what_is_no_model_is_left_alone(folder):
-    root = folder("a.onnx", ".b.onnx", "c.onnx.tmp", "README", ".d/1.onnx", "e/.1.onnx", "e/x.txt")
-    assert [one.name for one in list_models(root)] == ["a"]
+    assert list_models(root) == (expected, {})
 
 
 def test_two_files_of_one_version_are_refused(folder):
@@ -41,13 +38,31 @@ def test_two_files_of_one_version_are_refused(folder):
         list_models(folder("pets.onnx", "pets/1.onnx"))
 
 
-@pytest.mark.parametrize("name", ["hot dog!.onnx", "ü.onnx", "a" * 129 + ".onnx", "x/v?.onnx"])
-def test_a_name_that_an_address_cannot_carry_is_refused(folder, name):
-    with pytest.raises(CatalogueError, match="is no name for a model"):
-        list_models(folder(name))
+@pytest.mark.parametrize("name", ["good (1).onnx", "ü.onnx", "a" * 129 + ".onnx", "x/v?.onnx"])
+def test_a_name_that_a_url_cannot_carry_is_skipped(folder, name):
+    root = folder("good.onnx", name)
+    models, problems = list_models(root)
+    assert [model.name for model in models] == ["good"]
+    assert list(problems) == [root / name]
+    assert "is no name for a model" in problems[root / name]
 
 
-def test_versions_order_as_people_do():
+def test_a_folder_that_cannot_be_read_is_skipped(folder, monkeypatch):
+    root = folder("good.onnx", "lost+found/x.onnx")
+    iterdir = type(root).iterdir
+
+    def read(path):  # as for a user without permission; the tests may run as root
+        if path.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return iterdir(path)
+
+    monkeypatch.setattr(type(root), "iterdir", read)
+    models, problems = list_models(root)
+    assert [model.name for model in models] == ["good"]
+    assert problems == {root / "lost+found": "Permission denied"}
+
+
+def test_versions_are_ordered_by_number():
     versions = ["v10", "v9", "1.10", "1.9", "2", "10", "1"]
     assert sorted(versions, key=version_key) == ["1", "1.9", "1.10", "2", "10", "v9", "v10"]
 

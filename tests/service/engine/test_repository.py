@@ -6,6 +6,7 @@ import pytest
 
 from export.card import CardError
 from service.core.errors import ProblemError
+from service.core.settings import Settings
 from service.engine.catalogue import CatalogueError
 from service.engine.repository import Registry
 from service.engine.session import ModelError
@@ -36,7 +37,7 @@ def start():
 
     async def load(source: Path) -> tuple[Registry, Watcher]:
         watcher = Watcher()
-        registry = Registry(source, provider="cpu", observer=watcher)
+        registry = Registry(Settings(models=source, provider="cpu"), watcher)
         await registry.load()
         await registry.warm_up()
         return registry, watcher
@@ -90,7 +91,7 @@ def test_a_folder_by_name_and_version(start, detector, other, tmp_path):
 
 def test_nothing_answers_before_its_warm_up(detector):
     async def check():
-        registry = Registry(detector, provider="cpu")
+        registry = Registry(Settings(model=detector, provider="cpu"), Watcher())
         assert refused(registry) == (503, "not ready: the model is not loaded")
         await registry.load()
         assert refused(registry) == (503, "not ready: the model is warming up")
@@ -169,6 +170,38 @@ def test_a_bad_new_file_leaves_the_old_model_until_it_is_mended(start, detector,
     asyncio.run(check())
 
 
+def test_an_entry_that_is_no_model_stops_neither_the_start_nor_the_others(
+    start, detector, tmp_path
+):
+    async def check():
+        registry, _ = await start(folder_of(tmp_path, good=detector, **{"odd (1)": detector}))
+        assert [entry.name for entry in registry.check_ready()] == ["good"]
+        assert "odd (1).onnx: 'odd (1)' is no name" in registry.problems()[0]
+        folder_of(tmp_path, new=detector, **{"odd (2)": detector})
+        await registry.refresh()
+        assert registry.get("new").warm
+        assert len(registry.problems()) == 2
+
+    asyncio.run(check())
+
+
+def test_a_folder_that_cannot_be_read_for_a_while_keeps_its_models(
+    start, detector, tmp_path, monkeypatch
+):
+    async def check():
+        registry, _ = await start(folder_of(tmp_path, a=detector, pets__2=detector))
+        listing = [registry.entries()[0].listed]
+        unreadable = {tmp_path / "pets": "Permission denied"}
+        monkeypatch.setattr(
+            "service.engine.repository.list_models", lambda _: (listing, unreadable)
+        )
+        await registry.refresh()
+        assert registry.get("pets").version == "2"
+        assert registry.problems() == [f"{tmp_path / 'pets'}: Permission denied"]
+
+    asyncio.run(check())
+
+
 def test_an_empty_folder_is_a_mistake_and_changes_nothing(start, detector, tmp_path):
     async def check():
         registry, _ = await start(folder_of(tmp_path, a=detector))
@@ -200,14 +233,14 @@ def test_a_touched_file_keeps_its_model(start, detector, tmp_path):
     asyncio.run(check())
 
 
-def test_a_successor_that_does_not_answer_is_not_taken(detector, other, tmp_path, monkeypatch):
+def test_a_successor_that_does_not_answer_is_not_taken(
+    start, detector, other, tmp_path, monkeypatch
+):
     path = tmp_path / "served.onnx"
     shutil.copy(detector, path)
 
     async def check():
-        registry = Registry(path, provider="cpu")
-        await registry.load()
-        await registry.warm_up()
+        registry, _ = await start(path)
         old = registry.get()
         shutil.copy(other, path)
 
