@@ -9,7 +9,7 @@ from typing import Any, Literal
 from onnx import ModelProto
 
 from export.card import DetectorCard, Preprocessing, TrainingCard
-from export.file import write_detector
+from export.file import refuse_output, write_detector
 from export.graph import build_graph
 from export.preprocess import accept_uint8
 from ghm_triton.detection.models.config import DetectorConfig
@@ -128,14 +128,7 @@ def check_outputs(path: Path, input_type: str, checkpoint_path: Path) -> None:
     if input_type not in INPUT_TYPES:
         raise ValueError(f"input_type must be one of {', '.join(INPUT_TYPES)}, got {input_type!r}")
     for output in output_paths(path, input_type):
-        _refuse_output(output, checkpoint_path)
-
-
-def _refuse_output(path: Path, checkpoint_path: Path) -> None:
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file, such as detector.onnx")
-    if path.exists() and path.samefile(checkpoint_path):
-        raise ValueError(f"{path} is the checkpoint; it would be overwritten")
+        refuse_output(output, checkpoint=checkpoint_path)
 
 
 def make_card(

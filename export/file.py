@@ -150,6 +150,23 @@ def detector_bytes(model: ModelProto, card: DetectorCard) -> bytes:
     return seal(written.SerializeToString(deterministic=True), written.ir_version)
 
 
+def refuse_output(path: Path, **sources: Path) -> None:
+    """Refuse an output path, before any work is done.
+
+    Args:
+        path: The file to write.
+        **sources: Files that must not be overwritten, by what they are.
+
+    Raises:
+        ValueError: The path is a folder or one of the sources.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file, such as detector.onnx")
+    for kind, source in sources.items():
+        if path.exists() and path.samefile(source):
+            raise ValueError(f"{path} is the {kind}; it would be overwritten")
+
+
 def set_default(model: ModelProto, name: str, values: Sequence[float]) -> None:
     """Replace the values of a float32 initializer.
 

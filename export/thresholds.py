@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 
 from export.card import FORMAT_VERSION, IOU_INPUT, THRESHOLDS_INPUT, DetectorCard
-from export.file import read_detector, set_default, write_detector
+from export.file import read_detector, refuse_output, set_default, write_detector
 from ghm_triton.evidence import ClassStatistics, ClassThreshold, as_float32
 
 
@@ -89,8 +89,7 @@ def rewrite_thresholds(
         OSError: A file cannot be read or written.
     """
     file, output_path = read_detector(path), Path(output_path)
-    if output_path.is_dir():
-        raise ValueError(f"{output_path} is a folder; name a file, such as detector.onnx")
+    refuse_output(output_path)
     card = set_thresholds(file.card, classes, every=every, iou_threshold=iou_threshold)
     model = onnx.load_model_from_string(file.content)
     set_default(model, THRESHOLDS_INPUT, card.class_thresholds)

@@ -12,7 +12,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 from starlette.testclient import TestClient
 
-from export.attach.attach import AttachError, Reading, _outputs, attach
+from export.attach.attach import attach
+from export.attach.outputs import AttachError, OutputLayout, join_outputs
 from export.card import CARD_KEY, IOU_INPUT, THRESHOLDS_INPUT
 from export.file import SEAL_KEY, read_detector
 from export.thresholds import rewrite_thresholds
@@ -52,7 +53,7 @@ GREY = [(0.45, 0, [5, 5, 25, 25])]  # at half the light scores halve; cat's thre
 
 
 def another(
-    reading: Reading,
+    layout: OutputLayout,
     *,
     batch: str | int = "n",
     size: tuple[Any, Any] = (HEIGHT, WIDTH),
@@ -63,10 +64,10 @@ def another(
 ) -> ModelProto:
     """A detector that finds PLACES in any image, the surer the lighter its channels."""
     boxes, scores = PLACES[:, :4].copy(), PLACES[:, 4:].copy()
-    if reading.boxes == "cxcywh":
+    if layout.boxes == "cxcywh":
         low, high = boxes[:, :2].copy(), boxes[:, 2:].copy()
         boxes = np.concatenate([(low + high) / 2, high - low], axis=1)
-    if reading.unit == "normalised":
+    if layout.unit == "normalised":
         boxes /= np.array([WIDTH, HEIGHT, WIDTH, HEIGHT], np.float32)
     make = helper.make_node
     constants = {"boxes_table": boxes[None], "scores_table": scores[None]}
@@ -86,7 +87,7 @@ def another(
         make("Mul", ["light", "scores_table"], ["p"]),
     ]
     constants |= {"column": np.array([-1, 1, 1]), "zero": np.zeros(1, np.float32)}
-    if reading.scores == "logit":  # log(p / (1 - p)), kept finite
+    if layout.scores == "logit":  # log(p / (1 - p)), kept finite
         constants |= {"one": np.ones(1, np.float32), "tiny": np.full(1, 1e-6, np.float32)}
         nodes += [
             make("Max", ["p", "tiny"], ["some"]),
@@ -97,7 +98,7 @@ def another(
     else:
         nodes.append(make("Identity", ["p"], ["scores"]))
     outputs = ["scores", "boxes"]  # not in our order, and with names of ours
-    if reading.layout == "yolo":
+    if layout.layout == "yolo":
         nodes.append(make("Concat", ["boxes", "scores"], ["rows"], axis=2))
         nodes.append(make("Transpose", ["rows"], ["columns"], perm=[0, 2, 1]))
         outputs = ["rows" if transposed else "columns"]
@@ -112,8 +113,8 @@ def another(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7)
 
 
-YOLO = Reading("yolo", "cxcywh", "pixels", "probability")
-PAIR = Reading("boxes+scores", "xyxy", "normalised", "logit")
+YOLO = OutputLayout("yolo", "cxcywh", "pixels", "probability")
+PAIR = OutputLayout("boxes+scores", "xyxy", "normalised", "logit")
 
 
 def write(folder: Path, model: ModelProto, **card: Any) -> dict[str, Path]:
@@ -149,8 +150,8 @@ def yolo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = another(YOLO)
     helper.set_model_props(model, {"author": "somebody at /home/somebody"})
     paths = write(tmp_path_factory.mktemp("yolo"), model)
-    card, reading = attach(**paths)
-    assert (card, reading) == (read_detector(paths["output_path"]).card, YOLO)
+    card, layout = attach(**paths)
+    assert (card, layout) == (read_detector(paths["output_path"]).card, YOLO)
     return paths["output_path"]
 
 
@@ -159,8 +160,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Newer than our opset, trained on BGR; the size of its input is open."""
     model = another(PAIR, opset=20, size=("h", "w"), channels=(0, 0, 1))
     paths = write(tmp_path_factory.mktemp("pair"), model, color_order="BGR")
-    _, reading = attach(**paths, unit="normalised", scores="logit")
-    assert reading == PAIR
+    _, layout = attach(**paths, unit="normalised", scores="logit")
+    assert layout == PAIR
     return paths["output_path"]
 
 
@@ -276,7 +277,9 @@ def test_scores_above_1_are_no_probabilities(tmp_path: Path) -> None:
 def test_scores_of_other_places_than_the_boxes_are_passed_over() -> None:
     shapes = {"more": (2, 9, 3), "boxes": (2, 5, 4), "fewer": (2, 4, 3), "scores": (2, 5, 3)}
     answers = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    assert _outputs(answers, "boxes+scores", 3) == ["boxes", "scores"]
+    node, rows = join_outputs(answers, "boxes+scores", 3)
+    assert list(node.input) == ["boxes", "scores"]
+    assert rows.shape == (2, 5, 7)
 
 
 def test_a_batch_that_is_fixed_inside_is_refused(tmp_path: Path) -> None:
@@ -299,3 +302,35 @@ def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
     paths["model_path"].write_bytes(content)
     with pytest.raises(AttachError, match="not an ONNX file"):
         attach(**paths)
+
+
+def end_to_end() -> ModelProto:
+    """Corners, a score and a class index in each row, padded with zeros."""
+    model = another(YOLO, transposed=True)
+    rows = np.zeros((5, 6), np.float32)
+    rows[:2] = [[5, 5, 25, 25, 0.92, 0], [30, 10, 50, 30, 0.81, 1]]
+    tables = {"boxes_table": rows[None, :, :4], "scores_table": rows[None, :, 4:]}
+    for tensor in model.graph.initializer:
+        if tensor.name in tables:
+            tensor.CopyFrom(numpy_helper.from_array(tables[tensor.name], tensor.name))
+    for node in model.graph.node:
+        if node.output[0] == "p":  # what would be scores does not depend on the image
+            node.CopyFrom(helper.make_node("Add", ["dark", "scores_table"], ["p"]))
+    return model
+
+
+def test_end_to_end_rows_of_two_classes_are_not_taken_for_a_box_and_two_scores(
+    tmp_path: Path,
+) -> None:
+    two = {"class_names": ["cat", "dog"], "thresholds": 0.25}
+    paths = write(tmp_path, end_to_end(), **two)
+    with pytest.raises(AttachError, match=r"look like x1 y1 x2 y2 score class.*--layout yolo"):
+        attach(**paths)
+    attach(**paths, layout="yolo")
+    # A true score, however small, tells them apart.
+    model = end_to_end()
+    (table,) = (one for one in model.graph.initializer if one.name == "scores_table")
+    values = numpy_helper.to_array(table).copy()
+    values[0, 1, 1] = 1e-6
+    table.CopyFrom(numpy_helper.from_array(values, "scores_table"))
+    attach(**write(tmp_path, model, **two))
