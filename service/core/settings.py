@@ -1,4 +1,4 @@
-"""What the service can be told, as `GHM_*` environment variables or arguments."""
+"""The service's settings, from `GHM_*` environment variables or arguments."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service.core.cpus import available_cpus
 
 PREFIX = "GHM_"
-_PROVIDERS = "GHM_PROVIDERS"  # as onnxruntime says it; read where GHM_PROVIDER is not set
+_PROVIDERS = "GHM_PROVIDERS"  # onnxruntime's spelling; read if GHM_PROVIDER is not set
 
-# The largest batch that the contract lets a file be run with.
+# The largest batch that the file's contract allows.
 LARGEST_BATCH = 64
 
 _MOST_DEFAULT_INFERENCES = 4
 
-# Pillow refuses an image of more pixels by itself, whatever we would allow.
+# Pillow refuses larger images itself.
 MOST_PIXELS = 178_956_970
 
 
 def default_inferences() -> int:
-    """As many inferences as processors, up to where more gain nothing but take memory."""
+    """Return the number of processors, up to where more inferences only take memory."""
     return min(available_cpus(), _MOST_DEFAULT_INFERENCES)
 
 
@@ -33,49 +33,46 @@ class SettingsError(ValueError):
 
 
 class Settings(BaseSettings):
-    """The service's settings. Each field `x` is read from the environment variable `GHM_X`.
+    """The service's settings. Field `x` is read from the environment variable `GHM_X`.
+
+    Sizes of queues and limits are per worker.
 
     Attributes:
-        model: The detector to serve, a `.onnx` file with a card. Either this or `models`.
+        model: The `.onnx` file to serve. Either this or `models`.
         models: A folder of detectors: `NAME.onnx`, or `NAME/VERSION.onnx` for several versions.
-        host: The address to listen at.
-        port: The port to listen at; 0 takes a free one.
+        host: Address to listen at.
+        port: Port to listen at; 0 takes a free one.
         workers: Processes that answer at the same address.
-        provider: What runs the model. `auto` takes CUDA where it works and the CPU elsewhere;
-            `cuda` does not start where CUDA does not work.
+        provider: `cpu`, `cuda` (the start fails where CUDA does not work), or `auto`.
         threads: Threads that a model's inferences share, and images decoded at a time.
-        inferences: Inferences that run at a time. They share `threads` threads: while one of them
-            does what cannot be divided, the others use the processors.
-        queue_size: Images that may wait, beyond those that are worked on; more are refused with
-            429.
-        deadline_ms: Milliseconds from a request's arrival to the start of its inference; after
-            that its answer is 504.
-        batch_size: The most images that are put into one inference. Where not given, 1 on a CPU,
-            where batching gains nothing, and 8 on CUDA.
-        batch_wait_ms: How long an image waits for others to share its inference, in milliseconds.
-        max_upload_bytes: The largest request body, in bytes, after decompression.
-        max_pixels: The largest image, in pixels, as its header states it.
+        inferences: Concurrent inferences. They share `threads`: while one is in a part that cannot
+            be divided, the others use the processors.
+        queue_size: Images that may wait, beyond those being processed; more are refused with 429.
+        deadline_ms: Milliseconds that a request may take after it was read; then it gets 504.
+        batch_size: The most images in one inference; None is 1 on a CPU, where batching gains
+            nothing, and 8 on CUDA.
+        batch_wait_ms: Milliseconds that an image waits for others to share its inference.
+        max_upload_bytes: Largest body, inflated.
+        max_pixels: Largest image in pixels, as its header states it.
         max_images: The most images in one request.
-        max_received_bytes: The most bytes of request bodies that are held at a time, over all
-            requests, decompressed.
-        receive_seconds: How long a request's body may take to arrive.
-        max_decoded_bytes: The most bytes of decoded images at a time, over all requests.
-        reload_seconds: How often the files are looked at for changes, in seconds; 0 is never.
-        log_level: What is logged.
-        log_format: A JSON object a line, or text for people.
-        tokens: Bearer tokens that requests must carry, separated by commas, each as `name:token`
-            or `token`. Where neither these nor `tokens_file` is given, none is needed.
+        max_received_bytes: Bytes of bodies held at a time over all requests, inflated.
+        receive_seconds: Time for a request's body to arrive.
+        max_decoded_bytes: Bytes of decoded images at a time over all requests.
+        reload_seconds: Seconds between checks of the files for changes; 0 is never.
+        log_level: Lowest level that is logged.
+        log_format: `json`, an object a line, or `text`.
+        tokens: Comma-separated bearer tokens, each `name:token` or `token`. Without these and
+            `tokens_file`, requests need no token.
         tokens_file: A file of such tokens, one a line; read again when it changes.
-        public_health: Whether `/health` answers without a token.
-        public_metrics: Whether `/metrics` answers without a token.
-        rate_limit: Requests a second that one token (or address, without tokens) may send; 0 is
-            no limit.
+        public_health: Whether `/health` needs no token.
+        public_metrics: Whether `/metrics` needs no token.
+        rate_limit: Requests per second of one token, or of one address without tokens; 0 is no
+            limit. Holds over all workers.
         rate_burst: Requests that may come at once within that limit.
-        cors_origins: The origins whose pages may call the service, separated by commas; `*` is
-            every one.
-        drain_seconds: After SIGTERM, how long `/health/ready` says 503 before connections are
-            closed, so that a load balancer has seen it.
-        shutdown_seconds: After that, how long requests in work may take to end.
+        cors_origins: Comma-separated origins whose pages may call the service; `*` is all.
+        drain_seconds: Time from SIGTERM, when `/health/ready` turns 503, until connections close,
+            so that load balancers notice.
+        shutdown_seconds: Time after that for running requests to end.
         page: Whether there is a page at `/`.
         metrics: Whether there are metrics at `/metrics`.
     """
@@ -130,7 +127,7 @@ class Settings(BaseSettings):
         """The file or folder that is served.
 
         Raises:
-            SettingsError: Neither is given.
+            SettingsError: Neither is set.
         """
         source = self.model or self.models
         if source is None:
@@ -140,38 +137,35 @@ class Settings(BaseSettings):
         return source
 
 
-def load_settings(**given: Any) -> Settings:
-    """Settings from the environment, overridden by the arguments given.
+def load_settings(**arguments: Any) -> Settings:
+    """Read settings from the environment, overridden by arguments.
 
     Args:
-        **given: Fields of `Settings`; None stands for not given. A `model` or `models` that is
-            given wins over both of the environment.
-
-    Returns:
-        The settings.
+        **arguments: Fields of `Settings`; None counts as left out. A `model` or `models` wins
+            over both of the environment.
 
     Raises:
         SettingsError: A value is out of range, or the model is not named. The message names the
             setting and the value.
     """
-    wanted = {name: value for name, value in given.items() if value is not None}
-    if "provider" not in wanted and not os.environ.get(f"{PREFIX}PROVIDER"):
+    values = {name: value for name, value in arguments.items() if value is not None}
+    if "provider" not in values and not os.environ.get(f"{PREFIX}PROVIDER"):
         alias = os.environ.get(_PROVIDERS)
-        wanted |= {"provider": alias} if alias else {}
-    if {"model", "models"} & set(wanted):
-        wanted = {"model": None, "models": None} | wanted
+        values |= {"provider": alias} if alias else {}
+    if {"model", "models"} & set(values):
+        values = {"model": None, "models": None} | values
     try:
-        settings = Settings(**wanted)
+        settings = Settings(**values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         if not name:
             raise SettingsError(first["msg"].removeprefix("Value error, ")) from error
-        where = name if given.get(name) is not None else f"{PREFIX}{name.upper()}"
+        where = name if arguments.get(name) is not None else f"{PREFIX}{name.upper()}"
         raise SettingsError(f"{where} is {first['input']!r}: {first['msg']}") from error
     _ = settings.source
     if settings.workers > 1 and "threads" not in settings.model_fields_set:
-        # All workers share the processors: threads that wait for one another only cost.
+        # Workers share the processors: more threads would only wait for one another.
         share = max(1, settings.threads // settings.workers)
         settings = settings.model_copy(update={"threads": share})
     if settings.workers > 1 and "inferences" not in settings.model_fields_set:
@@ -182,7 +176,7 @@ def load_settings(**given: Any) -> Settings:
 
 
 def unknown_variables() -> list[str]:
-    """Variables of the environment that look like settings, and are none: mistyped, likely."""
+    """Return variables of the environment that look like settings but are not: likely typos."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {_PROVIDERS}
     return sorted(
         name for name in os.environ if name.startswith(PREFIX) and name.upper() not in known
