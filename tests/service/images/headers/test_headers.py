@@ -66,7 +66,7 @@ def test_tiles_of_no_size_are_refused_by_the_header():
 
 
 def test_every_file_of_the_corpus_has_its_builder():
-    names = runpy.run_path(str(CORPUS[0].parents[1] / "bombs"), run_name="bombs")
+    names = runpy.run_path(str(CORPUS[0].parents[1] / "bombs.py"), run_name="bombs")
     assert sorted(names["BUILDERS"]) == [path.name for path in EVERYTHING]
 
 
