@@ -1,15 +1,38 @@
+"""Request ids, errors, access lines and CORS, on a service and on applications of our own."""
+
+import asyncio
+import logging
+import re
+from contextlib import suppress
+from types import SimpleNamespace
+
 import pytest
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.core.settings import Settings, SettingsError
-from service.http.middleware import parse_origins
+from service.engine.session import ModelError
+from service.http.auth import AuthMiddleware
+from service.http.bodies import BodyLimitMiddleware
+from service.http.middleware import (
+    AccessMiddleware,
+    ErrorMiddleware,
+    build_middleware,
+    parse_origins,
+)
+from service.http.rate_limit import RateLimitMiddleware
+from service.observability.metrics import Metrics
 
 PAGE = "https://example.com"
+SECRET = "s3cret-token-of-ours"  # noqa: S105  made up
 
 
 @pytest.fixture
-def crossed(detector, model):
+def serve_with(detector, model):
+    """A client of a service with these settings."""
+
     def make(**changes) -> TestClient:
         settings = Settings(model=detector, threads=1, provider="cpu", **changes)
         return TestClient(create_app(settings, model))
@@ -17,65 +40,241 @@ def crossed(detector, model):
     return make
 
 
-def preflight(client, origin=PAGE, method="POST"):
-    return client.options(
-        "/v1/detect",
-        headers={
-            "Origin": origin,
-            "Access-Control-Request-Method": method,
-            "Access-Control-Request-Headers": "authorization,content-type",
-        },
+@pytest.fixture
+def failing(model, monkeypatch):
+    """Makes the model fail."""
+
+    def fail(*inputs):
+        raise ModelError("the secret insides")
+
+    monkeypatch.setattr(model, "run", fail)
+
+
+@pytest.fixture
+def lines(caplog):
+    """The facts of the access lines so far."""
+    caplog.set_level(logging.DEBUG, logger="ghm.access")
+    return lambda: [one.facts for one in caplog.records if one.name == "ghm.access"]
+
+
+def test_the_order(detector):
+    every = {"tokens": "a", "rate_limit": 1, "cors_origins": PAGE}
+    few, many = (
+        [one.cls for one in build_middleware(Settings(model=detector, **changes), Metrics())]
+        for changes in ({}, every)
     )
+    inner = [CORSMiddleware, ErrorMiddleware, AuthMiddleware, RateLimitMiddleware]
+    assert many[1:] == [AccessMiddleware, *inner, BodyLimitMiddleware]
+    assert few == [many[0], AccessMiddleware, ErrorMiddleware, BodyLimitMiddleware]
 
 
-def test_a_page_of_an_origin_that_we_know_may_call(crossed, png):
-    with crossed(cors_origins=f"{PAGE}, http://localhost:3000", tokens="abc") as client:
+# Request ids.
+
+
+@pytest.mark.parametrize(
+    ("header", "kept"),
+    [
+        (None, False),
+        ("trace-1.a_B", True),
+        ("a b", False),
+        ("x" * 65, False),
+        ("a\tb", False),
+        ("é".encode("latin-1"), False),
+    ],
+)
+def test_every_answer_has_one_id_the_clients_own_if_it_is_harmless(client, problem, header, kept):
+    headers = {} if header is None else {"X-Request-ID": header}
+    answers = [client.get("/nowhere", headers=headers) for _ in range(2)]
+    for answer in answers:
+        problem(answer, 404)  # compares the header with the body
+        request_id = answer.headers["x-request-id"]
+        assert request_id == header if kept else re.fullmatch("[0-9a-f]{32}", request_id)
+    assert kept or answers[0].headers["x-request-id"] != answers[1].headers["x-request-id"]
+
+
+# Unexpected errors.
+
+
+def test_a_500_without_details_counted_logged_and_readable_by_pages(
+    serve_with, failing, png, problem, caplog, lines
+):
+    with serve_with(cors_origins=PAGE) as client:
+        response = client.post("/v1/detect", content=png, headers={"Origin": PAGE})
+        counted = client.get("/metrics").text
+    assert "request_id" in problem(response, 500)
+    assert "secret" not in response.text
+    assert "Traceback" not in response.text
+    assert response.headers["access-control-allow-origin"] == PAGE
+    assert response.headers["x-request-id"] in caplog.text
+    assert "the secret insides" in caplog.text
+    assert lines()[0]["status"] == 500
+    assert 'route="/v1/detect",status="500"} 1.0' in counted
+
+
+# The access log.
+
+
+def test_a_line_for_a_detection(client, png, lines):
+    response = client.post("/v1/detect?threshold=0.5", content=png)
+    (line,) = lines()
+    assert line.pop("ms") > 0
+    assert line == {
+        "request_id": response.headers["x-request-id"],
+        "model": "colours",
+        "images": 1,
+        "detections": len(response.json()["detections"]),
+        "method": "POST",
+        "path": "/v1/detect",
+        "route": "/v1/detect",
+        "status": 200,
+        "bytes_in": len(png),
+        "bytes_out": len(response.content),
+        "client": "testclient",
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "route", "status"),
+    [
+        ("/v1/models/colours", "/v1/models/{name}", 200),
+        ("/v1/models/nobody", "/v1/models/{name}", 404),
+        ("/v1/detect", "/v1/detect", 405),
+        ("/made/up/by/anybody", "other", 404),
+        ("/openapi.json", "other", 200),
+    ],
+)
+def test_routes_are_templates(client, lines, path, route, status):
+    client.get(path)
+    (line,) = lines()
+    assert (line["path"], line["route"], line["status"]) == (path, route, status)
+
+
+def test_successful_polls_are_logged_at_debug(client, caplog):
+    caplog.set_level(logging.DEBUG, logger="ghm.access")
+    for path in ("/health/live", "/metrics", "/v1/models", "/health/nothing"):
+        client.get(path)
+    levels = [one.levelname for one in caplog.records if one.name == "ghm.access"]
+    assert levels == ["DEBUG", "DEBUG", "INFO", "INFO"]
+
+
+def test_neither_tokens_nor_images_get_into_the_log(serve_with, png, caplog):
+    caplog.set_level(logging.DEBUG)
+    with serve_with(tokens=f"me:{SECRET}") as client:
+        headers = {"Authorization": f"Bearer {SECRET}", "Cookie": f"a={SECRET}"}
+        client.post(f"/v1/detect?key={SECRET}", content=png, headers=headers)
+        client.get("/v1/models", headers={"Authorization": f"Bearer {SECRET}x"})
+    records = [one for one in caplog.records if one.name.startswith("ghm")]
+    assert [one.facts["status"] for one in records if one.name == "ghm.access"] == [422, 401]
+    text = repr([(one.getMessage(), vars(one)) for one in records])
+    assert SECRET not in text
+    assert "PNG" not in text
+    assert "'token': 'me'" in text
+
+
+def observe(app, messages=(), **changes) -> list[tuple]:
+    """The route, method and status that are counted for an application of our own."""
+    seen = []
+    metrics = SimpleNamespace(request=lambda *labels: seen.append(labels[:3]))
+    waiting = list(messages)
+
+    async def receive():
+        return waiting.pop(0)
+
+    async def send(message):
+        pass
+
+    scope = {"type": "http", "method": "GET", "path": "/x", "headers": [], **changes}
+    middleware = AccessMiddleware(ErrorMiddleware(app), metrics)
+    with suppress(ZeroDivisionError, asyncio.CancelledError):
+        asyncio.run(middleware(scope, receive, send))
+    return seen
+
+
+START = {"type": "http.response.start", "status": 200, "headers": []}
+
+
+async def half(scope, receive, send):
+    await send(START)
+    raise ZeroDivisionError
+
+
+async def gone(scope, receive, send):
+    raise ClientDisconnect
+
+
+async def dropped(scope, receive, send):
+    raise asyncio.CancelledError
+
+
+async def echo(scope, receive, send):
+    while (await receive()).get("more_body"):
+        pass
+    await send(START)
+    await send({"type": "http.response.body", "body": b"12", "more_body": True})
+    await send({"type": "http.response.body", "body": b"345"})
+
+
+@pytest.mark.parametrize(("app", "status"), [(gone, 499), (dropped, 499), (half, 200)])
+def test_a_request_that_ends_early(lines, app, status):
+    assert observe(app) == [("other", "GET", status)]
+    assert [line["status"] for line in lines()] == [status]
+
+
+def test_labels_and_lines_are_bounded(lines):
+    parts = [{"type": "http.request", "body": b"x" * n, "more_body": n != 3} for n in (10, 3)]
+    seen = observe(echo, parts, method="MAKEUP", path="/" + "x" * 5000, client=None)
+    assert seen == [("other", "other", 200)]
+    (line,) = lines()
+    assert (line["bytes_in"], line["bytes_out"]) == (13, 5)
+    assert (len(line["path"]), line["client"]) == (200, "unknown")
+
+
+# CORS.
+
+
+def preflight(client, origin=PAGE, method="POST"):
+    headers = {
+        "Origin": origin,
+        "Access-Control-Request-Method": method,
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    return client.options("/v1/detect", headers=headers)
+
+
+def test_a_page_of_a_known_origin_may_call(serve_with, png):
+    with serve_with(cors_origins=f"{PAGE}, http://localhost:3000", tokens="abc") as client:
         asked = preflight(client)  # browsers send no token with it
         assert asked.status_code == 200
         assert asked.headers["access-control-allow-origin"] == PAGE
-        allowed = asked.headers["access-control-allow-headers"].lower()
-        assert "authorization" in allowed
+        assert "authorization" in asked.headers["access-control-allow-headers"].lower()
         headers = {"Origin": PAGE, "Authorization": "Bearer abc"}
         answer = client.post("/v1/detect", content=png, headers=headers)
         assert answer.headers["access-control-allow-origin"] == PAGE
         assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
         refused = client.post("/v1/detect", content=png, headers={"Origin": PAGE})
         assert refused.status_code == 401
-        assert refused.headers["access-control-allow-origin"] == PAGE  # or the page sees no reason
-
-
-def test_others_may_not(crossed):
-    with crossed(cors_origins=PAGE) as client:
-        asked = preflight(client, "https://evil.example")
-        assert asked.status_code == 400
-        assert "access-control-allow-origin" not in asked.headers
+        assert refused.headers["access-control-allow-origin"] == PAGE
+        other = preflight(client, "https://evil.example")
+        assert (other.status_code, "access-control-allow-origin" in other.headers) == (400, False)
         assert preflight(client, method="DELETE").status_code == 400
 
 
-def test_everybody_may_with_a_star_but_without_credentials(crossed):
-    with crossed(cors_origins="*") as client:
-        asked = preflight(client, "https://anywhere.example")
-        assert asked.headers["access-control-allow-origin"] == "*"
-        assert "access-control-allow-credentials" not in asked.headers
-
-
-def test_without_the_setting_there_is_no_cors(client):
-    answer = client.get("/health/live", headers={"Origin": PAGE})
-    assert not [name for name in answer.headers if name.startswith("access-control")]
+def test_a_star_allows_every_origin_without_credentials(serve_with, client):
+    with serve_with(cors_origins="*") as other:
+        asked = preflight(other, "https://anywhere.example")
+    assert asked.headers["access-control-allow-origin"] == "*"
+    assert "access-control-allow-credentials" not in asked.headers
+    default = client.get("/health/live", headers={"Origin": PAGE})
+    assert not [name for name in default.headers if name.startswith("access-control")]
 
 
 @pytest.mark.parametrize(
     "text", ["example.com", "https://a.b/", "https://a.b/c", "ftp://a.b", "x *"]
 )
-def test_what_no_browser_would_send_is_refused(text):
+def test_an_origin_that_no_browser_would_send_is_refused(text):
     with pytest.raises(SettingsError, match=r"cors_origins: .* is no origin"):
         parse_origins(f"{PAGE},{text}")
 
 
 def test_origins():
     assert parse_origins(f" {PAGE} ,, HTTP://localhost:1,*") == [PAGE, "HTTP://localhost:1", "*"]
-
-
-def test_a_refusal_has_a_request_id_of_its_own(crossed, problem):
-    with crossed(tokens="abc") as client:
-        problem(client.get("/v1/models"), 401)  # compares the header with the body
