@@ -60,12 +60,6 @@ def test_malformed_requests_are_400(client, png, problem):
         assert message in problem(client.post(URL, **request), 400), request
 
 
-def test_a_form_that_ends_in_the_middle_of_a_file_is_400(client, png, problem):
-    start = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
-    headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    problem(client.post(URL, content=start + png, headers=headers), 400)
-
-
 @pytest.mark.parametrize(
     "kind", ["application/jsonl", "application/x-www-form-urlencoded", "text/plain"]
 )
@@ -81,10 +75,6 @@ def small(settings, model):
     limits = settings.model_copy(update={"max_upload_bytes": 4000})
     with TestClient(create_app(limits, model)) as client:
         yield client
-
-
-def test_a_body_that_says_it_is_too_large_is_413(small, problem):
-    assert "4000 bytes" in problem(small.post(URL, content=b"x" * 4001), 413)
 
 
 @pytest.mark.parametrize("kind", ["image/png", "multipart/form-data; boundary=b"])
@@ -116,14 +106,6 @@ def test_a_form_that_turns_out_too_large_is_413(small, problem):
 
 def test_a_body_of_the_very_limit_is_read(small, problem):
     problem(small.post(URL, content=b"x" * 4000), 415)
-
-
-@settings(max_examples=40, deadline=None)
-@given(body=st.binary(max_size=300), start=st.sampled_from([b"", b"--b\r\n", b"--b\r\nContent-"]))
-def test_no_form_breaks_the_service(client, body, start):
-    headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    response = client.post(URL, content=start + body, headers=headers)
-    assert 400 <= response.status_code < 500, response.text
 
 
 def as_json(**members: object) -> dict:
@@ -226,18 +208,6 @@ def test_compressed_bodies_of_every_kind(client, png, coding, squeeze):
     for body, headers in bodies:
         headers = headers | {"Content-Encoding": coding}
         assert found(client.post(URL, content=squeeze(body), headers=headers)) == expected
-
-
-def test_a_body_that_inflates_beyond_the_limit_is_413(client, problem):
-    bomb = gzip.compress(b"\0" * 2**26)
-    assert len(bomb) < 70_000
-    problem(client.post(URL, content=bomb, headers={"Content-Encoding": "gzip"}), 413)
-
-
-def test_what_is_not_compressed_as_it_says_is_400(client, png, problem):
-    for content in (png, gzip.compress(png)[:-9], gzip.compress(png) + b"more"):
-        response = client.post(URL, content=content, headers={"Content-Encoding": "gzip"})
-        assert "Content-Encoding is gzip" in problem(response, 400)
 
 
 def test_another_coding_is_415(client, png, problem):

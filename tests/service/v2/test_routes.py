@@ -22,10 +22,6 @@ class TestServer:
         assert found.name == "ghm-triton"
         assert "binary_tensor_data" in found.extensions
 
-    def test_health(self, client):
-        assert client.get("/v2/health/live").json() == {"live": True}
-        assert client.get("/v2/health/ready").json() == {"ready": True}
-
     def test_not_ready_before_the_start(self, settings, problem):
         client = TestClient(create_app(settings))
         assert client.get("/v2/health/live").status_code == 200

@@ -76,11 +76,6 @@ def test_files_are_a_list_in_order(client, encode, scene, png):
     assert boxes(second) == {"red": [0, 0, 16, 16]}
 
 
-def test_one_of_files_is_a_list_too(client, png):
-    body = client.post(URL, files={"files": ("a.png", png)}).json()
-    assert len(DetectManyResponse.model_validate(body).results) == 1
-
-
 def test_upright_pixels_are_answered_in(client, encode, image):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -215,23 +210,11 @@ def test_images_that_fit_one_by_one_are_answered_together(settings, model, png, 
     assert app.state.service.decoded.free == 3 * 2**20
 
 
-def test_what_is_no_image_is_415(client, problem):
-    headers = {"Content-Type": "image/png"}
-    detail = problem(client.post(URL, content=b"%PDF-1.7", headers=headers), 415)
-    assert "JPEG, PNG, WebP, BMP, TIFF, GIF" in detail
-
-
 def test_an_image_of_too_many_pixels_is_413(settings, model, encode, problem):
     limits = settings.model_copy(update={"max_pixels": 5000})
     with TestClient(create_app(limits, model)) as client:
         detail = problem(client.post(URL, content=encode(Image.new("L", (100, 51)))), 413)
     assert "the body: the image is 100 x 51 pixels; at most 5000" in detail
-
-
-def test_another_method_is_405(client, problem):
-    response = client.get(URL)
-    problem(response, 405)
-    assert response.headers["allow"] == "POST"
 
 
 def test_before_the_model_is_ready_503(settings, problem):
