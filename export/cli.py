@@ -3,146 +3,230 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from export.quantize.cli import check_quantize, configure_quantize, run_quantize
 from ghm_triton.command import Command
+from ghm_triton.options import add_options, chosen, option
 
-MISMATCH = 1
+if TYPE_CHECKING:
+    from export.card import DetectorCard
+
+FAILED = 1
+SMALLER = "smaller and faster (measured before and after; not written if it loses too much)"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Arguments of `export.detector.export_detector`."""
+
+    checkpoint_path: Path = option(
+        help="checkpoint.pt of a training run", flag="checkpoint", metavar="checkpoint"
+    )
+    output_path: Path = option(help="the file to write", flag="--out", metavar="ONNX")
+    policy: str = option(
+        "f1",
+        "how thresholds are chosen: prior, f1, precision=P, recall=R or fixed=T",
+        shown="f1; see ghm thresholds --help",
+    )
+    iou_threshold: float | None = option(
+        None,
+        "overlap from 0 to 1 that NMS allows",
+        flag="--iou",
+        metavar="IOU",
+        shown="the checkpoint's",
+    )
+    name: str | None = option(None, "name of the detector", shown="architecture and backbone")
+    input_type: str = option(
+        "float32",
+        "images that the file takes: float32, letterboxed and normalised; uint8, of any size, as"
+        " they are; or both, with uint8 in a second file OUT.uint8.onnx",
+        flag="--input",
+        choices=("float32", "uint8", "both"),
+    )
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """The part of `ghm export` that needs `--quantize`."""
+
+    quantize: str | None = option(
+        None,
+        "precision of the network: int8, for CPUs, or fp16, for GPUs (slower on a CPU); box"
+        " decoding, thresholds and NMS stay in float32",
+        choices=("int8", "fp16"),
+        group=SMALLER,
+    )
+    calibrate: str | None = option(
+        None,
+        "data set to calibrate on, derive thresholds from and measure on: digits, voc:FOLDER or"
+        " coco:FOLDER",
+        metavar="DATA",
+        shown="the training data",
+        group=SMALLER,
+    )
+    calibrate_split: str | None = option(
+        None, "split to calibrate on", metavar="SPLIT", shown="the training split", group=SMALLER
+    )
+    calibrate_images: int = option(64, "images to calibrate on", metavar="N", group=SMALLER)
+    test_split: str = option("test", "split to measure on", metavar="SPLIT", group=SMALLER)
+    float_last: bool = option(
+        False, "int8: keep the last layers, of classes and boxes, in float32", group=SMALLER
+    )
+    max_drop: float = option(
+        1.0, "points (hundredths) of COCO AP that may be lost", metavar="POINTS", group=SMALLER
+    )
+    force: bool = option(False, "write the file whatever it loses", group=SMALLER)
 
 
 def configure_export(parser: argparse.ArgumentParser) -> None:
     """Describe `ghm export`."""
     parser.description = """\
-Write a checkpoint's detector as one ONNX file: weights, NMS, a threshold for every class, and a
-card that says where they came from. The file takes batches of 1 to 64 images, and whoever runs it
-may override the thresholds in any call.
+Write a checkpoint's detector as one ONNX file with its weights, NMS, a threshold per class, and a
+card with the evidence for the thresholds. The file takes batches of 1 to 64 images, and callers can
+override the thresholds in any call.
+
+With --quantize, average precision, size and latency are measured before and after, thresholds are
+derived from the scores of the smaller detector, and a detector that loses too much is not written
+(exit status 1):
+  ghm export runs/digits/checkpoint.pt --out small.onnx --quantize int8
 
 example:
   ghm export runs/digits/checkpoint.pt --out detector.onnx --policy precision=0.9"""
-    add = parser.add_argument
-    add("checkpoint", type=Path, help="checkpoint.pt of a training run")
-    add("--out", type=Path, required=True, metavar="ONNX", help="the file to write")
-    add(
-        "--policy",
-        default="f1",
-        help="how thresholds are chosen: prior, f1, precision=P, recall=R or fixed=T"
-        " (default: f1; see ghm thresholds --help)",
-    )
-    add(
-        "--iou",
-        type=float,
-        metavar="IOU",
-        help="overlap from 0 to 1 that NMS allows (default: the checkpoint's)",
-    )
-    add("--name", help="what the detector calls itself (default: architecture and backbone)")
-    add(
-        "--input",
-        choices=("float32", "uint8", "both"),
-        default="float32",
-        help="images that the file takes: float32, letterboxed and normalised (default); uint8, as"
-        " they are, of any size; or both, the second in a file OUT.uint8.onnx beside the first",
-    )
-    configure_quantize(parser)
+    add_options(parser, ExportOptions, QuantizeOptions)
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    """Carry out `ghm export`."""
+    """Run `ghm export`."""
     from export.detector import export_detector, output_paths
     from ghm_triton.evidence import ThresholdWarning
 
-    check_quantize(arguments)
-    options = {
-        "policy": arguments.policy,
-        "iou_threshold": arguments.iou,
-        "name": arguments.name,
-        "input_type": arguments.input,
-    }
+    given = chosen(arguments, QuantizeOptions)
+    if given and "quantize" not in given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} does nothing without --quantize")
+    if "float_last" in given and given["quantize"] != "int8":
+        raise ValueError("--float-last does nothing without --quantize int8")
+    options = ExportOptions(**chosen(arguments, ExportOptions))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ThresholdWarning)
-        if arguments.quantize:
-            card = run_quantize(arguments, options)
+        if given:
+            card = _export_quantized(QuantizeOptions(**given), vars(options))
         else:
-            card = export_detector(arguments.checkpoint, arguments.out, **options)
+            card = export_detector(**vars(options))
     if card is None:
-        return MISMATCH
-    for warning in caught:  # the exporter's own talk stays behind
+        return FAILED
+    for warning in caught:  # without those of the exporter itself
         if issubclass(warning.category, ThresholdWarning):
             warnings.warn(warning.message, stacklevel=1)
+    _print_written(card, *output_paths(options.output_path, options.input_type))
+    return 0
+
+
+def _export_quantized(asked: QuantizeOptions, options: dict[str, Any]) -> DetectorCard | None:
+    """Print what was measured and write the file, unless it loses too much."""
+    from export.quantize.convert import Int8Recipe
+    from export.quantize.tradeoff import AccuracyLossError, export_quantized, open_splits
+    from ghm_triton.detection.commands import report_problems
+    from ghm_triton.detection.training.checkpoint import Checkpoint
+
+    splits = open_splits(
+        Checkpoint.load(options["checkpoint_path"]),
+        asked.calibrate,
+        calibration=asked.calibrate_split,
+        test=asked.test_split,
+    )
+    for dataset in (splits.held_out, splits.test):
+        report_problems(dataset)
+    try:
+        tradeoff = export_quantized(
+            **options,
+            precision=asked.quantize,
+            splits=splits,
+            images=asked.calibrate_images,
+            recipe=Int8Recipe(float_last=asked.float_last),
+            max_drop=asked.max_drop,
+            force=asked.force,
+        )
+    except AccuracyLossError as error:
+        print(error.tradeoff.table())
+        print(f"ghm: {error}", file=sys.stderr)
+        return None
+    print(f"{tradeoff.table()}\n")
+    return tradeoff.card
+
+
+def _print_written(card: DetectorCard, *paths: Path, note: str = "") -> None:
     print(card.threshold_table())
     frame = card.preprocessing
-    for path in output_paths(arguments.out, arguments.input):
+    for path in paths:
         size = path.stat().st_size / 1e6
-        print(f"{path}: {card.name}, {frame.height}x{frame.width} px, {size:.1f} MB")
-    return 0
+        print(f"{path}: {card.name}, {frame.height}x{frame.width} px, {size:.1f} MB{note}")
+
+
+@dataclass(frozen=True)
+class AttachOptions:
+    """Arguments of `export.attach.attach.attach`."""
+
+    model_path: Path = option(help="an .onnx file", flag="model", metavar="model")
+    card_path: Path = option(help="what the file does not contain", flag="--card", metavar="JSON")
+    output_path: Path = option(help="the file to write", flag="--out", metavar="ONNX")
+    layout: str | None = option(
+        None, "layout of the outputs", choices=("yolo", "boxes+scores"), shown="by their number"
+    )
+    boxes: str | None = option(
+        None,
+        "the four numbers of a box",
+        choices=("cxcywh", "xyxy"),
+        shown="cxcywh for yolo, xyxy for boxes+scores",
+    )
+    unit: str | None = option(
+        None,
+        "of boxes: pixels of the input, or fractions of its sides",
+        choices=("pixels", "normalised"),
+        shown="pixels",
+    )
+    scores: str | None = option(
+        None, "kind of scores", choices=("probability", "logit"), shown="probability"
+    )
 
 
 def configure_attach(parser: argparse.ArgumentParser) -> None:
     """Describe `ghm attach`."""
     parser.description = """\
-Give somebody else's ONNX detector thresholds, NMS and a card, so that it can be served, inspected
-and given other thresholds like our own. The model takes float32 images [batch, 3, H, W], a batch of
-any size, and yields [batch, 4 + C, A] as YOLO does, or boxes [batch, A, 4] and scores
-[batch, A, C]. The card is JSON; these it must have, export/attach/card.py has all:
+Give an ONNX detector that was trained elsewhere thresholds, NMS and a card, so that it can be
+served, inspected and given other thresholds. The model takes float32 images [batch, 3, H, W] with a
+dynamic batch, and yields [batch, 4 + C, A] as YOLO does, or boxes [batch, A, 4] and scores
+[batch, A, C]. The card is JSON with at least these fields; export/attach/card.py has all:
 
   {"name": "yolo", "class_names": ["cat", "dog"], "thresholds": {"cat": 0.3, "dog": 0.25},
    "size": [640, 640]}
 
 example:
   ghm attach yolo.onnx --card card.json --out detector.onnx"""
-    add = parser.add_argument
-    add("model", type=Path, help="an .onnx file")
-    add("--card", type=Path, required=True, metavar="JSON", help="what the file does not say")
-    add("--out", type=Path, required=True, metavar="ONNX", help="the file to write")
-    add(
-        "--layout",
-        choices=("yolo", "boxes+scores"),
-        help="of the outputs (default: by their shapes)",
-    )
-    add(
-        "--boxes",
-        choices=("cxcywh", "xyxy"),
-        help="what four numbers are (default: cxcywh for yolo, xyxy for boxes+scores)",
-    )
-    add(
-        "--unit",
-        choices=("pixels", "normalised"),
-        help="of boxes: pixels of the input, or shares of its sides (default: pixels)",
-    )
-    add(
-        "--scores",
-        choices=("probability", "logit"),
-        help="what scores are (default: probability)",
-    )
+    add_options(parser, AttachOptions)
 
 
 def run_attach(arguments: argparse.Namespace) -> int:
-    """Carry out `ghm attach`."""
+    """Run `ghm attach`."""
     from export.attach.attach import attach
 
-    card, reading = attach(
-        arguments.model,
-        arguments.card,
-        arguments.out,
-        layout=arguments.layout,
-        boxes=arguments.boxes,
-        unit=arguments.unit,
-        scores=arguments.scores,
-    )
-    print(card.threshold_table())
-    frame, size = card.preprocessing, arguments.out.stat().st_size / 1e6
-    read = f"{reading.layout}, {reading.boxes} in {reading.unit}, scores as {reading.scores}"
-    print(f"{arguments.out}: {card.name}, {frame.height}x{frame.width} px, {size:.1f} MB; {read}")
+    options = chosen(arguments, AttachOptions)
+    card, made = attach(**options)
+    note = f"; {made.layout}, {made.boxes} in {made.unit}, scores as {made.scores}"
+    _print_written(card, options["output_path"], note=note)
     return 0
 
 
 def configure_inspect(parser: argparse.ArgumentParser) -> None:
     """Describe `ghm inspect`."""
     parser.description = """\
-Print what an ONNX detector says of itself: every class with its threshold, where that comes from
-and how precise it was on held-out images; what it takes and gives; what it was trained with. The
-file is checked against its contract first, and nothing in it is run.
+Print the card of an ONNX detector: the threshold of each class with its source and its precision
+and recall on held-out images, inputs and outputs, and the training. The file is checked against its
+contract first; nothing in it is run.
 
 example:
   ghm inspect detector.onnx"""
@@ -151,7 +235,7 @@ example:
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    """Carry out `ghm inspect`."""
+    """Run `ghm inspect`."""
     from export.file import read_detector
     from export.inspect import describe
 
@@ -160,35 +244,13 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def configure_set(parser: argparse.ArgumentParser) -> None:
-    """Describe `ghm thresholds set`."""
-    parser.description = """\
-Write an ONNX detector anew with thresholds set by hand, in its card and in its graph together: for
-runtimes where a call cannot override them. The card says which were set by hand, with the held-out
-precision and recall there. What is not named stays as it is.
-
-example:
-  ghm thresholds set detector.onnx --class WBC=0.4 --class RBC=0.5 --out strict.onnx"""
-    add = parser.add_argument
-    add("file", type=Path, help="a .onnx file that ghm export wrote")
-    add(
-        "--class",
-        dest="classes",
-        action="append",
-        default=[],
-        type=class_threshold,
-        metavar="NAME=SCORE",
-        help="the score from 0 to 1 that a detection of a class must reach; may be repeated",
-    )
-    add("--all", type=float, metavar="SCORE", help="the score of every class not named")
-    add("--iou", type=float, metavar="IOU", help="overlap from 0 to 1 that NMS allows")
-    place = parser.add_mutually_exclusive_group(required=True)
-    place.add_argument("--out", type=Path, metavar="ONNX", help="the file to write")
-    place.add_argument("--in-place", action="store_true", help="replace the file itself")
-
-
 def class_threshold(text: str) -> tuple[str, float]:
-    """`WBC=0.4` as `("WBC", 0.4)`; a name may have a `=` in it."""
+    """Parse `NAME=SCORE`; the name may contain a `=`.
+
+    Example:
+        >>> class_threshold("WBC=0.4")
+        ('WBC', 0.4)
+    """
     name, _, score = text.rpartition("=")
     try:
         value = float(score)
@@ -199,113 +261,133 @@ def class_threshold(text: str) -> tuple[str, float]:
     return name, value
 
 
+@dataclass(frozen=True)
+class SetOptions:
+    """Arguments of `export.thresholds.rewrite_thresholds`."""
+
+    path: Path = option(help="a .onnx file that ghm export wrote", flag="file", metavar="file")
+    classes: Sequence[tuple[str, float]] = option(
+        (),
+        "the score from 0 to 1 that a detection of a class must reach; may be repeated",
+        flag="--class",
+        metavar="NAME=SCORE",
+        shown="",
+        type=class_threshold,
+        action="append",
+    )
+    every: float | None = option(
+        None, "the score of every class not named", flag="--all", metavar="SCORE"
+    )
+    iou_threshold: float | None = option(
+        None, "overlap from 0 to 1 that NMS allows", flag="--iou", metavar="IOU"
+    )
+
+
+def configure_set(parser: argparse.ArgumentParser) -> None:
+    """Describe `ghm thresholds set`."""
+    parser.description = """\
+Rewrite an ONNX detector with thresholds set by hand, in its card and in its graph, for runtimes
+where a call cannot override them. The card marks them as manual, with the held-out precision and
+recall at each. Everything that is not named stays as it is.
+
+example:
+  ghm thresholds set detector.onnx --class WBC=0.4 --class RBC=0.5 --out strict.onnx"""
+    add_options(parser, SetOptions)
+    output = parser.add_mutually_exclusive_group(required=True)
+    output.add_argument("--out", type=Path, metavar="ONNX", help="the file to write")
+    output.add_argument("--in-place", action="store_true", help="replace the file itself")
+
+
 def run_set(arguments: argparse.Namespace) -> int:
-    """Carry out `ghm thresholds set`."""
+    """Run `ghm thresholds set`."""
     from export.thresholds import rewrite_thresholds
 
-    names = [name for name, _ in arguments.classes]
+    options = chosen(arguments, SetOptions)
+    names = [name for name, _ in options.get("classes", ())]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(f"class {twice[0]!r} is set twice")
-    out = arguments.file if arguments.in_place else arguments.out
-    card = rewrite_thresholds(
-        arguments.file,
-        out,
-        dict(arguments.classes),
-        every=arguments.all,
-        iou_threshold=arguments.iou,
-    )
+    options["classes"] = dict(options.get("classes", ()))
+    out = options["path"] if arguments.in_place else arguments.out
+    card = rewrite_thresholds(output_path=out, **options)
     print(card.threshold_table())
     print(f"{out}: IoU {card.iou_threshold:.4g}")
     return 0
 
 
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Options of `ghm verify`."""
+
+    file: Path = option(help="a .onnx file that ghm export wrote", flag="file")
+    checkpoint: Path = option(help="the checkpoint.pt it was exported from")
+    data: str | None = option(
+        None, "images: digits, voc:FOLDER or coco:FOLDER", shown="the training data"
+    )
+    split: str = option("test", "split of the data")
+    images: int | None = option(None, "compare on N images of the split", metavar="N", shown="all")
+    runtime: Sequence[str] = option(
+        ("onnxruntime",),
+        "runtime of the file; may be repeated. reference is onnx's own, and slow; all: those"
+        " installed",
+        choices=("onnxruntime", "openvino", "reference", "all"),
+        shown="onnxruntime",
+        type=str,
+        action="append",
+    )
+    slow_images: int = option(2, "number of images that reference runs", metavar="N")
+
+
 def configure_verify(parser: argparse.ArgumentParser) -> None:
     """Describe `ghm verify`."""
     parser.description = """\
-Check that an ONNX file detects what its checkpoint detects: on real images, in batches of 1, 3
-and 8, with the file's thresholds and with others. Detections are matched one to one; boxes may
-differ by 0.1 px and scores by 0.0001. Prints the mAP of both on those images. Exits with 1 when
-the file differs from the checkpoint.
+Check that an ONNX file detects the same as its checkpoint on real images, in batches of 1, 3 and 8,
+with the file's thresholds and with others. Detections are matched one to one; boxes may differ by
+0.1 px and scores by 0.0001. Prints the mAP of both on those images. The exit status is 1 if the
+file differs from the checkpoint.
 
 example:
   ghm verify detector.onnx --checkpoint runs/digits/checkpoint.pt --data digits --split test"""
-    add = parser.add_argument
-    add("file", type=Path, help="a .onnx file that ghm export wrote")
-    add("--checkpoint", type=Path, required=True, help="the checkpoint.pt it was exported from")
-    add(
-        "--data",
-        help="images: digits, voc:FOLDER or coco:FOLDER (default: what it was trained on)",
-    )
-    add("--split", default="test", help="split of the data (default: test)")
-    add("--images", type=int, metavar="N", help="compare on N images of the split (default: all)")
-    add(
-        "--runtime",
-        action="append",
-        choices=("onnxruntime", "openvino", "reference", "all"),
-        help="what runs the file; may be repeated. reference is onnx's own, and slow. all: whatever"
-        " is installed (default: onnxruntime)",
-    )
-    add(
-        "--slow-images",
-        type=int,
-        default=2,
-        metavar="N",
-        help="how many of the images reference gets (default: 2)",
-    )
+    add_options(parser, VerifyOptions)
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    """Carry out `ghm verify`."""
+    """Run `ghm verify`."""
     from export.verify.verify import verify
     from ghm_triton.detection.data import open_dataset
     from ghm_triton.detection.training.checkpoint import Checkpoint
 
-    saved = Checkpoint.load(arguments.checkpoint)
-    data = arguments.data or saved.training["data"]
-    samples = open_dataset(data, arguments.split)
+    options = VerifyOptions(**chosen(arguments, VerifyOptions))
+    data = options.data or Checkpoint.load(options.checkpoint).training["data"]
     report = verify(
-        arguments.file,
-        arguments.checkpoint,
-        samples,
-        images=arguments.images,
-        runtimes=arguments.runtime or ["onnxruntime"],
-        slow_images=arguments.slow_images,
+        options.file,
+        options.checkpoint,
+        open_dataset(data, options.split),
+        images=options.images,
+        runtimes=options.runtime,
+        slow_images=options.slow_images,
     )
     print(report.table())
-    return 0 if report.ok else MISMATCH
+    return 0 if report.ok else FAILED
 
 
-COMMANDS = (
-    Command(
-        "export", "write a checkpoint as an ONNX detector", configure_export, run_export, "export"
-    ),
-    Command(
-        "attach",
-        "give another's ONNX detector thresholds, NMS and a card",
-        configure_attach,
-        run_attach,
-        "export",
-    ),
-    Command(
-        "inspect",
-        "what an ONNX detector says of itself",
-        configure_inspect,
-        run_inspect,
-        "export",
-    ),
-    Command(
-        "thresholds set",
-        "set thresholds of an ONNX detector by hand",
-        configure_set,
-        run_set,
-        "export",
-    ),
-    Command(
-        "verify",
-        "check that an ONNX detector detects what its checkpoint does",
-        configure_verify,
-        run_verify,
-        "export",
-    ),
+COMMANDS = tuple(
+    Command(name, text, configure, run, "export")
+    for name, text, configure, run in (
+        ("export", "write a checkpoint as an ONNX detector", configure_export, run_export),
+        (
+            "attach",
+            "give an ONNX detector trained elsewhere thresholds, NMS and a card",
+            configure_attach,
+            run_attach,
+        ),
+        ("inspect", "print the card of an ONNX detector", configure_inspect, run_inspect),
+        ("thresholds set", "set thresholds of an ONNX detector by hand", configure_set, run_set),
+        (
+            "verify",
+            "check that an ONNX detector detects the same as its checkpoint",
+            configure_verify,
+            run_verify,
+        ),
+    )
 )
