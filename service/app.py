@@ -72,24 +72,23 @@ def create_app(settings: Settings | None = None, model: ServedModel | None = Non
     service = ServiceState(load_settings() if settings is None else settings)
     if model is not None:
         service.registry.adopt(model)
-    tracing = traces.start()
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:  # noqa: ARG001
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         await service.start()
         try:
             yield
         finally:
             await service.stop()
-            if tracing is not None:  # sends the remaining spans
-                await asyncio.to_thread(tracing.shutdown)
+            if app.state.tracing is not None:  # sends the remaining spans
+                await asyncio.to_thread(app.state.tracing.shutdown)
 
     app = FastAPI(
         title="ghm-triton",
         version=version("ghm-triton"),
         description=_DESCRIPTION,
         lifespan=lifespan,
-        middleware=build_middleware(service.settings, service.metrics, tracing),
+        middleware=build_middleware(service.settings, service.metrics),
         # FastAPI's own routes of these paths are for the OpenAPI document alone.
         routes=[
             _FirstRoute("/v1/detect", detect.detect, methods=["POST"]),
@@ -97,7 +96,7 @@ def create_app(settings: Settings | None = None, model: ServedModel | None = Non
         ],
     )
     app.state.service = service
-    app.state.tracing = tracing
+    app.state.tracing = traces.instrument(app)
     errors.install(app)
     openapi.install(app, service.settings)
     for part in (detect, preview, models, health, page, v2):

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from prometheus_client.metrics_core import Metric
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 # prometheus_client reads this variable when it is first imported.
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
@@ -30,7 +31,7 @@ _RETIRED = "retired"
 _SUMMED = ("counter", "histogram")
 
 
-class WorkerFiles:
+class WorkerFiles(Collector):
     """The folder that workers share.
 
     Args:

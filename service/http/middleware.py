@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 from asgi_correlation_id import CorrelationIdMiddleware, correlation_id
@@ -23,12 +23,8 @@ from service.core.settings import Settings, SettingsError
 from service.http.auth import AuthMiddleware, TokenStore
 from service.http.bodies import BodyLimitMiddleware
 from service.http.rate_limit import RateLimitMiddleware, client_address
-from service.observability import logs
+from service.observability import logs, traces
 from service.observability.metrics import Metrics
-from service.observability.traces import TracingMiddleware
-
-if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
 
 logger = logging.getLogger("ghm.service")
 access_logger = logging.getLogger("ghm.access")
@@ -51,21 +47,17 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _QUIET = ("/health/", "/v2/health/", "/metrics")
 
 
-def build_middleware(
-    settings: Settings, metrics: Metrics, tracing: TracerProvider | None = None
-) -> list[Middleware]:
+def build_middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
     """Return the middleware that the settings ask for, outermost first.
 
     Args:
         settings: Tokens, rates, origins and bounds on bodies.
         metrics: Counts requests and refusals.
-        tracing: Makes a span per request; None for no traces.
 
     Raises:
         SettingsError: A token or an origin is malformed.
     """
     store = TokenStore(settings)
-    tracer = [Middleware(TracingMiddleware, provider=tracing)] if tracing else []
     cors = Middleware(
         CORSMiddleware,
         allow_origins=parse_origins(settings.cors_origins),
@@ -84,7 +76,6 @@ def build_middleware(
             transformer=_accepted_request_id,
         ),
         Middleware(AccessMiddleware, metrics=metrics),
-        *tracer,
         # Outside of everything that refuses or fails, so that pages can read those answers too.
         *([cors] if settings.cors_origins else []),
         Middleware(ErrorMiddleware),
@@ -174,6 +165,7 @@ class AccessMiddleware:
             return
         request_id = scope.setdefault("state", {})["request_id"] = correlation_id.get() or ""
         notes = logs.begin_request(request_id)
+        traces.identify(request_id)
         path, started = scope["path"], perf_counter()
         status = bytes_in = bytes_out = 0
 

@@ -1,39 +1,36 @@
-"""Drift: whether the detections of today look like those that the thresholds were made from.
+r"""Drift of live detections from those that the thresholds were derived from.
 
-The card holds, for each class, a histogram of the scores of detections on held-out images, those
-that matched a ground truth and those that did not. A live detection has no ground truth beside it,
-so live scores are compared with the sum of both: all that the detector would have answered there.
+The card holds, per class, a histogram of the scores of detections on held-out images, matched and
+unmatched. Live detections have no ground truth, so their scores are compared with the sum of both.
 
 The comparison is the population stability index (Siddiqi, Credit Risk Scorecards, 2006) over bins
-`b = 1..B`,
+$b = 1..B$,
 
-    PSI = sum_b (q_b - p_b) ln(q_b / p_b),
-    p_b = (r_b + a) / (R + a B),   q_b = (l_b + a) / (L + a B),   a = 1/2,
+$$ PSI = \sum_b (q_b - p_b) \ln(q_b / p_b), \quad
+   p_b = (r_b + a) / (R + a B), \quad q_b = (l_b + a) / (L + a B), \quad a = 1/2, $$
 
-with `r_b` held-out and `l_b` live detections in bin `b`, `R` and `L` their sums. `a` keeps an empty
-bin from making it infinite. Without any drift PSI is about `(1/R + 1/L) chi2(B - 1)`, so its mean
-is `(B - 1)(1/R + 1/L)` (`psi_by_chance`): few detections or many bins look like drift.
+with $r_b$ held-out and $l_b$ live detections in bin $b$, and $R$ and $L$ their sums. $a$ keeps the
+index finite where a bin is empty. Without drift, PSI is about $(1/R + 1/L) \chi^2_{B-1}$, with the
+mean $(B - 1)(1/R + 1/L)$ (`psi_by_chance`): few detections or many bins look like drift.
 
-What keeps the comparison honest:
+Therefore:
 
-- Both sides hold only scores at or above the class's threshold, from the first bin of the card's
-  that lies above it as a whole (for the policies `f1`, `precision` and `recall` that is the
-  threshold itself). So a request with thresholds, classes or an IoU of its own would bend the
-  distribution, and is left out: `Monitor.observe` is for the file's own only.
-- The bins are the card's fine ones put together, each with about as many held-out detections, and
-  as many as keep `psi_by_chance` at or below `CHANCE` once there are `LEAST` live ones, at most
-  `MOST_BINS`. A class with too few held-out detections for two bins has no value.
+- Both sides count only scores at or above the class's threshold, from the first bin of the card
+  that lies wholly above it (for the policies `f1`, `precision` and `recall`, the threshold itself).
+  Requests with other thresholds, classes or IoU are left out, since they change the distribution.
+- The card's bins are merged into bins of about equal held-out counts, at most `MOST_BINS`, and as
+  few as keep `psi_by_chance` at or below `CHANCE` with `LEAST` live detections. A class with too
+  few held-out detections for two bins has no value.
 - There is no value below `LEAST` live detections, nor while `psi_by_chance` is above `CHANCE`. For
-  the mix of classes, whose bins are given, that may take more: 1,700 detections for 80 classes.
-- Live counts fade: each detection of a class takes `1/CLASS_WINDOW` of that class's older ones
-  away, so that they stand for the last thousand or so however rare the class is. The mix of
-  classes fades by all detections.
+  the mix of classes, whose bins are fixed, that takes more: 1,700 detections for 80 classes.
+- Live counts decay: each detection of a class takes `1/CLASS_WINDOW` from that class's older
+  counts, so that they stand for about the last thousand, however rare the class is. The mix of
+  classes decays with all detections.
 
-What it cannot tell: whether scores are right (a shift may be a change of scenes, and no worse), how
-many objects were missed, and how the number of detections an image changed, since the card does
-not say how many images were held out. The cap on detections an image was the same on both sides,
-but ran over more of them when thresholds were not applied yet: in crowded scenes, held-out counts
-of low-scored classes are a little too low.
+The index cannot tell whether scores are right (a shift may be a change of scenes), how many objects
+were missed, or how the number of detections per image changed, since the card does not hold the
+number of held-out images. The limit of detections per image applied on the held-out side before
+thresholds did: in crowded scenes, held-out counts of low-scored classes are slightly too low.
 """
 
 from __future__ import annotations
@@ -46,6 +43,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.card import DetectorCard
+from ghm_triton.evidence.statistics import score_edges
 
 CLASS_WINDOW = 1_000
 MIX_WINDOW = 10_000
@@ -57,23 +55,36 @@ _SMOOTHING = 0.5
 
 Word = Literal["unknown", "stable", "moderate", "major"]
 Counts = npt.NDArray[np.float64]
+Edges = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two histograms over the same bins, and how far apart they are.
+    """Two histograms over the same bins, and their distance.
 
     Attributes:
-        held_out: Detections on held-out images, `B` counts.
-        live: Detections of late, `B` counts, fading and so not whole.
-        psi: None where there are too few of either for a value.
-        psi_by_chance: The mean of `psi` without any drift; None below `LEAST` live ones.
+        held_out: `B` counts of detections on held-out images.
+        live: `B` counts of recent detections, decayed and so not integers.
+        psi: None if there are too few of either.
+        psi_by_chance: Mean of `psi` without drift; None below `LEAST` live detections.
     """
 
     held_out: list[int]
     live: list[float]
     psi: float | None
     psi_by_chance: float | None
+
+    @classmethod
+    def of(cls, held_out: Integers, live: Counts) -> Comparison:
+        """Compare two histograms of shape `[B]`."""
+        psi = by_chance = None
+        expected, seen = int(held_out.sum()), float(live.sum())
+        if len(held_out) >= 2 and expected > 0 and seen >= LEAST:
+            by_chance = (len(held_out) - 1) * (1 / expected + 1 / seen)
+            if by_chance <= CHANCE:
+                psi = stability_index(held_out, live)
+        return cls(held_out.tolist(), live.tolist(), psi, by_chance)
 
     @property
     def word(self) -> Word:
@@ -87,13 +98,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ClassDrift:
-    """The scores of one class.
+    """Drift of the scores of one class.
 
     Attributes:
-        name: The class.
-        threshold: The file's.
-        edges: `B + 1` float32 values that bound the bins; the last bin holds its upper edge too.
-        scores: The comparison; without bins where there is too little evidence in the card.
+        name: Name of the class.
+        threshold: Threshold in the file.
+        edges: `B + 1` edges of the bins; the last bin is closed.
+        scores: The comparison; without bins if the card has too little evidence.
     """
 
     name: str
@@ -102,171 +113,132 @@ class ClassDrift:
     scores: Comparison
 
 
-class Reference:
-    """The held-out side of a card, in the bins that the live side is counted in.
+class Monitor:
+    """Held-out and live counts of one model. Methods must be called on the event loop.
 
     Args:
-        card: The card of the model that answers.
+        card: The model's card.
+        live: float64 `[C, MOST_BINS + 1]`, the live counts: per class its bins, and in the last
+            column its share of the mix. None for zeros; several workers pass memory that the
+            others can read.
 
     Attributes:
-        edges: One array a class, float32 `[B + 1]`; empty where a class cannot be compared.
-        counts: One array a class, int64 `[B]`.
-        mix: int64 `[C]`, held-out detections of each class at or above `starts`.
-        starts: float32 `[C]`: the score from which both sides count.
+        edges: Edges of the bins per class, float32 `[B + 1]`; empty if it cannot be compared.
+        held_out: Held-out counts per class, int64 `[B]`.
+        held_out_mix: int64 `[C]`, held-out detections per class at or above `starts`.
+        starts: float32 `[C]`, score from which both sides count.
+        live: As passed.
     """
 
-    def __init__(self, card: DetectorCard) -> None:
-        self.names = card.class_names
-        self.thresholds = card.class_thresholds
-        self.edges: list[npt.NDArray[np.float32]] = []
-        self.counts: list[npt.NDArray[np.int64]] = []
-        classes = len(card.class_names)
-        self.mix = np.zeros(classes, np.int64)
-        self.starts = np.zeros(classes, np.float32)
-        for c, threshold in enumerate(card.class_thresholds):
-            positive = np.array(card.statistics.positive_scores[c], np.int64)
-            negative = np.array(card.statistics.negative_scores[c], np.int64)
-            fine = positive + negative if len(positive) == len(negative) else positive[:0]
-            first, lower = _first_whole_bin(len(fine), threshold)
-            self.mix[c] = fine[first:].sum()
-            self.starts[c] = lower[first] if first < len(fine) else np.inf
-            edges, counts = _grouped(fine[first:], lower[first:])
+    def __init__(self, card: DetectorCard, live: Counts | None = None) -> None:
+        shape = live_shape(card)
+        self.live: Counts = np.zeros(shape) if live is None else live
+        if self.live.shape != shape:
+            raise ValueError(f"live must be {list(shape)}, got {list(self.live.shape)}")
+        self._names, self.thresholds = card.class_names, card.class_thresholds
+        scores = card.statistics.positive_scores + card.statistics.negative_scores
+        lower = score_edges(scores.shape[1])
+        self.edges: list[Edges] = []
+        self.held_out: list[Integers] = []
+        self.held_out_mix = np.zeros(shape[0], np.int64)
+        self.starts = np.full(shape[0], np.inf, np.float32)
+        # Row c holds the lower edges of the bins of class c; no score reaches the rest.
+        self._lower = np.full((shape[0], MOST_BINS), np.inf, np.float32)
+        for c, threshold in enumerate(self.thresholds):
+            first = int(np.searchsorted(lower, np.float32(threshold)))
+            self.held_out_mix[c] = scores[c, first:].sum()
+            self.starts[c] = lower[first] if first < len(lower) else np.inf
+            edges, counts = _merged(scores[c, first:], lower[first:])
+            self._lower[c, : len(counts)] = edges[:-1]
             self.edges.append(edges)
-            self.counts.append(counts)
-        # Row c holds the lower edges of its bins; no score reaches the rest.
-        self.lower = np.full((classes, MOST_BINS), np.inf, np.float32)
-        for row, edges in zip(self.lower, self.edges, strict=True):
-            row[: len(edges[:-1])] = edges[:-1]
+            self.held_out.append(counts)
+
+    def observe(self, scores: npt.NDArray[np.float32], labels: Integers) -> None:
+        """Count detections that were made with the file's own thresholds and IoU.
+
+        Args:
+            scores: float32 `[N]`, in [0, 1].
+            labels: int64 `[N]`, in `0..C-1`.
+        """
+        compared = scores >= self.starts[labels]
+        scores, labels = scores[compared], labels[compared]
+        if not len(scores):
+            return
+        bins = (scores[:, None] >= self._lower[labels]).sum(axis=1) - 1
+        counts = np.bincount(labels, minlength=len(self.live))
+        self.live[:, -1] *= (1 - 1 / MIX_WINDOW) ** len(scores)
+        self.live[:, -1] += counts
+        self.live[:, :-1] *= ((1 - 1 / CLASS_WINDOW) ** counts)[:, None]
+        binned = bins >= 0  # a class without bins is part of the mix only
+        np.add.at(self.live, (labels[binned], bins[binned]), 1)
+
+    def classes(self, live: Counts | None = None) -> list[ClassDrift]:
+        """Compare the scores of every class, in label order.
+
+        Args:
+            live: Live counts of all workers; None for this one's.
+        """
+        live = self.live if live is None else live
+        scores = [
+            Comparison.of(counts, row[: len(counts)])
+            for counts, row in zip(self.held_out, live, strict=True)
+        ]
+        edges = [edges.tolist() for edges in self.edges]
+        return list(map(ClassDrift, self._names, self.thresholds, edges, scores))
+
+    def mix(self, live: Counts | None = None) -> Comparison:
+        """Compare how detections spread over classes. The bins are the classes, in label order.
+
+        Args:
+            live: Live counts of all workers; None for this one's.
+        """
+        return Comparison.of(self.held_out_mix, (self.live if live is None else live)[:, -1])
 
 
-def _first_whole_bin(bins: int, threshold: float) -> tuple[int, npt.NDArray[np.float32]]:
-    """The first fine bin that no score below the threshold falls in, and all lower edges.
-
-    Edges are float32 of `k / bins`, as where the scores were counted.
-    """
-    if bins == 0:
-        return 0, np.zeros(0, np.float32)
-    lower = (np.arange(bins, dtype=np.float64) / bins).astype(np.float32)
-    return int(np.searchsorted(lower, np.float32(threshold), side="left")), lower
-
-
-def _grouped(
-    fine: npt.NDArray[np.int64], lower: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Fine bins put together to about equal counts: edges `[B + 1]` and counts `[B]`."""
-    total = int(fine.sum())
-    wanted = bins_that_chance_allows(total)
-    # Bin k begins at the first fine bin with at least k/B of all below it.
-    below = np.concatenate([[0], np.cumsum(fine)])[:-1]
-    shares = np.arange(wanted) * total / max(wanted, 1)
-    begins = np.unique(np.searchsorted(below, shares, side="left").clip(0, max(len(fine) - 1, 0)))
-    if wanted < 2 or len(begins) < 2:
-        return np.zeros(0, np.float32), np.zeros(0, np.int64)
-    counts = np.add.reduceat(fine, begins)
-    return np.append(lower[begins], np.float32(1.0)), counts
+def live_shape(card: DetectorCard) -> tuple[int, int]:
+    """Return the shape of a model's live counts."""
+    return len(card.class_names), MOST_BINS + 1
 
 
 def bins_that_chance_allows(held_out: int) -> int:
-    """The most bins, up to `MOST_BINS`, whose PSI by chance is at most `CHANCE`.
+    """Return the most bins, up to `MOST_BINS`, whose PSI by chance is at most `CHANCE`.
 
     Args:
-        held_out: Detections on held-out images.
+        held_out: Number of detections on held-out images.
     """
     if held_out == 0:
         return 1
     return min(MOST_BINS, 1 + math.floor(CHANCE / (1 / held_out + 1 / LEAST)))
 
 
-class Monitor:
-    """The live side of one model. Belongs to the event loop.
-
-    Args:
-        card: The model's.
-        live: float64 `[C, MOST_BINS + 1]` that holds the live counts: the class's bins, and in the
-            last column its part of the mix. Zeros of its own where None; several workers give
-            each other's to `report`.
-    """
-
-    def __init__(self, card: DetectorCard, live: Counts | None = None) -> None:
-        self.reference = Reference(card)
-        shape = live_shape(card)
-        self.live: Counts = np.zeros(shape) if live is None else live
-        if self.live.shape != shape:
-            raise ValueError(f"live must be {list(shape)}, got {list(self.live.shape)}")
-
-    def observe(self, scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> None:
-        """Count detections that were made at the file's own thresholds and IoU.
-
-        Args:
-            scores: float32 `[N]`, in [0, 1].
-            labels: int64 `[N]`, in `0..C-1`.
-        """
-        compared = scores >= self.reference.starts[labels]
-        scores, labels = scores[compared], labels[compared]
-        if not len(scores):
-            return
-        bins = (scores[:, None] >= self.reference.lower[labels]).sum(axis=1) - 1
-        self.live[:, -1] *= (1 - 1 / MIX_WINDOW) ** len(scores)
-        fading = np.bincount(labels, minlength=len(self.live))
-        self.live[:, -1] += fading
-        self.live[:, :-1] *= ((1 - 1 / CLASS_WINDOW) ** fading)[:, None]
-        binned = bins >= 0  # a class without bins takes part in the mix only
-        np.add.at(self.live, (labels[binned], bins[binned]), 1)
-
-    def classes(self, live: Counts | None = None) -> list[ClassDrift]:
-        """The scores of every class, in label order.
-
-        Args:
-            live: Live counts of all workers; this one's where None.
-        """
-        live = self.live if live is None else live
-        reference = self.reference
-        return [
-            ClassDrift(name, threshold, edges.tolist(), _compare(counts, row[: len(counts)]))
-            for name, threshold, edges, counts, row in zip(
-                reference.names,
-                reference.thresholds,
-                reference.edges,
-                reference.counts,
-                live,
-                strict=True,
-            )
-        ]
-
-    def mix(self, live: Counts | None = None) -> Comparison:
-        """How detections spread over classes. The bins are the classes, in label order.
-
-        Args:
-            live: Live counts of all workers; this one's where None.
-        """
-        live = self.live if live is None else live
-        return _compare(self.reference.mix, live[:, -1])
+def _merged(fine: Integers, lower: Edges) -> tuple[Edges, Integers]:
+    """Merge fine bins into bins of about equal counts: edges `[B + 1]` and counts `[B]`."""
+    total = int(fine.sum())
+    bins = bins_that_chance_allows(total)
+    # Bin k starts at the first fine bin with at least k/B of all counts below it.
+    below = np.cumsum(fine) - fine
+    shares = np.arange(bins) * total / bins
+    starts = np.unique(np.searchsorted(below, shares).clip(0, max(len(fine) - 1, 0)))
+    if len(starts) < 2:
+        return np.zeros(0, np.float32), np.zeros(0, np.int64)
+    return np.append(lower[starts], np.float32(1.0)), np.add.reduceat(fine, starts)
 
 
-def live_shape(card: DetectorCard) -> tuple[int, int]:
-    """The shape of the live counts of a model."""
-    return len(card.class_names), MOST_BINS + 1
-
-
-def _compare(held_out: npt.NDArray[np.int64], live: Counts) -> Comparison:
-    psi = by_chance = None
-    expected, seen = int(held_out.sum()), float(live.sum())
-    if len(held_out) >= 2 and expected > 0 and seen >= LEAST:
-        by_chance = (len(held_out) - 1) * (1 / expected + 1 / seen)
-        if by_chance <= CHANCE:
-            psi = stability_index(held_out, live)
-    return Comparison(held_out.tolist(), live.tolist(), psi, by_chance)
-
-
-def stability_index(held_out: npt.NDArray[np.int64] | Counts, live: Counts) -> float:
-    """The population stability index of two histograms over the same bins.
+def stability_index(held_out: Integers | Counts, live: Counts) -> float:
+    """Return the population stability index of two histograms over the same bins.
 
     Args:
         held_out: `[B]` counts.
         live: `[B]` counts.
 
     Returns:
-        A number that is 0 for equal shares and grows with their distance.
+        0 for equal shares, growing with their distance.
+
+    Example:
+        >>> stability_index(np.array([10, 10]), np.array([20.0, 20.0]))
+        0.0
+        >>> round(stability_index(np.array([10, 30]), np.array([30.0, 10.0])), 2)
+        1.04
     """
     bins = len(live)
     p = (held_out + _SMOOTHING) / (held_out.sum() + _SMOOTHING * bins)

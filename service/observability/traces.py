@@ -1,9 +1,8 @@
-"""Traces, for whoever has an OpenTelemetry collector.
+"""OpenTelemetry traces: a span per request, and one per stage.
 
-On where `OTEL_EXPORTER_OTLP_ENDPOINT` (or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`) is set; needs the
-extra `otel`. One span a request, the child of the caller's where it sent a `traceparent`, and one
-a stage. OpenTelemetry's own variables (`OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER`,
-`OTEL_EXPORTER_OTLP_HEADERS` and so on) hold. Where it is off, nothing of it is imported.
+Enabled if `OTEL_EXPORTER_OTLP_ENDPOINT` (or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`) is set; needs the
+extra `otel`. OpenTelemetry's other variables (`OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER`,
+`OTEL_EXPORTER_OTLP_HEADERS` and so on) apply. If disabled, its SDK is not imported.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from __future__ import annotations
 import os
 import time
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi import FastAPI
 
 from service.core.settings import SettingsError
 from service.observability import logs
@@ -21,46 +20,44 @@ from service.observability import logs
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
-    from opentelemetry.trace import Tracer
+    from opentelemetry.trace import Span, Tracer
 
-ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _PROTOCOL = "http/protobuf"
 
-# What makes the spans of the request that this code runs for; None where traces are off.
-_tracer: ContextVar[Tracer | None] = ContextVar("ghm_tracer", default=None)
+# Tracer and span of the current request; None if traces are disabled.
+_current: ContextVar[tuple[Tracer, Span] | None] = ContextVar("ghm_trace", default=None)
 
 
-def wanted() -> str | None:
-    """The name of the variable that asks for traces; None where none does."""
-    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return None
-    return next((name for name in ENDPOINTS if os.environ.get(name)), None)
-
-
-def start(exporter: SpanExporter | None = None) -> TracerProvider | None:
-    """Make what traces go through.
+def instrument(app: FastAPI, exporter: SpanExporter | None = None) -> TracerProvider | None:
+    """Trace the requests of an application, if the environment asks for it.
 
     Args:
-        exporter: Takes the spans; sends them to the endpoint of the environment where None.
+        app: The application.
+        exporter: Receives the spans; None sends them to the endpoint of the environment.
 
     Returns:
-        None where the environment asks for no traces. `shutdown()` of it sends what is left.
+        The provider, whose `shutdown()` sends the remaining spans; None if traces are disabled.
 
     Raises:
-        SettingsError: Traces are asked for and the extra is missing, or a protocol is asked for
-            that it does not speak.
+        SettingsError: Traces are enabled and the extra is missing, or the protocol is not
+            supported.
     """
-    variable = wanted()
-    if variable is None:
+    disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    variable = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
+    if disabled or variable is None:
         return None
     protocol = next((os.environ[name] for name in _PROTOCOLS if os.environ.get(name)), _PROTOCOL)
     if protocol != _PROTOCOL:
         raise SettingsError(
-            f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}: only {_PROTOCOL} is spoken here"
+            f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}: only {_PROTOCOL} is supported"
         )
+    # The stable names of attributes, such as http.route. Read when the instrumentation is imported.
+    os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -72,75 +69,40 @@ def start(exporter: SpanExporter | None = None) -> TracerProvider | None:
     name = os.environ.get("OTEL_SERVICE_NAME", "ghm")
     provider = TracerProvider(resource=Resource.create({SERVICE_NAME: name}))
     provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
+    tracer = provider.get_tracer("ghm.service")
+
+    def begin(span: Span, scope: dict[str, Any]) -> None:  # noqa: ARG001  OpenTelemetry's
+        span.set_attribute("url.query", "")  # options of a request are not recorded
+        _current.set((tracer, span))
+
+    FastAPIInstrumentor.instrument_app(
+        app,
+        tracer_provider=provider,
+        server_request_hook=begin,
+        exclude_spans=["receive", "send"],
+    )
     return provider
 
 
-class TracingMiddleware:
-    """A span for each request.
-
-    Args:
-        app: What answers.
-        provider: As `start` returns it.
-    """
-
-    def __init__(self, app: ASGIApp, provider: TracerProvider) -> None:
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-        self.app = app
-        self._tracer = provider.get_tracer("ghm.service")
-        self._propagator = TraceContextTextMapPropagator()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        from opentelemetry.trace import SpanKind, StatusCode
-
-        carrier = {
-            name.decode("latin-1"): value.decode("latin-1")
-            for name, value in scope["headers"]
-            if name in (b"traceparent", b"tracestate")
-        }
-        path = scope["path"]
-        with self._tracer.start_as_current_span(
-            scope["method"],
-            context=self._propagator.extract(carrier),
-            kind=SpanKind.SERVER,
-            attributes={
-                "http.request.method": scope["method"],
-                "url.path": path,
-                "ghm.request_id": scope["state"]["request_id"],
-            },
-        ) as span:
-            _tracer.set(self._tracer)
-            logs.note(trace_id=f"{span.get_span_context().trace_id:032x}")
-
-            async def watched_send(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    span.set_attribute("http.response.status_code", message["status"])
-                    if message["status"] >= 500:
-                        span.set_status(StatusCode.ERROR)
-                await send(message)
-
-            try:
-                await self.app(scope, receive, watched_send)
-            finally:
-                route = getattr(scope.get("route"), "path", None)
-                if route is not None:
-                    span.update_name(f"{scope['method']} {route}")
-                    span.set_attribute("http.route", route)
+def identify(request_id: str) -> None:
+    """Record the id of the current request in its span, and the span's trace in its log line."""
+    current = _current.get()
+    if current is not None:
+        _, span = current
+        span.set_attribute("ghm.request_id", request_id)
+        logs.note(trace_id=f"{span.get_span_context().trace_id:032x}")
 
 
 def stage(name: str, seconds: float) -> None:
     """Add a span for a stage of the current request that has just ended.
 
     Args:
-        name: The stage's.
-        seconds: How long it took.
+        name: Name of the stage.
+        seconds: Its duration.
     """
-    tracer = _tracer.get()
-    if tracer is None:
+    current = _current.get()
+    if current is None:
         return
+    tracer, _ = current
     end = time.time_ns()
     tracer.start_span(name, start_time=end - round(seconds * 1e9)).end(end)

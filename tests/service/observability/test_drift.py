@@ -15,14 +15,12 @@ from service.observability.drift import (
     MOST_BINS,
     Comparison,
     Monitor,
-    Reference,
     bins_that_chance_allows,
     live_shape,
     stability_index,
 )
 
 BINS = 200
-COLOURS = ("red", "green", "blue")
 
 
 def histogram(scores) -> list[int]:
@@ -62,7 +60,7 @@ def trained(shifted):
 
 def seen(monitor, label: int, scores: np.ndarray, batch: int = 10) -> None:
     """Answers as they come, a few detections at a time, those at the threshold and above."""
-    threshold = np.float32(monitor.reference.thresholds[label])
+    threshold = np.float32(monitor.thresholds[label])
     scores = scores[scores >= threshold]
     for start in range(0, len(scores), batch):
         part = scores[start : start + batch]
@@ -76,9 +74,6 @@ def test_the_index_is_its_formula():
     by_hand = sum((b - a) * math.log(b / a) for a, b in zip(p, q, strict=True))
     assert stability_index(held_out, live) == pytest.approx(by_hand, rel=1e-12)  # float64 sums
     assert by_hand == pytest.approx(2 * 20 / 61.5 * math.log(30.5 / 10.5), rel=1e-12)
-
-
-def test_equal_shares_do_not_drift_and_an_empty_bin_is_no_infinity():
     assert stability_index(np.array([5, 5]), np.array([5.0, 5.0])) == 0
     assert math.isfinite(stability_index(np.array([0, 100]), np.array([100.0, 0.0])))
 
@@ -94,16 +89,16 @@ def test_as_many_bins_as_chance_allows():
 
 
 def test_bins_begin_at_the_threshold_and_hold_about_as_many_each(trained):
-    reference = Reference(trained)
+    monitor = Monitor(trained)
+    fines = trained.statistics.positive_scores + trained.statistics.negative_scores
     for c, threshold in enumerate(trained.class_thresholds):
-        fine = np.add(trained.statistics.positive_scores[c], trained.statistics.negative_scores[c])
-        first = round(threshold * BINS)
-        edges, counts = reference.edges[c], reference.counts[c]
+        fine, first = fines[c], round(threshold * BINS)
+        edges, counts = monitor.edges[c], monitor.held_out[c]
         assert edges[0] == np.float32(threshold)
         assert edges[-1] == 1
         assert (np.diff(edges) > 0).all()
         assert len(counts) == len(edges) - 1 >= 5
-        assert counts.sum() == reference.mix[c] == fine[first:].sum()
+        assert counts.sum() == monitor.held_out_mix[c] == fine[first:].sum()
         for low, high, count in zip(edges, edges[1:], counts, strict=False):
             assert fine[round(low * BINS) : round(high * BINS)].sum() == count
         # A bin may miss its share by a fine bin at each end.
@@ -111,11 +106,9 @@ def test_bins_begin_at_the_threshold_and_hold_about_as_many_each(trained):
 
 
 def test_a_threshold_inside_a_fine_bin_leaves_the_rest_of_that_bin_out(shifted):
-    flat = [[10] * BINS] * 3
-    reference = Reference(shifted(flat, thresholds=(0.5012, 0.6, 0.7)))
-    assert reference.starts[0] == np.float32(101 / BINS)
-    assert reference.mix[0] == 99 * 10
-    monitor = Monitor(shifted(flat, thresholds=(0.5012, 0.6, 0.7)))
+    monitor = Monitor(shifted([[10] * BINS] * 3, thresholds=(0.5012, 0.6, 0.7)))
+    assert monitor.starts[0] == np.float32(101 / BINS)
+    assert monitor.held_out_mix[0] == 99 * 10
     monitor.observe(np.array([0.503, 0.505], np.float32), np.array([0, 0]))
     assert monitor.mix().live == [1, 0, 0]
     assert sum(monitor.classes()[0].scores.live) == 1
@@ -123,7 +116,7 @@ def test_a_threshold_inside_a_fine_bin_leaves_the_rest_of_that_bin_out(shifted):
 
 def test_a_score_on_an_edge_belongs_to_the_bin_above_it(trained):
     monitor = Monitor(trained)
-    edges = monitor.reference.edges[0]
+    edges = monitor.edges[0]
     monitor.observe(edges[:-1].copy(), np.zeros(len(edges) - 1, np.int64))
     live = np.array(monitor.classes()[0].scores.live)
     assert (live > 0.9).all()  # one each, the fading apart
@@ -182,14 +175,14 @@ def test_a_class_without_evidence_takes_part_in_the_mix_only(shifted):
 def test_the_mix_of_classes(trained):
     even, odd = Monitor(trained), Monitor(trained)
     rng = np.random.default_rng(0)
-    shares = even.reference.mix / even.reference.mix.sum()
+    shares = even.held_out_mix / even.held_out_mix.sum()
     for _ in range(100):
         labels = rng.choice(3, 10, p=shares)
         even.observe(np.full(10, 0.99, np.float32), labels)
         odd.observe(np.full(10, 0.99, np.float32), np.minimum(labels, 1))
     assert even.mix().word == "stable"
     assert odd.mix().word == "major"
-    assert even.mix().held_out == even.reference.mix.tolist()
+    assert even.mix().held_out == even.held_out_mix.tolist()
 
 
 def test_many_classes_need_more_detections_for_their_mix(shifted, card):
@@ -268,10 +261,8 @@ def test_workers_counts_add_up(trained):
 
 
 def test_a_held_out_class_that_never_passes_has_no_bins(shifted):
-    flat = [[10] * BINS] * 3
-    reference = Reference(shifted(flat, thresholds=(1.0, 0.5, 0.5)))
-    assert len(reference.edges[0]) == 0
-    monitor = Monitor(shifted(flat, thresholds=(1.0, 0.5, 0.5)))
+    monitor = Monitor(shifted([[10] * BINS] * 3, thresholds=(1.0, 0.5, 0.5)))
+    assert len(monitor.edges[0]) == 0
     monitor.observe(np.array([1.0], np.float32), np.array([0]))
     assert monitor.mix().live == [0, 0, 0]
 
