@@ -149,6 +149,8 @@ class Selection:
         values = values.view(span.shape)
         if weighted and self._weight is not None:
             weight = self._cut(self._weight, span).to(torch.float32)
+            if self._index is not None:  # an infinite weight of an ignored row is not looked at
+                weight = torch.where((self._index[span.rows] >= 0).unsqueeze(1), weight, 0.0)
             values.mul_(weight.nan_to_num(0.0, posinf=math.inf).clamp_(min=0.0))
         values.mul_(keep)
 

@@ -1,4 +1,4 @@
-"""Gradient density: the state behind a harmonized loss, and the one place that updates it."""
+"""Gradient density: the counts by unit region, their moving average, and the weights."""
 
 from __future__ import annotations
 
@@ -30,67 +30,79 @@ DENSITIES = ("unit_region", "exact", "streaming")
 
 
 class GradientDensity(SharedState):
-    """Counts of one batch in, one harmonizing weight a unit region out.
+    r"""Gradient density of a harmonized loss: from the counts of a batch to weights.
 
-    `beta_j = N / (S_j * n)`, where `S` is the moving average `S <- a S + (1 - a) R` of the
-    counts `R` over unit regions of the gradient norm (section 3.3 of arXiv 1811.05181). The
-    weight is `beta ** strength`; the strength is this package's own, 1 is the paper.
+    $$ S_j \leftarrow a S_j + (1 - a) R_j, \quad \beta_j = \frac{N}{S_j \, n} $$
+
+    `R` are the counts over unit regions of the gradient norm (section 3.3 of arXiv 1811.05181). The
+    weight is `beta ** strength`; the strength is an addition, 1 is the paper's.
 
     With `density="exact"` a window of width `1 / M` slides over the norms of the batch, as the
-    paper defines the density, and every entry has a weight of its own. The norms are sorted:
-    `O(N log N)`, about 30 bytes an entry while it runs. There is no average, so `momentum`, `ema`
-    and `normalizer` are not used; `smoothed` is one number, the valid entries of the last batch,
-    and `updates` counts for the schedule as ever.
+    paper defines the density, and each entry has its own weight. The norms are sorted:
+    `O(N log N)`, with about 30 bytes per entry of scratch memory. There is no average, so
+    `momentum`, `ema` and `normalizer` are not used; `smoothed` is one number, the valid entries of
+    the last batch, and `updates` advances the schedule.
 
-    `density="streaming"` finds the same window from the counts of fine regions, which are averaged
-    over batches and ranks: `beta_j = N / GD_j`, one weight a fine region. `stream_density` states
-    how far it is from exact. `normalizer` is not used, as there is no `n`.
+    `density="streaming"` computes the same window from the counts of fine regions, which are
+    averaged over batches and ranks: `beta_j = N / GD_j`, one weight per fine region.
+    `stream_density` bounds its difference from `exact`. There is no `n`, so `normalizer` is not
+    used.
 
     Args:
-        bins: Unit regions `M`, 1 to 1024; up to 341 for `streaming`. The window is `1 / M` wide.
+        bins: Number of unit regions `M`, 1 to 1024; up to 341 for `streaming`. The window is
+            `1 / M` wide.
         momentum: `a` in [0, 1); 0 keeps no average.
         strength: In [0, 1], or a `StrengthSchedule`.
-        normalizer: `valid_bins`: `n` counts the regions occupied in this batch (the released
+        normalizer: `valid_bins`: `n` is the number of regions occupied in this batch (released
             code); `bins`: `n = M` (the paper).
-        ema: `debiased`: the average is divided by `1 - a^t` and empty regions decay. `mmdet`: as
-            the released code does, neither.
+        ema: `debiased`: the average is divided by `1 - a^t` and empty regions decay; `mmdet`:
+            neither (released code).
         max_weight: Upper bound of a weight, or None.
         process_group: Ranks whose counts are summed, see below; None for this process alone. Not
             for `exact`.
-        device: Where the state is made; None: torch's default.
+        device: Of the state; None: torch's default.
         density: `unit_region`, `exact` or `streaming`.
 
-    The average changes in training mode only. An evaluation-mode call weighs as a training call
-    would, and stores nothing. A batch with a non-finite entry, or with no valid entry, leaves the
-    state as it was. The state stays float32 when the module is cast: in float16 a count above
-    65,504 would be infinite.
+    The average changes in training mode only; in evaluation mode a call computes the same weights
+    and stores nothing. A batch with a non-finite entry, or without valid entries, does not change
+    the state. The state stays float32 when the module is cast: in float16 a count above 65,504
+    would be infinite.
 
-    With a `process_group` of `R` ranks, each with a share of the batch, every rank weighs by the
-    counts of the whole batch and keeps the same average. `mean` is made for gradients that are
-    averaged over ranks, as `DistributedDataParallel` and FSDP do: the mean of the losses is the
-    loss of one process with the whole batch, to rounding. `sum` and `none` belong to the rank's own
-    share: their sum over ranks is that of one process, so what averages gradients divides them by
-    `R`.
+    With a `process_group` of `R` ranks, each with a share of the batch, every rank uses the counts
+    of the whole batch and keeps the same average. `mean` assumes that gradients are averaged over
+    ranks, as `DistributedDataParallel` and FSDP do: the mean of the losses is the loss of one
+    process with the whole batch, to rounding. `sum` and `none` cover the rank's own share: their
+    sum over ranks is that of one process, so averaged gradients are divided by `R`.
 
     - The group is the one over which the batch is split: `torch.distributed.group.WORLD`, or
       `mesh["dp"].get_group()` where a mesh has other dimensions.
     - A call is a collective operation, in evaluation mode too: every rank makes the same calls in
-      the same order, a rank without samples with empty tensors. What is not finite on one rank
+      the same order, a rank without samples with empty tensors. A non-finite value on one rank
       makes the loss NaN on all; an error (a label out of range) is raised on its own rank only, and
-      leaves the others waiting as any missed collective does.
-    - The module may lie inside `DistributedDataParallel`, which hands out rank 0's buffers before
-      every forward pass: they are equal already. Without a group they are not, and rank 0's win.
-    - Under `fully_shard` (FSDP2) it may lie inside too. Buffers are neither sharded nor cast:
-      counts stay float32 under any `MixedPrecisionPolicy`. A model made on the meta device needs
+      the others hang as after any missed collective.
+    - The module may be inside `DistributedDataParallel`, which broadcasts rank 0's buffers before
+      every forward pass: with a group they are equal already, without one rank 0's replace them.
+    - It may be inside `fully_shard` (FSDP2) too. Buffers are neither sharded nor cast: counts stay
+      float32 under any `MixedPrecisionPolicy`. A model made on the meta device needs
       `reset_parameters` after `to_empty`, as its other layers do.
     - A copy (`copy.deepcopy`, `torch.optim.swa_utils.AveragedModel`) shares the group.
 
     Attributes:
-        method: What was given for `density`.
-        regions: How many regions are counted: `M`; 1 for `exact`; `M K` for `streaming`, at most
+        method: The `density` argument.
+        regions: Number of regions counted: `M`; 1 for `exact`; `M K` for `streaming`, at most
             1024, with `K` odd.
         smoothed: float32 `[regions]`, `S`.
-        updates: int64 scalar, updates so far; what a strength schedule counts.
+        updates: int64 scalar, the number of updates, which a strength schedule follows.
+
+    Raises:
+        ValueError: An option is invalid.
+
+    Example:
+        >>> from ghm_triton import GHMCLoss, GradientDensity, ghm_c_loss
+        >>> density = GradientDensity(bins=10, momentum=0.75)
+        >>> loss = ghm_c_loss(torch.zeros(4, 3), torch.tensor([0, 1, 2, 3]), state=density)
+        >>> int(density.updates)
+        1
     """
 
     FLOAT32 = ("smoothed", "strength")
@@ -135,10 +147,10 @@ class GradientDensity(SharedState):
             "smoothed", torch.zeros(self.regions, dtype=torch.float32, device=device)
         )
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
-        # A configuration, not a state: it must not come back from an old checkpoint.
-        # Filled where it lives: a copy from the host would wait for the device.
-        strength_here = torch.full((), self._constant, dtype=torch.float32, device=device)
-        self.register_buffer("strength", strength_here, persistent=False)
+        # Configuration, not state: it must not be restored from an old checkpoint. Filled on its
+        # device: a copy from the host would synchronise.
+        constant = torch.full((), self._constant, dtype=torch.float32, device=device)
+        self.register_buffer("strength", constant, persistent=False)
 
     @classmethod
     def without_average(
@@ -154,7 +166,7 @@ class GradientDensity(SharedState):
         return cls(bins, 0.0, strength, normalizer, "debiased", max_weight, None, device, density)
 
     def gather(self, counts: RegionCounts) -> RegionCounts:
-        """The counts of every rank of the process group; of this process without one."""
+        """Sum the counts over the process group, if there is one."""
         if self.process_group is None:
             return counts
         # One message: counts are exact in float64 up to 2^53.
@@ -169,11 +181,11 @@ class GradientDensity(SharedState):
         return RegionCounts(packed[:-2].long(), packed[-2:-1], packed[-1].long())
 
     def world_size(self) -> int:
-        """Ranks that share the counts."""
+        """Return the number of ranks that share the counts."""
         return 1 if self.process_group is None else dist.get_world_size(self.process_group)
 
     def current_strength(self) -> Tensor:
-        """The strength of the next call, float32 scalar on the state's device."""
+        """Return the strength of the next call, float32 scalar on the state's device."""
         return self.strength if self.schedule is None else self.schedule.at(self.updates)
 
     def weigh(
@@ -183,23 +195,23 @@ class GradientDensity(SharedState):
         divisor: str | None = None,
         factor: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Weigh the unit regions by `counts`, and in training mode move the average on.
+        """Compute the weights of the unit regions, and in training mode update the average.
 
         Args:
-            counts: As `gather` returns them.
-            kernels: `ghm_triton.ops` or `ghm_triton.reference`.
-            divisor: What the loss is divided by: the number of `valid` entries, the sum of the
-                `positives`, or None.
-            factor: What the loss is multiplied by.
+            counts: As returned by `gather`.
+            kernels: The implementation that counted.
+            divisor: Divides the loss: the number of `valid` entries, the sum of the `positives`, or
+                None.
+            factor: Multiplies the loss.
 
         Returns:
-            The weights, float32 `[regions]`, and `factor / divisor`, float32 scalar; NaN
-            throughout when the batch holds an invalid entry. With `exact` the weight is 1: it is
-            the entries that are weighed.
+            The weights, float32 `[regions]`, and `factor / divisor`, float32 scalar; all NaN when
+            the batch has an invalid entry. With `exact` the weight is 1, as entries are weighed
+            one by one.
         """
-        given = (counts, self.smoothed, self.updates, self.current_strength())
         update = self._update(kernels)
-        return update(*given, persist=self.training, divisor=divisor, factor=factor)
+        state = (self.smoothed, self.updates, self.current_strength())
+        return update(counts, *state, persist=self.training, divisor=divisor, factor=factor)
 
     def _update(self, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor]]:
         average: dict[str, Any]
@@ -207,17 +219,17 @@ class GradientDensity(SharedState):
         if self.method == "streaming":
             return partial(update_window, bins=self.bins, **average)
         if self.method == "exact":
-            # One region, of weight 1, that keeps no average: the entries have their own weights.
+            # One region, of weight 1, without an average: entries have their own weights.
             average = {"momentum": 0.0, "ema": "debiased", "max_weight": None}
         return partial(kernels.update_density, normalizer=self.normalizer, **average)
 
     def reset(self) -> None:
-        """Forget everything seen."""
+        """Reset the average and the number of updates."""
         self.smoothed.zero_()
         self.updates.zero_()
 
     def reset_parameters(self) -> None:
-        """Fill every buffer anew, as after `to_empty`: `reset`, and the strength as configured."""
+        """Initialise every buffer, as needed after `to_empty`."""
         self.reset()
         self.strength.fill_(self._constant)
 
@@ -231,8 +243,8 @@ class GradientDensity(SharedState):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        given = (state_dict, prefix, local_metadata, strict)
-        super()._load_from_state_dict(*given, missing_keys, unexpected_keys, error_msgs)
+        reports = (missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
         saved = state_dict.get(prefix + "smoothed")
         if saved is not None and saved.shape != self.smoothed.shape:
             error_msgs.append(
@@ -242,12 +254,12 @@ class GradientDensity(SharedState):
             )
 
     def plot(self) -> Figure:
-        """Draw what was counted: entries, weights and shares of the gradient by region.
+        """Draw entries, weights and shares of the gradient by region.
 
-        Waits for a GPU; needs matplotlib (`ghm-triton[train]`).
+        Synchronises with a GPU; needs matplotlib (`ghm-triton[train]`).
 
         Returns:
-            A matplotlib figure, which a notebook shows and `savefig` writes.
+            A matplotlib figure.
 
         Raises:
             ValueError: The density is exact, or has counted nothing yet.
@@ -257,17 +269,17 @@ class GradientDensity(SharedState):
         return plot_density(self)
 
     def problems(self) -> list[str]:
-        """What ails the density (bins too thin, weights that explode), with the remedy.
+        """Diagnose bins that are too thin and weights that explode, with remedies.
 
-        Not looked for by the losses themselves, because it waits for a GPU; `ghm train` asks, and
-        warns once.
+        The losses do not call it, because it synchronises with a GPU; `ghm train` does, and warns
+        once.
         """
         from ghm_triton.diagnosis import problems_of
 
         return problems_of(self)
 
     def extra_repr(self) -> str:
-        """The configuration, for `repr`."""
+        """Format the configuration for `repr`."""
         strength = self.schedule or self._constant
         return (
             f"bins={self.bins}, momentum={self.momentum}, strength={strength}, "
@@ -277,7 +289,7 @@ class GradientDensity(SharedState):
 
 
 def count_regions(bins: int, density: str) -> int:
-    """How many regions `density` counts for `bins`.
+    """Return the number of regions that `density` counts for `bins`.
 
     Raises:
         ValueError: `bins` is too large for `streaming`.
@@ -290,24 +302,25 @@ def count_regions(bins: int, density: str) -> int:
 def gradient_density(
     gradient_norm: Tensor, bins: int = 30, density: Density = "unit_region"
 ) -> Tensor:
-    """The density of each entry among all: how many share its neighbourhood, by its width.
+    """Compute the density of each entry: the entries near it, by the width of the neighbourhood.
 
     Args:
         gradient_norm: `g` in [0, 1], any shape, floating.
         bins: `M`, 1 to 1024; up to 341 for `streaming`.
         density: `unit_region`: `R_ind(g) * M` (equation 8 of arXiv 1811.05181); `exact`: a window
             of width `1 / M` about the entry, as the paper defines it, `O(N log N)`; `streaming`:
-            that window from fine regions, within the bound that `stream_density` states.
+            that window from fine regions, within the bound of `stream_density`.
 
     Returns:
         float32 of the same shape: entries per unit of gradient norm.
 
     Raises:
         TypeError: The input is not floating.
-        ValueError: A value lies outside [0, 1] or is NaN (looked at on the CPU only); or an option
-            does not fit.
+        ValueError: A value lies outside [0, 1] or is NaN (checked on the CPU only); or an option is
+            invalid.
 
     Example:
+        >>> import torch
         >>> gradient_density(torch.tensor([0.01, 0.02, 0.9]), bins=10)
         tensor([20., 20., 10.])
         >>> gradient_density(torch.tensor([0.01, 0.05, 0.9]), bins=10, density="exact")

@@ -1,4 +1,4 @@
-"""Validation at the public edge: whatever the user passes becomes two-dimensional views."""
+"""Validation of the inputs of the losses, and their views as rows."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from torch import Tensor
 
 from ghm_triton.reference.interface import ClassificationInputs, RegressionInputs, SoftmaxInputs
 
-EVEN = 16  # entries of a row, whatever the dtype, that wide accesses fit into
+EVEN = 16  # entries of a row for wide memory accesses, whatever the dtype
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def classification_inputs(
     logits: Tensor, target: Tensor, label_weight: Tensor | None, validate: bool | None
 ) -> ClassificationInputs:
-    """Check what `ghm_c_loss` was given and view it as rows.
+    """Validate the inputs of `ghm_c_loss` and view them as rows.
 
     Args:
         logits: `[..., C]`, floating.
         target: The shape of `logits`, floating or bool; or integer `logits.shape[:-1]`.
         label_weight: Broadcasts to `logits`; or None.
-        validate: Whether to look at the values; see `looks`.
+        validate: Whether to check the values; see `checks_values`.
 
     Raises:
-        TypeError: A dtype does not fit.
-        ValueError: A shape or device does not fit, or (validating) a value is out of range.
+        TypeError: A dtype is not supported.
+        ValueError: A shape, device or (when validating) value is invalid.
     """
     _require_floating("logits", logits)
     if logits.dim() == 0:
         raise ValueError("logits must have at least one dimension, got a scalar")
     _require_same_device(logits, target=target, label_weight=label_weight)
-    look = looks(logits, validate)
+    look = checks_values(logits, validate)
     weight = _broadcast_weight(label_weight, logits, look)
     if target.shape == logits.shape and (target.is_floating_point() or target.dtype == torch.bool):
         if look:
@@ -47,7 +47,7 @@ def classification_inputs(
         index = target.reshape(-1).long()
         if look:
             _require_classes(index, logits.shape[-1])
-        # Without classes there is nothing to look at, whatever the rows: no rows then.
+        # Without classes there are no entries, whatever the rows: view them as no rows.
         classes = max(1, logits.shape[-1])
         index = index[: logits.numel() // classes]
         return ClassificationInputs(
@@ -62,11 +62,11 @@ def classification_inputs(
 def regression_inputs(
     pred: Tensor, target: Tensor, label_weight: Tensor | None, validate: bool | None
 ) -> RegressionInputs:
-    """Check what `ghm_r_loss` was given and view it as rows.
+    """Validate the inputs of `ghm_r_loss` and view them as rows.
 
     Raises:
-        TypeError: A dtype does not fit.
-        ValueError: A shape or device does not fit, or (validating) a weight is negative or NaN.
+        TypeError: A dtype is not supported.
+        ValueError: A shape or device is invalid, or (when validating) a weight is negative or NaN.
     """
     _require_floating("pred", pred)
     _require_floating("target", target)
@@ -77,7 +77,7 @@ def regression_inputs(
             f"pred is {list(pred.shape)}, target {list(target.shape)}: they must agree"
         )
     _require_same_device(pred, target=target, label_weight=label_weight)
-    look = looks(pred, validate)
+    look = checks_values(pred, validate)
     weight = _broadcast_weight(label_weight, pred, look)
     columns = _columns(pred, target, weight)
     return RegressionInputs(
@@ -88,11 +88,11 @@ def regression_inputs(
 def softmax_inputs(
     logits: Tensor, target: Tensor, label_weight: Tensor | None, validate: bool | None
 ) -> SoftmaxInputs:
-    """Check what `ghm_softmax_loss` was given and view it as rows.
+    """Validate the inputs of `ghm_softmax_loss` and view them as rows.
 
     Raises:
-        TypeError: A dtype does not fit.
-        ValueError: A shape or device does not fit, or (validating) a value is out of range.
+        TypeError: A dtype is not supported.
+        ValueError: A shape, device or (when validating) value is invalid.
     """
     _require_floating("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
@@ -103,7 +103,7 @@ def softmax_inputs(
             f"target must be integer {list(logits.shape[:-1])} (class indices);"
             f" got {target.dtype} {list(target.shape)}"
         )
-    look = looks(logits, validate)
+    look = checks_values(logits, validate)
     weight = _broadcast_weight(label_weight, target, look)
     classes = logits.shape[-1]
     index = target.reshape(-1).long()
@@ -117,34 +117,35 @@ def softmax_inputs(
     )
 
 
-def looks(tensor: Tensor, validate: bool | None) -> bool:
-    """Whether to look at values: by default where that waits for no GPU and breaks no graph."""
+def checks_values(tensor: Tensor, validate: bool | None) -> bool:
+    """Whether to check values: by default, where that neither synchronises nor breaks a graph."""
     if validate is not None:
         return validate
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def require_bins(bins: int) -> int:
-    """`bins` if it is a number of unit regions that the kernels take, 1 to 1024."""
+    """Return `bins` if it is an integer from 1 to 1024, or raise ValueError."""
     if isinstance(bins, bool) or not isinstance(bins, int) or not 1 <= bins <= 1024:
         raise ValueError(f"bins must be an integer from 1 to 1024, got {bins!r}")
     return bins
 
 
 def require_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """`value` if it is one of `allowed`; otherwise an error that lists them."""
+    """Return `value` if it is one of `allowed`, or raise a ValueError that lists them."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
     return value
 
 
 def _columns(tensor: Tensor, *beside: Tensor | None) -> int:
-    """The columns to view an elementwise problem in: those whose rows are aligned, or the last's.
+    """Choose the number of columns of the view of an element-wise problem.
 
-    A vector is a column: one class, many samples.
+    `EVEN` where everything is contiguous, so that rows are aligned; else the size of the last
+    dimension, with a vector as a column: one class, many samples.
     """
-    lying = (other for other in (tensor, *beside) if other is not None)
-    if tensor.numel() % EVEN == 0 and all(other.is_contiguous() for other in lying):
+    present = (other for other in (tensor, *beside) if other is not None)
+    if tensor.numel() % EVEN == 0 and all(other.is_contiguous() for other in present):
         return EVEN
     return max(1, tensor.shape[-1]) if tensor.dim() > 1 else 1
 
@@ -174,7 +175,7 @@ def _broadcast_weight(label_weight: Tensor | None, like: Tensor, look: bool) -> 
 
 
 def _where_kept(target: Tensor, weight: Tensor | None) -> Tensor:
-    # What lies under an ignored entry is nobody's business.
+    # Targets of ignored entries are not validated.
     return target if weight is None else torch.where(weight > 0, target, torch.zeros_like(target))
 
 

@@ -1,4 +1,4 @@
-"""Strength over the course of training."""
+"""Schedules of the strength over the course of training."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ SHAPES = ("linear", "cosine")
 
 @dataclass(frozen=True)
 class StrengthSchedule:
-    """A strength that moves from `start` to `end` over the first `steps` updates, then stays.
+    """A strength that moves from `start` to `end` over the first `steps` updates.
 
     Args:
         start: Strength at the first update, in [0, 1].
         end: Strength from update `steps` on, in [0, 1].
-        steps: Updates in between, at least 1. An update is one training-mode call of the loss.
+        steps: Number of updates in between, at least 1. An update is one training-mode call of
+            the loss.
         shape: `linear` or `cosine`.
+
+    Raises:
+        ValueError: An argument is out of range.
 
     Example:
         >>> schedule = StrengthSchedule(0.4, 0.0, steps=100)
@@ -41,7 +45,7 @@ class StrengthSchedule:
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}; got {self.shape!r}")
 
     def at(self, updates: Tensor) -> Tensor:
-        """The strength after `updates` updates (an integer scalar, any device): float32 scalar."""
+        """Return the strength after `updates` updates, integer scalar: float32 scalar."""
         progress = (updates.double() / self.steps).clamp(0.0, 1.0)
         if self.shape == "cosine":
             progress = 0.5 - 0.5 * torch.cos(math.pi * progress)
@@ -49,11 +53,7 @@ class StrengthSchedule:
 
 
 def require_strength(value: float, name: str = "strength") -> float:
-    """`value` if it lies in [0, 1].
-
-    Raises:
-        ValueError: It does not, or is NaN.
-    """
+    """Return `value` as a float if it lies in [0, 1], or raise ValueError."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
     return float(value)

@@ -1,4 +1,4 @@
-"""The interface that every implementation of the losses has: inputs, results and `Kernels`."""
+"""The interface of the implementations of the losses: inputs, results and `Kernels`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ClassificationInputs:
-    """Logits and targets as rows: one row a sample, one column a class.
+    """Logits and targets as rows: one row per sample, one column per class.
 
     Attributes:
         logits: `[R, C]`.
         index: int64 `[R]`, `C` background, negative ignored; None with dense targets.
         target: `[R, C]` in [0, 1]; None with index targets.
         weight: `[R, C]`, 0 ignores; None keeps everything. May be a view with strides of 0.
-        shape: The shape the user passed.
+        shape: Of the logits before they were viewed as rows.
     """
 
     logits: Tensor
@@ -35,7 +35,7 @@ class ClassificationInputs:
 
 @dataclass(frozen=True)
 class RegressionInputs:
-    """Predictions and targets `[R, C]`, `weight` `[R, C]` or None, and the user's shape."""
+    """Predictions and targets `[R, C]`, `weight` `[R, C]` or None, and the original shape."""
 
     pred: Tensor
     target: Tensor
@@ -47,7 +47,7 @@ class RegressionInputs:
 class SoftmaxInputs:
     """Logits `[R, C]`, class indices int64 `[R]` (negative ignored), `weight` `[R]` or None.
 
-    And the shape of the indices as the user passed them.
+    `shape` is the original shape of the indices.
     """
 
     logits: Tensor
@@ -57,13 +57,13 @@ class SoftmaxInputs:
 
 
 class RegionCounts(NamedTuple):
-    """What one batch holds.
+    """Counts of one batch.
 
     Attributes:
-        regions: int64 `[M]`: `R_j`, the valid entries in each unit region; without those that
-            `invalid` counts.
-        positives: float64 `[P]`, partial sums of the targets over valid entries, to be added up;
-            for hard targets, the number of positives.
+        regions: int64 `[M]`: `R_j`, the valid entries in each unit region, without those counted
+            by `invalid`.
+        positives: float64 `[P]`, partial sums of the targets over valid entries; for hard targets
+            their sum is the number of positives.
         invalid: int64 scalar: valid entries whose logit is not finite or whose target is out of
             range. More than zero makes the loss NaN.
     """

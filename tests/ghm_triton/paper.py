@@ -415,13 +415,15 @@ def assert_close(
     )
 
 
-def assert_gradient_close(ours: torch.Tensor, truth, absolute=0.0) -> None:
+def assert_gradient_close(
+    ours: torch.Tensor, truth, absolute=0.0, ulps: float = FLOAT32_ULPS
+) -> None:
     """As `assert_close`, for a gradient that something other than 1 came into.
 
     In bfloat16 it is rounded as it is formed with the loss, and again as it is multiplied. Not in
     float16, where the multiplication has to come first.
     """
-    assert_close(ours, truth, absolute, roundings=2 if ours.dtype == torch.bfloat16 else 1)
+    assert_close(ours, truth, absolute, ulps, roundings=2 if ours.dtype == torch.bfloat16 else 1)
 
 
 def cancellation(logits: torch.Tensor, target: torch.Tensor) -> np.ndarray:

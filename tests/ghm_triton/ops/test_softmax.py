@@ -17,24 +17,6 @@ def draw(paper, shape):
     return paper.draw_rows(shape, index, torch.float32, 30, generator), index
 
 
-@pytest.mark.parametrize("shape", [(2600, 1), (2600, 2), (190, 17), (4, 700), (5, 1500), (1, 3)])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_poisoned_memory_and_programs_that_walk(
-    paper, device, poisoned, two_programs, shape, reduction
-):
-    logits, index = draw(paper, shape)
-    results = []
-    for backend, where in (("torch", torch.device("cpu")), ("triton", device)):
-        x = logits.to(where).detach().requires_grad_()
-        options = {"reduction": reduction, "backend": backend, "strength": 1.0}
-        loss = ghm_softmax_loss(x, index.to(where), **options)
-        (loss * 3.3).sum().backward()
-        results.append((loss.detach().cpu(), x.grad.cpu()))
-    # Both are float32; the entries' own accuracy is tested against float64.
-    for ours, expected in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("shape", [(700, 3), (70, 40), (3, 1500)])
 @pytest.mark.parametrize("harmed", [False, True])
 def test_everything_that_is_counted_is_what_the_reference_counts(
@@ -120,44 +102,6 @@ def test_the_region_does_not_depend_on_the_order_in_which_lanes_add(device):
         counts_too, region_too = regions_of(device, logits[:, order], place)
         assert torch.equal(region_too, region)
         assert torch.equal(counts_too, counts)
-
-
-def test_the_gradient_has_the_layout_of_the_logits(device):
-    logits = torch.randn(6, 40, device=device).t().requires_grad_()
-    index = torch.zeros(40, dtype=torch.int64, device=device)
-    ghm_softmax_loss(logits, index, backend="triton").backward()
-    assert logits.grad.stride() == logits.stride()
-
-
-@pytest.mark.parametrize("layout", ["rows apart", "one for all"])
-def test_a_gradient_that_comes_in_with_strides(paper, device, layout):
-    logits, index = draw(paper, (41, 6))
-    outer = torch.randn(82)[::2] if layout == "rows apart" else torch.tensor(2.5).expand(41)
-    table = torch.rand(4, generator=torch.Generator().manual_seed(9))
-    weight = torch.rand(41, generator=torch.Generator().manual_seed(10)).repeat_interleave(3)[::3]
-    slopes = []
-    for kernels, where in ((reference, torch.device("cpu")), (None, device)):
-        if kernels is None:
-            from ghm_triton.ops import backend as kernels
-        x = logits.to(where).detach().requires_grad_()
-        given = (index.to(where), weight.to(where))
-        inputs = SoftmaxInputs(x, *given, index.shape)
-        scale = table[0].to(where)
-        options = {"weighted": True, "reduce": False}
-        loss = kernels.weighted_softmax(inputs, table.to(where), scale, **options)
-        loss.backward(outer.to(where))
-        slopes.append(x.grad.cpu())
-    torch.testing.assert_close(slopes[1], slopes[0])
-
-
-def test_it_refuses_a_second_derivative(device):
-    x = torch.randn(3, 2, device=device, requires_grad=True)
-    outer = torch.ones((), device=device, requires_grad=True)
-    index = torch.zeros(3, dtype=torch.int64, device=device)
-    loss = ghm_softmax_loss(x, index, backend="triton") * outer
-    (slope,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

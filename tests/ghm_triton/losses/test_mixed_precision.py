@@ -1,12 +1,11 @@
 """Half precision under autocast, and under a gradient scaler."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 
-from ghm_triton import FocalLoss, GHMCLoss, GHMRLoss, GHMSoftmaxLoss
+from ghm_triton import GHMCLoss, GHMRLoss
+from tests.ghm_triton.losses.tester import HarmonizedTester
 
 # The interpreter's, which says what it does with what is not finite.
 pytestmark = pytest.mark.filterwarnings(
@@ -89,7 +88,7 @@ class TestInHardCases:
         assert torch.equal(training.weight, before - gradient)
         assert scaler.get_scale() == 2.0**16
 
-    def test_a_step_that_the_scaler_skips(self, paper, device, generator, backend, state_of):
+    def test_a_step_that_the_scaler_skips(self, paper, device, generator, backend):
         training = Mixed(paper, device, generator, backend, torch.float16, "index")
         before = training.weight.detach().clone()
         # Forward is sound, and backward overflows: what was counted has been counted.
@@ -104,7 +103,7 @@ class TestInHardCases:
         assert torch.equal(training.weight, before)
         assert int(training.criterion.density.updates) == 1
         # Forward overflows float16: nothing is counted, and nothing is learnt either.
-        counted = state_of(training.criterion)
+        counted = HarmonizedTester.state_of(training.criterion)
         with torch.no_grad():
             training.weight[0, 0] = 1e5
         before = training.weight.detach().clone()
@@ -114,26 +113,4 @@ class TestInHardCases:
         scaler.update()
         assert scaler.get_scale() == 2.0**28
         assert torch.equal(training.weight, before)
-        assert state_of(training.criterion) == counted
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_autocast_changes_nothing(device, generator, backend, call, dtype):
-    x, dense = torch.randn(30, 3, generator=generator), torch.rand(30, 3, generator=generator)
-    x, index = x.to(dtype), torch.randint(-1, 4, (30,), generator=generator)
-    for criterion, target in (
-        (GHMCLoss(backend=backend), index),
-        (GHMCLoss(backend=backend, average="positives"), dense),
-        (GHMCLoss(backend=backend, density="exact", bins=4), index),
-        (GHMCLoss(backend=backend, density="streaming", bins=4), dense),
-        (GHMRLoss(backend=backend), dense),
-        (GHMSoftmaxLoss(backend=backend), index % 3),
-        (FocalLoss(backend=backend), index),
-    ):
-        plain, other = criterion, copy.deepcopy(criterion)
-        loss, slope = call(plain, device, x, target)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            cast_loss, cast_slope = call(other, device, x, target)
-        assert torch.equal(cast_loss, loss)
-        assert torch.equal(cast_slope, slope)
-        assert slope.dtype == dtype
+        assert HarmonizedTester.state_of(training.criterion) == counted
