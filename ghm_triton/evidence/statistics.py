@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Self
@@ -25,10 +24,7 @@ _LIST: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum"
 _LISTS = {"type": "array", "items": _LIST}
 Counts = Annotated[Integers, _CHECKED_LATER, _AS_LISTS, WithJsonSchema(_LIST)]
 Histograms = Annotated[Integers, _CHECKED_LATER, _AS_LISTS, WithJsonSchema(_LISTS)]
-
-
-def _none() -> Integers:
-    return np.zeros(0, np.int64)
+_ZERO: Integers = np.zeros(0, np.int64)  # stands for zeros of the shape that is needed
 
 
 @dataclass(eq=False)
@@ -40,17 +36,17 @@ class ClassStatistics:
     counts in `positive_scores` if it matches one (IoU 0.5, each box once, best score first) and in
     `negative_scores` otherwise. Counts that are left out are zero.
 
-    Arrays, sequences and torch tensors on any device are accepted; the attributes are numpy arrays
-    of int64, which are copies.
+    Arrays, sequences and torch tensors on any device are accepted; the attributes are copies, numpy
+    arrays of int64.
 
     Attributes:
-        class_names: The classes in label order, `0..C-1`. Not serialized by pydantic, since the
-            card of a file has them beside its statistics.
+        class_names: The classes in label order, `0..C-1`. Not serialized by pydantic: the card of
+            a file has them beside its statistics.
         anchors: Anchors counted.
         positives: `[C]`, anchors assigned to each class.
         ground_truths: `[C]`, held-out boxes of each class.
-        positive_scores: `[C, B]`, `B` equal bins over [0, 1] (see `score_bin`); `B` is `SCORE_BINS`
-            unless the counts passed have another number of bins.
+        positive_scores: `[C, B]`, equal bins over [0, 1] (see `score_bin`); `B` is `SCORE_BINS`
+            unless counts with another number of bins are passed.
         negative_scores: `[C, B]`.
 
     Raises:
@@ -69,28 +65,26 @@ class ClassStatistics:
 
     class_names: Annotated[tuple[str, ...], Field(exclude=True)]
     anchors: Count = 0
-    positives: Counts = field(default_factory=_none)
-    ground_truths: Counts = field(default_factory=_none)
-    positive_scores: Histograms = field(default_factory=_none)
-    negative_scores: Histograms = field(default_factory=_none)
+    positives: Counts = field(default_factory=lambda: _ZERO)
+    ground_truths: Counts = field(default_factory=lambda: _ZERO)
+    positive_scores: Histograms = field(default_factory=lambda: _ZERO)
+    negative_scores: Histograms = field(default_factory=lambda: _ZERO)
 
     def __post_init__(self) -> None:
         self.class_names = tuple(self.class_names)
-        self.anchors = _integer("anchors", self.anchors)
+        self.anchors = int(_integers("anchors", self.anchors))
         counts = {name: _integers(name, getattr(self, name)) for name in _COUNTS}
         bins = {each.shape[1] for each in counts.values() if each.ndim == 2} or {SCORE_BINS}
         for name, values in counts.items():
             shape = (len(self.class_names), *([max(bins)] if name in _HISTOGRAMS else []))
-            if values.shape == (0,):
+            if getattr(self, name) is _ZERO:
                 values = np.zeros(shape, np.int64)
             elif values.shape != shape:
                 raise ValueError(f"{name} must be {list(shape)}, got {list(values.shape)}")
             setattr(self, name, values)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ClassStatistics):
-            return NotImplemented
-        return self.to_dict() == other.to_dict()
+        return isinstance(other, ClassStatistics) and self.to_dict() == other.to_dict()
 
     def add_labels(self, counts: Any) -> None:
         """Add the anchors of a batch.
@@ -101,8 +95,7 @@ class ClassStatistics:
         Raises:
             ValueError: The counts have another shape or are not integers.
         """
-        counts = _integers("counts", counts)
-        expected = len(self.class_names) + 1
+        counts, expected = _integers("counts", counts), len(self.class_names) + 1
         if counts.shape != (expected,):
             raise ValueError(f"counts must be [{expected}], got {list(counts.shape)}")
         self.anchors += int(counts.sum())
@@ -125,8 +118,7 @@ class ClassStatistics:
         classes, bins = self.positive_scores.shape
         labels = _labels("labels", labels, classes)
         truths = _labels("ground_truth_labels", ground_truth_labels, classes)
-        cells = labels * bins + score_bin(scores, bins)
-        hits = _as_array(matched).astype(bool)
+        cells, hits = labels * bins + score_bin(scores, bins), _as_array(matched).astype(bool)
         self.ground_truths += np.bincount(truths, minlength=classes)
         for histogram, chosen in ((self.positive_scores, hits), (self.negative_scores, ~hits)):
             histogram += np.bincount(cells[chosen], minlength=classes * bins).reshape(classes, bins)
@@ -144,15 +136,11 @@ class ClassStatistics:
         """
         if other.class_names != self.class_names:
             raise ValueError(f"classes differ: {self.class_names} and {other.class_names}")
-        names = ("anchors", *_COUNTS)
-        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("anchors", *_COUNTS)}
         return type(self)(self.class_names, **sums)
 
     def reaching(self, label: int) -> tuple[Floats, Floats]:
-        """Detections of a class that reach each edge of the score bins.
-
-        Args:
-            label: The class, `0..C-1`.
+        """Count the detections of a class that reach each edge of the score bins.
 
         Returns:
             Matched and unmatched detections, float64 `[B + 1]`: entry `k` counts those in bin `k`
@@ -165,30 +153,23 @@ class ClassStatistics:
         return hits, misses
 
     def precision_recall(self, label: int) -> tuple[Floats, Floats]:
-        """Held-out precision and recall of a class at each edge of the score bins.
-
-        Args:
-            label: The class, `0..C-1`.
+        """Compute held-out precision and recall of a class at each edge of the score bins.
 
         Returns:
             Two float64 `[B + 1]`, at the thresholds `k / B`. Precision is NaN where no detection
             reaches the edge; recall is NaN without held-out boxes.
         """
         hits, misses = self.reaching(label)
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore"):
             return hits / (hits + misses), hits / (self.ground_truths[label] or np.nan)
 
     def precision_recall_at(
         self, label: int, threshold: float
     ) -> tuple[float | None, float | None]:
-        """Held-out precision and recall of a class at one threshold.
+        """Compute held-out precision and recall of a class at one threshold, a float32 in [0, 1].
 
         A threshold between two edges is credited with the bins that lie wholly above it; above the
         last edge there is none.
-
-        Args:
-            label: The class, `0..C-1`.
-            threshold: In [0, 1]; compared as float32.
 
         Returns:
             Precision, None if no detection reaches the threshold, and recall, None without
@@ -196,11 +177,9 @@ class ClassStatistics:
         """
         edges = score_edges(self.positive_scores.shape[1])
         index = int(np.searchsorted(edges, np.float32(threshold)))
-        precision, recall = (float(curve[index]) for curve in self.precision_recall(label))
-        return (
-            None if np.isnan(precision) else precision,
-            None if np.isnan(recall) else recall,
-        )
+        shares = (float(curve[index]) for curve in self.precision_recall(label))
+        precision, recall = (None if np.isnan(share) else share for share in shares)
+        return precision, recall
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and numbers, ready for JSON."""
@@ -214,15 +193,11 @@ class ClassStatistics:
         Raises:
             ValueError: A field is missing, unknown, not a count, or has another shape.
         """
-        names = [each.name for each in fields(cls)]
-        if missing := [name for name in names if name not in values]:
+        names = {each.name for each in fields(cls)}
+        if missing := sorted(names - set(values)):
             raise ValueError(f"the statistics lack {missing[0]!r}")
-        if unknown := [name for name in values if name not in names]:
+        if unknown := sorted(set(values) - names):
             raise ValueError(f"the statistics have an unknown field {unknown[0]!r}")
-        for name in _COUNTS:
-            if len(values["class_names"]) and values[name] == []:
-                classes = len(values["class_names"])
-                raise ValueError(f"{name} is empty, but there are {classes} classes")
         return cls(**values)
 
 
@@ -232,7 +207,7 @@ _COUNTS = ("positives", *_HELD_OUT)
 
 
 def as_float32(value: float) -> float:
-    """Round to float32, as scores and thresholds are compared everywhere.
+    """Round to float32, the precision in which scores and thresholds are compared everywhere.
 
     Example:
         >>> as_float32(0.1)
@@ -279,16 +254,6 @@ def _as_array(values: Any) -> npt.NDArray[Any]:
         values = values.detach().cpu()
         values = values.double() if values.is_floating_point() else values
     return np.asarray(values)
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise ValueError(f"{name} must be an integer, got {value!r}") from error
-    if number < 0:
-        raise ValueError(f"{name} must not be negative, got {number}")
-    return number
 
 
 def _integers(name: str, values: Any) -> Integers:

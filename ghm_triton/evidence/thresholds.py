@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Annotated, Literal, Self
@@ -13,13 +13,7 @@ import numpy.typing as npt
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass as validated
 
-from ghm_triton.evidence.statistics import (
-    ClassStatistics,
-    Count,
-    Floats,
-    Probability,
-    as_float32,
-)
+from ghm_triton.evidence.statistics import ClassStatistics, Count, Floats, Probability, as_float32
 from ghm_triton.tables import percent, table
 
 Source = Literal["policy", "prior", "fallback", "manual"]
@@ -120,16 +114,29 @@ class ClassThresholds:
             ValueError: The policy is unknown, its number is not in [0, 1], or it needs anchors and
                 training counted none.
         """
-        choose, target = _parse(policy)
+        name, target = _parse(policy)
         classes = len(statistics.class_names)
-        prior = np.zeros(classes) if choose is _fixed else class_prior(statistics)
-        chosen = [choose(statistics, j, target, float(prior[j])) for j in range(classes)]
+        priors = np.zeros(classes) if name == "fixed" else class_prior(statistics)
+        chosen = [_choose(name, target, statistics, j, float(priors[j])) for j in range(classes)]
         with_evidence = [value for value, source in chosen if source != "fallback"]
         usual = median(with_evidence) if with_evidence else NEVER_SEEN
         entries = []
         for j, (value, source) in enumerate(chosen):
             if source == "fallback":
-                value = _fallback(statistics, j, max(usual, float(prior[j])), policy)
+                value = max(usual, float(priors[j]))
+                seen = int(statistics.positives[j]) > 0
+                value = value if seen else max(value, NEVER_SEEN)
+                why = (
+                    "has no matched held-out detection"
+                    if seen
+                    else "was never a positive in training"
+                )
+                warnings.warn(
+                    f"class {statistics.class_names[j]!r} {why}:"
+                    f" policy {policy!r} falls back to {value:.4f}",
+                    ThresholdWarning,
+                    stacklevel=2,
+                )
             threshold = as_float32(value)
             precision, recall = statistics.precision_recall_at(j, threshold)
             entry = ClassThreshold(
@@ -148,16 +155,9 @@ class ClassThresholds:
         """Format the thresholds and the evidence behind them for a terminal."""
         head = ("class", "threshold", "from", "positives", "held-out", "precision", "recall")
         rows = [
-            (
-                entry.name,
-                f"{entry.threshold:.4f}",
-                entry.source,
-                entry.support,
-                entry.ground_truths,
-                percent(entry.precision),
-                percent(entry.recall),
-            )
-            for entry in self.entries
+            (e.name, f"{e.threshold:.4f}", e.source, e.support, e.ground_truths)
+            + (percent(e.precision), percent(e.recall))
+            for e in self.entries
         ]
         by_hand = any(entry.source == "manual" for entry in self.entries)
         title = f"thresholds by policy {self.policy!r}{', or by hand (manual)' if by_hand else ''}"
@@ -178,85 +178,50 @@ def class_prior(statistics: ClassStatistics) -> Floats:
     return np.asarray(statistics.positives / statistics.anchors)
 
 
-# Statistics, class, the policy's number, the class's prior -> score and source.
-Chooser = Callable[[ClassStatistics, int, float, float], tuple[float, Source]]
-
-
-def _parse(policy: str) -> tuple[Chooser, float]:
+def _parse(policy: str) -> tuple[str, float]:
+    """Split `precision=0.9` into its name and number; `prior` and `f1` have none, here 0."""
     name, equals, text = policy.partition("=")
-    plain: dict[str, Chooser] = {"prior": _prior, "f1": _f1}
-    valued: dict[str, Chooser] = {"precision": _precision, "recall": _recall, "fixed": _fixed}
-    if not equals and name in plain:
-        return plain[name], 0.0
-    if equals and name in valued:
-        try:
-            target = float(text)
-        except ValueError:
-            target = float("nan")
-        if not 0.0 <= target <= 1.0:
-            raise ValueError(f"policy {policy!r}: {text!r} is not a number in [0, 1]")
-        return valued[name], target
-    raise ValueError(
-        f"unknown policy {policy!r}; choose from {', '.join(POLICIES)} (P, R, T in [0, 1])"
-    )
+    if f"{name}{equals}" not in {listed.rstrip("PRT") for listed in POLICIES}:
+        raise ValueError(
+            f"unknown policy {policy!r}; choose from {', '.join(POLICIES)} (P, R, T in [0, 1])"
+        )
+    try:
+        target = float(text) if equals else 0.0
+    except ValueError:
+        target = float("nan")
+    if not 0.0 <= target <= 1.0:
+        raise ValueError(f"policy {policy!r}: {text!r} is not a number in [0, 1]")
+    return name, target
 
 
-def _prior(s: ClassStatistics, j: int, _: float, prior: float) -> tuple[float, Source]:
-    return prior, "policy" if s.positives[j] else "fallback"
-
-
-def _fixed(_: ClassStatistics, __: int, target: float, ___: float) -> tuple[float, Source]:
-    return target, "policy"
-
-
-def _f1(s: ClassStatistics, j: int, _: float, prior: float) -> tuple[float, Source]:
-    if not _has_evidence(s, j):
+def _choose(
+    name: str, target: float, s: ClassStatistics, j: int, prior: float
+) -> tuple[float, Source]:
+    """Choose the score of class `j`; 0 and `fallback` without evidence."""
+    if name == "fixed":
+        return target, "policy"
+    if name == "prior":
+        return (prior, "policy") if s.positives[j] > 0 else (0.0, "fallback")
+    if s.positives[j] == 0 or not s.positive_scores[j].any():
         return 0.0, "fallback"
     hits, misses = s.reaching(j)
-    with np.errstate(invalid="ignore"):
-        f1 = 2 * hits / (hits + misses + s.ground_truths[j])
-    return _at_least_prior(_edge(s, int(f1[:-1].argmax())), prior)
-
-
-def _precision(s: ClassStatistics, j: int, target: float, prior: float) -> tuple[float, Source]:
-    if not _has_evidence(s, j):
-        return 0.0, "fallback"
-    precision = np.nan_to_num(s.precision_recall(j)[0][:-1], nan=-1.0)
-    # All higher edges must reach the target too: one lucky bin below a bad stretch does not count.
-    good = (precision >= target) | (precision < 0)
-    index = len(good) - int(np.logical_and.accumulate(good[::-1]).sum())
-    if index == len(good) or precision[index] < 0:
-        index = int(precision.argmax())
-    return _at_least_prior(_edge(s, index), prior)
-
-
-def _recall(s: ClassStatistics, j: int, target: float, prior: float) -> tuple[float, Source]:
-    if not _has_evidence(s, j):
-        return 0.0, "fallback"
-    enough = np.flatnonzero(s.precision_recall(j)[1][:-1] >= target)
-    return (_edge(s, int(enough[-1])), "policy") if enough.size else (prior, "prior")
-
-
-def _has_evidence(s: ClassStatistics, j: int) -> bool:
-    return bool(s.positives[j] > 0 and s.positive_scores[j].sum() > 0)
-
-
-def _edge(s: ClassStatistics, index: int) -> float:
+    precision, recall = (curve[:-1] for curve in s.precision_recall(j))
+    if name == "recall":
+        enough = np.flatnonzero(recall >= target)
+        if not enough.size:
+            return prior, "prior"
+        index = int(enough[-1])
+    elif name == "f1":
+        f1 = 2 * hits / np.maximum(hits + misses + s.ground_truths[j], 1)
+        index = int(f1[:-1].argmax())
+    else:
+        # All higher edges must reach the target too: one lucky bin below a bad stretch does not
+        # count.
+        known = int(np.isfinite(precision).sum())
+        enough = np.flatnonzero(precision[:known] < target)
+        index = int(enough[-1]) + 1 if enough.size else 0
+        if index == known:
+            index = int(precision[:known].argmax())
     # Held-out detections below the first edge are not recorded, so no evidence reaches below it.
-    return max(index, 1) / int(s.positive_scores.shape[1])
-
-
-def _at_least_prior(value: float, prior: float) -> tuple[float, Source]:
-    return (value, "policy") if value >= prior else (prior, "prior")
-
-
-def _fallback(s: ClassStatistics, j: int, usual: float, policy: str) -> float:
-    unseen = int(s.positives[j]) == 0
-    value = max(usual, NEVER_SEEN) if unseen else usual
-    why = "was never a positive in training" if unseen else "has no matched held-out detection"
-    warnings.warn(
-        f"class {s.class_names[j]!r} {why}: policy {policy!r} falls back to {value:.4f}",
-        ThresholdWarning,
-        stacklevel=3,
-    )
-    return value
+    value = max(index, 1) / len(recall)
+    return (value, "policy") if value >= prior or name == "recall" else (prior, "prior")
