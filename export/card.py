@@ -1,9 +1,7 @@
-"""The contract of `detector.onnx`: the card that travels in its metadata.
+"""The card in the metadata of `detector.onnx`, which describes the file to its readers.
 
-The card is what the file says of itself: its classes in order, the threshold of each and
-the evidence behind it, how an image becomes its input, and what it was trained with. Whoever
-writes a file fills one in, whoever reads a file trusts nothing else. This module imports
-neither torch nor onnx.
+It holds the classes in order, the threshold of each with the evidence behind it, the preprocessing
+of images, and the training. Imports neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ OUTPUTS = ("boxes", "scores", "labels", "num_detections")
 
 
 class CardError(ValueError):
-    """The file has no card, a card this version cannot read, or a card that contradicts it."""
+    """The file has no card, a card that this version cannot read, or one that contradicts it."""
 
 
 class _Frozen(BaseModel):
@@ -55,11 +53,11 @@ Precision = Literal["int8", "fp16"]
 
 
 class Preprocessing(_Frozen):
-    """How an RGB image becomes what the network sees.
+    """Preprocessing of an RGB image for the network.
 
     The image keeps its aspect ratio: it is resized (bilinear, antialiased) by
-    `min(height / h, width / w)`, laid at the top left, and the rest is filled with `pad_value`.
-    Then `x = (grey / 255 - mean) / std`, channels first.
+    `min(height / h, width / w)` and placed at the top left; the rest is filled with `pad_value`.
+    Then `x = (value / 255 - mean) / std`, channels first.
     """
 
     height: Annotated[int, Field(gt=0)]
@@ -80,13 +78,13 @@ class Preprocessing(_Frozen):
         return std
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """The `(width, height)` that an image of `width x height` is resized to."""
+        """Return the `(width, height)` to which an image of `width x height` is resized."""
         scale = min(self.width / width, self.height / height)
         return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 class TrainingCard(_Frozen):
-    """What the weights come from: data set, losses, seed, steps, versions and the checkpoint."""
+    """Origin of the weights: data set, losses, seed, steps, versions and checkpoint."""
 
     data: str
     losses: dict[str, Any]
@@ -106,19 +104,19 @@ class TrainingCard(_Frozen):
 
 
 class QuantizationCard(_Frozen):
-    """How the numbers of the network's core were made smaller, and what that cost.
+    """Quantization of the network's core, and its cost in average precision.
 
     Attributes:
-        precision: What the core computes with; thresholds and what decodes boxes stay float32.
-        calibration_data: The data set whose images showed the ranges of the core's activations;
-            None where nothing needs them (`fp16`).
-        calibration_split: Its split, None likewise.
-        calibration_images: How many of its images.
-        test_data: The data set that both precisions were measured on.
+        precision: Arithmetic of the core; thresholds and the decoding of boxes stay float32.
+        calibration_data: Data set from which the ranges of activations were taken; None for
+            `fp16`, which needs none.
+        calibration_split: Its split; None for `fp16`.
+        calibration_images: Number of images used.
+        test_data: Data set on which both precisions were evaluated.
         test_split: Its split.
-        test_images: How many of its images.
-        ap_before: COCO AP of the float32 detector there.
-        ap_after: COCO AP of this file there.
+        test_images: Number of images evaluated.
+        ap_before: COCO AP of the float32 detector.
+        ap_after: COCO AP of this file.
     """
 
     precision: Precision
@@ -133,26 +131,26 @@ class QuantizationCard(_Frozen):
 
 
 class DetectorCard(_Frozen):
-    """Everything that a reader of `detector.onnx` may rely on.
+    """The card of `detector.onnx`: all that a reader of the file may rely on.
 
     Attributes:
-        format_version: Of the card, 1 or 2; cards are written with the newest.
-        name: What the detector calls itself.
-        architecture: What the network is.
-        backbone: What its features come from.
-        input: What `images` is. `float32`: `[B, 3, height, width]`, prepared by the caller as
-            `preprocessing` says. `uint8`: RGB images as they are, `[B, any height, any width, 3]`,
-            which the graph prepares. Boxes are in pixels of `images` in either case.
-        class_names: In the order of labels.
-        threshold_policy: What chose every threshold whose `source` is not `manual`.
-        thresholds: One entry a class, in the order of labels.
-        iou_threshold: Of two boxes of a class that overlap by more, only the better stays.
-        candidates: Anchors of an image that NMS gets to see, the best.
-        max_detections: Most detections of an image, `M` of the outputs.
-        preprocessing: How an RGB image becomes what the network sees.
-        statistics: What training counted; the held-out scores are those of this file's precision.
-        training: What the weights come from.
-        quantization: How the network was made smaller; None for float32.
+        format_version: Version of the card, 1 or 2; cards are written with the newest.
+        name: Name of the detector.
+        architecture: Architecture of the network.
+        backbone: Backbone of the network.
+        input: Type of the input `images`. `float32`: `[B, 3, height, width]`, preprocessed by the
+            caller. `uint8`: RGB images of any size, `[B, H, W, 3]`, which the graph preprocesses.
+            Boxes are in pixels of `images` in either case.
+        class_names: The classes in label order.
+        threshold_policy: Policy of every threshold whose `source` is not `manual`.
+        thresholds: One entry per class, in label order.
+        iou_threshold: IoU above which NMS suppresses the lower-scored of two boxes of a class.
+        candidates: Number of highest-scored anchors per image that enter NMS.
+        max_detections: Largest number of detections per image, `M` of the outputs.
+        preprocessing: Preprocessing of images.
+        statistics: Training statistics; the held-out scores are those of this file's precision.
+        training: Origin of the weights.
+        quantization: Quantization of the network; None for float32.
     """
 
     format_version: Literal[1, 2] = FORMAT_VERSION
@@ -174,13 +172,11 @@ class DetectorCard(_Frozen):
     @field_validator("statistics", mode="before")
     @classmethod
     def _read_statistics(cls, statistics: Any, info: ValidationInfo) -> Any:
-        """Complete JSON with the class names; copy an instance, which may go on counting."""
+        # JSON has no class names here. An instance is copied, since its owner may go on counting.
         if isinstance(statistics, ClassStatistics):
             return copy.deepcopy(statistics)
-        if isinstance(statistics, dict) and "class_names" in info.data:
-            return ClassStatistics.from_dict(
-                {"class_names": info.data["class_names"], **statistics}
-            )
+        if isinstance(statistics, dict) and (names := info.data.get("class_names")):
+            return ClassStatistics.from_dict({"class_names": names, **statistics})
         return statistics
 
     @model_validator(mode="after")
@@ -188,17 +184,17 @@ class DetectorCard(_Frozen):
         names = self.class_names
         if len(set(names)) != len(names):
             raise ValueError(f"class names repeat: {names}")
-        judged = [entry.name for entry in self.thresholds]
-        if judged != names:
-            raise ValueError(f"thresholds are for {judged}, classes are {names}")
-        if self.statistics.class_names != tuple(names):
-            counted = list(self.statistics.class_names)
-            raise ValueError(f"statistics are for {counted}, classes are {names}")
+        for field, of in (
+            ("thresholds", [entry.name for entry in self.thresholds]),
+            ("statistics", list(self.statistics.class_names)),
+        ):
+            if of != names:
+                raise ValueError(f"{field} are for {of}, classes are {names}")
         return self
 
     @property
     def class_thresholds(self) -> list[float]:
-        """The thresholds in class order."""
+        """The thresholds in label order."""
         return [entry.threshold for entry in self.thresholds]
 
     def threshold_table(self) -> str:
@@ -206,7 +202,7 @@ class DetectorCard(_Frozen):
         return ClassThresholds(self.threshold_policy, tuple(self.thresholds)).table()
 
     def to_json(self) -> str:
-        """The card as JSON with sorted keys, so that equal cards are equal bytes."""
+        """Return the card as JSON with sorted keys, so that equal cards are equal bytes."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -214,12 +210,12 @@ class DetectorCard(_Frozen):
         """Read a card.
 
         Raises:
-            CardError: The text is not JSON, its `format_version` is newer than this package
-                reads, or a field is missing or out of range.
+            CardError: The text is not JSON, its `format_version` is too new for this package, or
+                a field is missing or out of range.
         """
         try:
             raw = json.loads(text)
-        except (ValueError, RecursionError) as error:  # not JSON, or a number beyond all sense
+        except (ValueError, RecursionError) as error:  # ValueError also for a number too long
             raise CardError(f"the card is not JSON: {error}") from error
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -231,18 +227,19 @@ class DetectorCard(_Frozen):
             return cls.model_validate(raw)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "card"
-            raise CardError(f"the card is not valid at {place}: {first['msg']}") from error
+            field = ".".join(str(part) for part in first["loc"]) or "card"
+            raise CardError(f"the card is not valid at {field}: {first['msg']}") from error
 
     def check_initializers(self, class_thresholds: list[float], iou_threshold: float) -> None:
-        """Refuse a file whose graph would not do what its card says.
+        """Check that the thresholds in the graph are those of the card.
 
         Raises:
-            CardError: A threshold in the graph differs from the card's, or their number does.
+            CardError: A threshold differs, or their number does.
         """
-        found, wanted = len(class_thresholds), len(self.class_names)
-        if found != wanted:
-            raise CardError(f"the graph has {found} thresholds, the card {wanted}")
+        if len(class_thresholds) != len(self.thresholds):
+            raise CardError(
+                f"the graph has {len(class_thresholds)} thresholds, the card {len(self.thresholds)}"
+            )
         for entry, value in zip(self.thresholds, class_thresholds, strict=True):
             if math.isnan(value) or value != entry.threshold:
                 raise CardError(

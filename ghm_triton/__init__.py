@@ -1,4 +1,4 @@
-"""Gradient-harmonized losses for training under extreme imbalance, and what follows from them."""
+"""Gradient-harmonized losses for object detection, and thresholds from training statistics."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -38,28 +38,16 @@ __version__ = "0.1.0"
 
 # Names are imported at first use: the service and the client import this package without torch.
 _HOMES = {
-    "ClassStatistics": "evidence",
-    "ClassThreshold": "evidence",
-    "ClassThresholds": "evidence",
-    "FocalLoss": "losses",
-    "GHMCLoss": "losses",
-    "GHMRLoss": "losses",
-    "GHMSoftmaxLoss": "losses",
-    "GradientDensity": "losses",
-    "GuidedLoss": "imbalance.sampling_free",
-    "OHEM": "imbalance.ohem",
-    "StratifiedOHEM": "imbalance.s_ohem",
-    "StrengthSchedule": "losses",
-    "ThresholdWarning": "evidence",
-    "focal_loss": "losses",
-    "ghm_c_loss": "losses",
-    "ghm_r_loss": "losses",
-    "ghm_softmax_loss": "losses",
-    "gradient_density": "losses",
-    "guided": "imbalance.sampling_free",
-    "hard_examples": "imbalance.ohem",
-    "initial_loss": "imbalance.sampling_free",
-    "optimal_prior": "imbalance.sampling_free",
+    name: module
+    for module, names in {
+        "evidence": "ClassStatistics ClassThreshold ClassThresholds ThresholdWarning",
+        "imbalance.ohem": "OHEM hard_examples",
+        "imbalance.s_ohem": "StratifiedOHEM",
+        "imbalance.sampling_free": "GuidedLoss guided initial_loss optimal_prior",
+        "losses": "FocalLoss GHMCLoss GHMRLoss GHMSoftmaxLoss GradientDensity StrengthSchedule"
+        " focal_loss ghm_c_loss ghm_r_loss ghm_softmax_loss gradient_density",
+    }.items()
+    for name in names.split()
 }
 
 __all__ = [

@@ -1,11 +1,11 @@
-"""`ghm`: gathers the commands of every installed package, and runs one."""
+"""The command line `ghm`: the commands of every installed package."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -19,32 +19,20 @@ COMMANDS = (TRAIN, EVAL, THRESHOLDS, DEMO)
 
 GROUP = "ghm.commands"
 ORDER = (
-    "train",
-    "eval",
-    "thresholds",
-    "export",
-    "attach",
-    "inspect",
-    "thresholds set",
-    "verify",
-    "predict",
-    "serve",
-    "demo",
+    *("train", "eval", "thresholds", "export", "attach", "inspect", "thresholds set", "verify"),
+    *("predict", "serve", "demo"),
 )
 
 
 def gather() -> list[Command]:
-    """The commands that installed packages offer under the entry point `ghm.commands`."""
-    found: list[Command] = []
-    for entry in entry_points(group=GROUP):
-        commands: Iterable[Command] = entry.load()
-        found.extend(commands)
-    rank = {name: place for place, name in enumerate(ORDER)}
-    return sorted(found, key=lambda command: (rank.get(command.name, len(rank)), command.name))
+    """Return the commands that installed packages list under the entry point `ghm.commands`."""
+    commands = [command for entry in entry_points(group=GROUP) for command in entry.load()]
+    rank = {name: index for index, name in enumerate(ORDER)}
+    return sorted(commands, key=lambda command: (rank.get(command.name, len(rank)), command.name))
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes the words of a command of two, such as `thresholds set`, for one."""
+    """A parser that accepts commands of two words, such as `thresholds set`."""
 
     pairs: frozenset[str] = frozenset()
 
@@ -58,12 +46,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
-    """The parser of `ghm` with a subcommand each."""
+    """Return the parser of `ghm`, with a subparser per command."""
     parser = _Parser(
         prog="ghm",
-        description="Train detectors with harmonized losses, turn what training counted into"
-        " thresholds, ship them inside an ONNX file and serve it.",
-        epilog="A first run from end to end, in minutes: ghm demo",
+        description="Train detectors with harmonized losses, derive class thresholds from training"
+        " statistics, export both in one ONNX file and serve it.",
+        epilog="To run all of it in minutes: ghm demo",
     )
     parser.add_argument("--version", action="version", version=f"ghm-triton {__version__}")
     parser.pairs = frozenset(command.name for command in commands if " " in command.name)
@@ -82,7 +70,7 @@ def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `ghm`; returns the exit code: 0 done, 1 a check failed, 2 it could not be done."""
+    """Run `ghm` and return its exit code: 0 for success, 1 for a failed check, 2 for an error."""
     arguments = build_parser(gather()).parse_args(argv)
     command: Command = arguments.command
     with warnings.catch_warnings():
@@ -102,7 +90,7 @@ def _run(command: Command, arguments: argparse.Namespace) -> int:
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    """A warning as a sentence, without the line of code that it comes from."""
+    """Print a warning without the line of code that raised it."""
     print(f"ghm: warning: {message}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""What a package contributes to the `ghm` command line."""
+"""Subcommands of `ghm`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 class Command:
     """One subcommand of `ghm`.
 
-    Packages list theirs under the entry point `ghm.commands`. Listing and `--help` stay quick
-    and work without the command's packages: whatever is heavy is imported inside `run`.
+    Packages list theirs under the entry point `ghm.commands`. The list of commands and `--help`
+    must be quick and work without an extra, so `run` imports what it needs itself.
 
     Attributes:
-        name: What is typed after `ghm`; one word, or two, such as `thresholds set`.
+        name: The words after `ghm`: one, or two such as `thresholds set`.
         help: One line for the list of commands.
-        configure: Adds the description, the arguments and an example to the command's parser.
-        run: Does the work and returns the exit status: 0 for success.
+        configure: Adds a description, arguments and an example to the parser of the command.
+        run: Runs the command and returns its exit status, 0 for success.
         extra: The extra of the distribution that `run` needs, as in `ghm-triton[extra]`.
     """
 

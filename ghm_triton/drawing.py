@@ -1,4 +1,4 @@
-"""Detections drawn into their image. Needs Pillow alone, so whoever serves can use it too."""
+"""Drawing of detections into their image, with Pillow alone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9
 def draw_detections(
     image: Image.Image, detections: Iterable[tuple[list[float], str, int]]
 ) -> Image.Image:
-    """Draw boxes with their captions; small images are enlarged so that captions fit.
+    """Draw boxes with captions; small images are enlarged so that captions fit.
 
     Args:
-        image: RGB.
-        detections: `(box, caption, label)`, the box `x1, y1, x2, y2` in pixels.
+        image: An RGB image.
+        detections: `(box, caption, label)`; boxes are `x1, y1, x2, y2` in pixels.
 
     Returns:
         A new RGB image.

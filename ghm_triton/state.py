@@ -1,4 +1,4 @@
-"""What a loss keeps between batches: in float32, and alike on several processes."""
+"""State of a loss between batches: float32, and equal on all processes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from torch import Tensor, nn
 
 
 class SharedState(nn.Module):
-    """A module with buffers that stay float32 when it is cast, and a group that copies share.
+    """A module whose state stays float32 under casts, and whose copies share its process group.
 
-    In float16 a count above 65,504 would be infinite. A group stands for processes, which stay the
-    same; it refuses to be copied.
+    In float16 a count above 65,504 would be infinite. Process groups cannot be copied.
 
     Args:
         process_group: Ranks that keep the same state; None for this process alone.
 
     Attributes:
-        FLOAT32: The buffers' names.
+        FLOAT32: Names of the buffers that stay float32.
     """
 
     FLOAT32: ClassVar[tuple[str, ...]] = ()
@@ -38,7 +37,7 @@ class SharedState(nn.Module):
         return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # What `to`, `half` and `bfloat16` go through: move with the module, but keep float32.
+        # `to`, `half` and `bfloat16` end here: move the buffers with the module, but do not cast.
         before = {name: getattr(self, name) for name in self.FLOAT32}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():

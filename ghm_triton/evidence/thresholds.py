@@ -155,9 +155,9 @@ class ClassThresholds:
         """Format the thresholds and the evidence behind them for a terminal."""
         head = ("class", "threshold", "from", "positives", "held-out", "precision", "recall")
         rows = [
-            (e.name, f"{e.threshold:.4f}", e.source, e.support, e.ground_truths)
-            + (percent(e.precision), percent(e.recall))
+            (e.name, f"{e.threshold:.4f}", e.source, e.support, e.ground_truths, *shares)
             for e in self.entries
+            for shares in [(percent(e.precision), percent(e.recall))]
         ]
         by_hand = any(entry.source == "manual" for entry in self.entries)
         title = f"thresholds by policy {self.policy!r}{', or by hand (manual)' if by_hand else ''}"
