@@ -127,12 +127,14 @@ def test_a_file_that_is_not_there(tmp_path):
     assert refused(path) == f"ghm serve: {path}: No such file or directory\n"
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_detector(tmp_path):
     path = tmp_path / "bad.onnx"
     path.write_text("hello")
     assert refused(path) == f"ghm serve: {path}: not an ONNX file, or cut short\n"
 
 
+@pytest.mark.slow
 def test_a_graph_that_loads_but_does_not_run(detector, tmp_path):
     model = onnx.load(detector)
     for tensor in model.graph.initializer:
@@ -145,6 +147,7 @@ def test_a_graph_that_loads_but_does_not_run(detector, tmp_path):
     assert "ghm serve: " in said  # onnxruntime has its own say before
 
 
+@pytest.mark.slow
 def test_a_folder_of_models_and_what_runs_each(detector, tmp_path):
     for place in ("red.onnx", "blue/2.onnx"):
         path = tmp_path / place
@@ -172,10 +175,12 @@ def test_a_folder_of_models_and_what_runs_each(detector, tmp_path):
     assert b" info     ghm.service: stopping" in log
 
 
+@pytest.mark.slow
 def test_an_empty_folder(tmp_path):
     assert refused(tmp_path) == f"ghm serve: {tmp_path}: no .onnx file in this folder\n"
 
 
+@pytest.mark.slow
 def test_a_provider_that_does_not_work_here_whatever_its_variable_is_called(detector, monkeypatch):
     if ServedModel(read_detector(detector)).providers[0] != "CPUExecutionProvider":
         pytest.skip("CUDA works here")
@@ -183,6 +188,7 @@ def test_a_provider_that_does_not_work_here_whatever_its_variable_is_called(dete
     assert "provider cuda does not work here" in refused(detector)
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken(detector):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

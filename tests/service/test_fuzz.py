@@ -23,6 +23,7 @@ def test_kept_bodies_end_as_their_names_say(path):
     assert ended == int(status)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["image", "form", "json"])
 @settings(max_examples=400, deadline=None)
 @given(st.integers(0, 2**64))

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from service.app import create_app
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "10"))
 
 told = settings(

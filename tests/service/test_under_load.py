@@ -9,6 +9,8 @@ import pytest
 
 from service.app import create_app
 
+pytestmark = pytest.mark.slow
+
 
 def crowd(url: str, clients: int, requests: int, ask) -> list[httpx.Response]:
     """The answers of several clients, each asking one thing after another."""

@@ -215,6 +215,7 @@ def test_another_coding_is_415(client, png, problem):
     assert "'br'" in problem(response, 415)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     body=st.recursive(

@@ -5,6 +5,8 @@ from playwright.sync_api import expect
 
 from ghm_triton.evidence import ClassThreshold
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "name", ["photo.png", 'it\'s "my"; photo,1 (ä) $HOME `id`\\.png', "@a.png"]

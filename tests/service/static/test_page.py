@@ -13,6 +13,8 @@ from ghm_triton.evidence import ClassThreshold
 from service.app import create_app
 from service.core.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 BLUE = (0x00, 0x72, 0xB2)  # the first of the colours: of class "red"
 
 

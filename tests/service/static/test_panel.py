@@ -9,6 +9,8 @@ from playwright.sync_api import expect
 
 from ghm_triton.evidence import ClassStatistics, ClassThreshold, as_float32
 
+pytestmark = pytest.mark.slow
+
 
 def test_sliders_start_at_the_models_thresholds_with_their_evidence(visit, live_service, card):
     page = visit(live_service)

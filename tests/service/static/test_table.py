@@ -1,6 +1,9 @@
 """The table of detections."""
 
+import pytest
 from playwright.sync_api import expect
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_table_sorts_by_class_and_by_score(visit, live_service, photo):

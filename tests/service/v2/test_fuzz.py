@@ -28,6 +28,7 @@ def test_kept_cases_end_as_their_names_say(path):
     assert status == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["infer", "infer-uint8", "inflate"])
 @settings(max_examples=700, deadline=None)
 @given(st.integers(0, 2**64))
@@ -37,6 +38,7 @@ def test_mutated_cases_are_accepted_or_refused(name, seed):
     target.outcome(target.mutate(chance.choice(cases), chance, cases))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(TARGETS)), st.binary(max_size=200))
 def test_any_bytes_are_accepted_or_refused(name, case):

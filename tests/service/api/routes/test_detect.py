@@ -224,6 +224,7 @@ def test_before_the_model_is_ready_503(settings, problem):
     assert response.headers["retry-after"] == "1"
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     head=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"II*\0"]),
