@@ -48,26 +48,6 @@ def test_without_settings_and_environment(monkeypatch):
         create_app()
 
 
-def test_the_start_fails_without_the_file(tmp_path):
-    app = create_app(Settings(model=tmp_path / "none.onnx"))
-    with pytest.raises(FileNotFoundError), TestClient(app):
-        pass
-
-
-def test_the_start_fails_with_a_file_that_breaks_the_contract(tmp_path):
-    path = tmp_path / "bad.onnx"
-    path.write_bytes(b"not a model")
-    with pytest.raises(CardError, match=r"bad\.onnx"), TestClient(create_app(Settings(model=path))):
-        pass
-
-
-def test_the_start_fails_where_the_provider_does_not_work(detector, monkeypatch):
-    monkeypatch.setattr("service.engine.session._has_cuda_device", lambda: False)
-    app = create_app(Settings(model=detector, provider="cuda"))
-    with pytest.raises(ModelError, match="cuda does not work here"), TestClient(app):
-        pass
-
-
 def test_requests_at_once_get_their_own_answers(client, encode, scene):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -80,3 +60,21 @@ def test_requests_at_once_get_their_own_answers(client, encode, scene):
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(ask, [0, 1, 2, 3, 4, 5] * 4))
     assert answers == [[16 * p, 16, 16 * p + 16, 32] for p in [0, 1, 2, 3, 4, 5] * 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "provider", "error", "message"),
+    [
+        (None, "cpu", FileNotFoundError, "none.onnx"),
+        (b"not a model", "cpu", CardError, "none.onnx"),
+        ("detector", "cuda", ModelError, "cuda does not work here"),
+    ],
+)
+def test_the_start_fails(tmp_path, detector, monkeypatch, content, provider, error, message):
+    path = tmp_path / "none.onnx"
+    if content is not None:
+        path.write_bytes(detector.read_bytes() if content == "detector" else content)
+    monkeypatch.setattr("service.engine.session._has_cuda_device", lambda: False)
+    app = create_app(Settings(model=path, provider=provider))
+    with pytest.raises(error, match=message), TestClient(app):
+        pass

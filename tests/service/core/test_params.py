@@ -8,69 +8,6 @@ from service.core.params import DetectOptions, read_options, resolve
 URL = "/v1/detect"
 
 
-def send(client, png, **options):
-    """One image with options in the query."""
-    response = client.post(URL, content=png, params=options)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-def boxes(body) -> dict[str, list[float]]:
-    return {found["class"]: found["box"] for found in body["detections"]}
-
-
-def test_one_threshold_for_all(client, png):
-    # 0.98, 0.93 and 0.98 are the scores.
-    body = send(client, png, threshold=0.95)
-    assert set(boxes(body)) == {"red", "blue"}
-    exact = float(np.float32(0.95))
-    assert {found["threshold"] for found in body["detections"]} == {exact}
-
-
-def test_a_threshold_is_reached_at_equality(client, png):
-    score = next(f["score"] for f in send(client, png)["detections"] if f["class"] == "green")
-    assert "green" in boxes(send(client, png, threshold=score))
-    above = float(np.nextafter(np.float32(score), np.float32(1)))
-    assert "green" not in boxes(send(client, png, threshold=above))
-
-
-def test_thresholds_by_class_leave_the_others_alone(client, png, card):
-    body = send(client, png, thresholds=json.dumps({"green": 0.99}))
-    assert set(boxes(body)) == {"red", "blue"}
-    assert body["detections"][0]["threshold"] in card.class_thresholds
-    body = send(client, png, threshold=0.999, thresholds=json.dumps({"green": 0.1}))
-    assert set(boxes(body)) == {"green"}
-
-
-def test_classes_filter(client, png):
-    assert set(boxes(send(client, png, classes="red, blue"))) == {"red", "blue"}
-    assert set(boxes(send(client, png, classes="green"))) == {"green"}
-
-
-def test_classes_left_out_take_no_place(client, png, card):
-    # Reds by the dozen, each better than any green, would fill the answer.
-    body = send(client, png, threshold=0.0, iou=1, classes="green")
-    assert len(body["detections"]) == card.max_detections
-    assert {found["class"] for found in body["detections"]} == {"green"}
-
-
-def test_iou(client, png):
-    few = send(client, png, threshold=0.1, iou=0.1)["detections"]
-    many = send(client, png, threshold=0.1, iou=0.5)["detections"]
-    assert len(few) < len(many)
-
-
-def test_max_detections_keeps_the_best(client, png):
-    everything = send(client, png, threshold=0.1)["detections"]
-    assert send(client, png, threshold=0.1, max_detections=2)["detections"] == everything[:2]
-
-
-def test_options_as_form_fields(client, png):
-    form = {"threshold": "0.95", "classes": "red,green"}
-    body = client.post(URL, files={"file": ("a.png", png)}, data=form).json()
-    assert set(boxes(body)) == {"red"}
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -130,3 +67,48 @@ def test_what_is_wanted_is_as_shipped_or_not(card, given, shipped):
     assert (
         resolve(read_options(given.items(), DetectOptions), card).is_shipped_with(card) is shipped
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        # The scores are 0.98, 0.93 and 0.98; the thresholds of the file 0.5, 0.6 and 0.7.
+        ({"threshold": 0.95}, {"red", "blue"}),
+        ({"thresholds": '{"green": 0.99}'}, {"red", "blue"}),
+        ({"threshold": 0.999, "thresholds": '{"green": 0.1}'}, {"green"}),
+        ({"classes": "red, blue"}, {"red", "blue"}),
+        ({"classes": "green"}, {"green"}),
+        # Reds by the dozen, each better than any green, would fill the answer.
+        ({"threshold": 0, "iou": 1, "classes": "green"}, {"green"}),
+    ],
+)
+def test_thresholds_and_classes(client, png, card, options, found):
+    detections = client.post(URL, content=png, params=options).json()["detections"]
+    assert {one["class"] for one in detections} == found
+    by_class = json.loads(options.get("thresholds", "{}"))
+    for one in detections:
+        own = card.class_thresholds[one["label"]]
+        expected = by_class.get(one["class"], options.get("threshold", own))
+        assert one["threshold"] == float(np.float32(expected))
+    if options.get("iou") == 1:
+        assert len(detections) == card.max_detections
+
+
+def test_a_threshold_is_reached_at_equality(client, png):
+    def classes(**options):
+        answer = client.post(URL, content=png, params=options).json()
+        return {one["class"]: one["score"] for one in answer["detections"]}
+
+    score = classes()["green"]
+    assert "green" in classes(threshold=score)
+    above = float(np.nextafter(np.float32(score), np.float32(1)))
+    assert "green" not in classes(threshold=above)
+
+
+def test_iou_and_max_detections(client, png):
+    few, many, best = (
+        client.post(URL, content=png, params={"threshold": 0.1, **options}).json()["detections"]
+        for options in ({"iou": 0.1}, {"iou": 0.5}, {"iou": 0.5, "max_detections": 2})
+    )
+    assert len(few) < len(many)
+    assert best == many[:2]

@@ -59,12 +59,6 @@ def test_the_service_answers_what_the_model_says(client, model, png, card):
     np.testing.assert_allclose([one["box"] for one in found], expected, atol=0.0005 + 1e-12)
 
 
-def test_one_file_is_one_object(client, png):
-    body = client.post(URL, files={"file": ("a.png", png)}).json()
-    DetectResponse.model_validate(body)
-    assert boxes(body) == boxes(send(client, png))
-
-
 def test_files_are_a_list_in_order(client, encode, scene, png):
     other = encode(scene(96, 64, {(0, 0, 16, 16): "#ff0000"}), "JPEG", quality=95)
     files = [("files", ("a.png", png)), ("files", ("b.jpg", other)), ("files", ("c.png", png))]
@@ -112,15 +106,6 @@ def test_where_no_image_can_be_read_the_request_fails_as_the_first(client, png, 
     files = [("files", ("a.png", png[:99])), ("files", ("b.png", b"nonsense"))]
     assert "files[0] 'a.png': the PNG image" in problem(client.post(URL, files=files), 400)
     assert "files[0] 'b.png'" in problem(client.post(URL, files=files[1:]), 415)
-
-
-def test_an_image_has_the_same_answer_beside_damaged_ones(client, png, encode, image):
-    other = encode(image.rotate(180))
-    alone = [boxes(send(client, one)) for one in (png, other)]
-    files = [("files", one) for one in (b"x", png, png[:99], other, b"")]
-    results = client.post(URL, files=files).json()["results"]
-    assert [boxes(results[1]), boxes(results[3])] == alone
-    assert [results[place]["error"]["status"] for place in (0, 2, 4)] == [415, 400, 400]
 
 
 def test_the_model_may_be_named(client, png, problem):
@@ -197,17 +182,6 @@ def test_what_takes_more_memory_than_there_is_is_413(settings, model, png, probl
     with TestClient(create_app(limits, model)) as client:
         detail = problem(client.post(URL, content=png), 413)
     assert detail.startswith("the body: decoding its 192 x 128 pixels takes")
-
-
-def test_images_that_fit_one_by_one_are_answered_together(settings, model, png, encode):
-    # Each needs some 2.4 MB, and there are 3: they are decoded one after the other.
-    limits = settings.model_copy(update={"max_decoded_bytes": 3 * 2**20, "threads": 2})
-    app = create_app(limits, model)
-    with TestClient(app) as client:
-        body = client.post(URL, files=[("files", png)] * 8).json()
-    assert len({str(result) for result in body["results"]}) == 1
-    assert "error" not in body["results"][0]
-    assert app.state.service.decoded.free == 3 * 2**20
 
 
 def test_an_image_of_too_many_pixels_is_413(settings, model, encode, problem):

@@ -28,15 +28,6 @@ def test_not_ready_while_it_is_draining_but_alive(settings, model):
         assert client.get("/health/live").status_code == 200
 
 
-def test_alive_but_not_ready_before_the_start(settings):
-    client = TestClient(create_app(settings))
-    assert client.get("/health/live").status_code == 200
-    response = client.get("/health/ready")
-    assert response.status_code == 503
-    assert response.headers["retry-after"] == "1"
-    assert response.json()["error"] == "not ready: the model is not loaded"
-
-
 class SlowModel(ServedModel):
     """A real model whose first inference lasts until it is let go, or fails."""
 

@@ -1,10 +1,11 @@
 import hashlib
 
+import pytest
 from starlette.testclient import TestClient
 
 from export.card import DetectorCard
 from service.app import create_app
-from service.core.schema import ModelDetail, ModelList, ProblemDetails
+from service.core.schema import ModelDetail, ModelList
 
 
 def test_list(client, detector, card):
@@ -25,30 +26,6 @@ def test_detail_has_the_whole_card(client, card):
     assert DetectorCard.model_validate(response.json()["card"]) == card
     assert detail.threshold_policy == card.threshold_policy
     assert detail.providers == ["CPUExecutionProvider"]
-
-
-def test_an_unknown_model_is_404_and_the_known_one_named(client):
-    response = client.get("/v1/models/shapes")
-    assert response.status_code == 404
-    assert response.headers["content-type"] == "application/problem+json"
-    detail = ProblemDetails.model_validate(response.json()).detail
-    assert "'shapes'" in detail
-    assert "there is colours" in detail
-
-
-def test_before_the_model_is_loaded_503(settings):
-    client = TestClient(create_app(settings))
-    for path in ("/v1/models", "/v1/models/colours"):
-        response = client.get(path)
-        assert response.status_code == 503
-        assert "not loaded" in response.json()["error"]
-
-
-def test_a_version_that_is_there_and_one_that_is_not(client):
-    assert client.get("/v1/models/colours?version=1").json()["version"] == "1"
-    response = client.get("/v1/models/colours?version=7")
-    assert response.status_code == 404
-    assert response.json()["error"] == "no version '7' of 'colours'; there is 1"
 
 
 def test_reload_takes_what_the_file_holds_now(tmp_path, write_detector, settings):
@@ -79,3 +56,14 @@ def test_a_bad_file_is_409_and_its_predecessor_serves(tmp_path, detector, settin
         assert "served.onnx" in ready["problems"][0]
         assert "served.onnx" in client.get("/v1/models/colours").json()["problem"]
         assert client.post("/v1/models/shapes/reload").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "detail"),
+    [
+        ("/v1/models/shapes", "no model 'shapes'; there is colours"),
+        ("/v1/models/colours?version=7", "no version '7' of 'colours'; there is 1"),
+    ],
+)
+def test_an_unknown_model_is_404_and_the_known_ones_are_named(client, path, detail, problem):
+    assert problem(client.get(path), 404) == detail
