@@ -144,7 +144,7 @@ def _export_quantized(asked: QuantizeOptions, options: dict[str, Any]) -> Detect
     try:
         tradeoff = export_quantized(
             **options,
-            precision=asked.quantize,
+            precision=asked.quantize or "int8",
             splits=splits,
             images=asked.calibrate_images,
             recipe=Int8Recipe(float_last=asked.float_last),

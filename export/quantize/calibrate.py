@@ -1,4 +1,4 @@
-"""The ranges that the numbers inside a network take, observed on images."""
+"""Ranges of the activations in a network, observed on images."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BINS = 2048
 
 
 def observe_ranges(model: ModelProto, core: Core, images: Iterable[Image], coverage: float) -> Any:
-    """The range of every activation that the core takes or makes.
+    """Observe the range of every activation that the core reads or computes.
 
     Args:
         model: A detector's graph, float32.
         core: Its core.
-        images: Prepared images, float32 `[3, H, W]`, seen one at a time; at least one.
-        coverage: Per cent of an activation's values, over all images, that its range holds; half
-            of the rest is cut off at either end. 100 takes in every value.
+        images: Prepared images, float32 `[3, H, W]`, read one at a time; at least one.
+        coverage: Per cent of an activation's values, over all images, within its range; half of
+            the rest is cut off at either end. 100 covers every value.
 
     Returns:
         onnxruntime's `TensorsData`.
@@ -52,8 +52,8 @@ def observe_ranges(model: ModelProto, core: Core, images: Iterable[Image], cover
             extra_options={} if coverage == 100 else options,
         )
         seen = 0
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line an image
-            for image in images:  # one at a time: it keeps every activation that it is given
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line per image
+            for image in images:  # one at a time, because it keeps all activations in memory
                 calibrator.collect_data(_One({INPUT: image[None]}))
                 seen += 1
             if not seen:
@@ -62,7 +62,7 @@ def observe_ranges(model: ModelProto, core: Core, images: Iterable[Image], cover
 
 
 class _One(CalibrationDataReader):  # type: ignore[misc]
-    """A single set of inputs."""
+    """A reader of one set of inputs."""
 
     def __init__(self, feeds: dict[str, Image]) -> None:
         self._left = [feeds]
@@ -72,13 +72,13 @@ class _One(CalibrationDataReader):  # type: ignore[misc]
 
 
 def _upstream(model: ModelProto, core: Core) -> ModelProto:
-    """What it takes to compute the core, and no more."""
+    """The part of the graph that the core depends on."""
     whole = onnx.shape_inference.infer_shapes(model)
     defaults = {tensor.name for tensor in whole.graph.initializer}
     needed = [value.name for value in whole.graph.input if value.name not in defaults]
     results = [name for node in core.nodes for name in node.output]
     part = Extractor(whole).extract_model(needed, results)
     constant = [value for value in part.graph.input if value.name in defaults]
-    for value in constant:  # as an input it could be overridden; onnxruntime would warn of it
+    for value in constant:  # onnxruntime warns of inputs with defaults
         part.graph.input.remove(value)
     return part

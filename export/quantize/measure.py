@@ -1,4 +1,4 @@
-"""What a detector's file is worth: its average precision, its size, and the time it takes."""
+"""Average precision, size and latency of a detector's file."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import torch
 from torch import Tensor
 
 from export.card import INPUT, OUTPUTS, THRESHOLDS_INPUT
+from export.session import open_session
 from ghm_triton.detection.data import DetectionDataset, Sample
 from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.evaluate import (
@@ -27,20 +27,20 @@ from ghm_triton.detection.evaluate import (
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.evidence import SCORE_FLOOR
 
-BATCH = 4  # images in memory at a time, with all that is computed of them
-TIMED_IMAGES = 8  # suppression takes as long as there is much to suppress
+BATCH = 4  # images in memory at a time, with all activations
+TIMED_IMAGES = 8  # the time of NMS depends on the image
 ROUNDS = 15
-SECONDS = 4.0  # for each file that is timed, about
+SECONDS = 4.0  # of timing per file, about
 
 Image = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One file.
+    """Measurements of one file.
 
     Attributes:
-        precision: What its core computes with.
+        precision: Of its core: `float32`, `int8` or `fp16`.
         quality: Its average precision.
         size: Bytes.
         milliseconds: Median latency of one image on one thread of the CPU.
@@ -52,24 +52,11 @@ class Measured:
     milliseconds: float
 
 
-def load(content: bytes, threads: int = 0) -> Any:
-    """A detector's file in onnxruntime, on the CPU.
-
-    Args:
-        content: The file.
-        threads: Of one inference; 0 for one a core.
-    """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns that the thresholds can be overridden: they shall
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-
 def detect_all(
     content: bytes, config: DetectorConfig, dataset: DetectionDataset
 ) -> list[tuple[Sample, Detections]]:
-    """All that a file detects in a data set, however low its score; NMS at the file's default."""
-    session = load(content)
+    """Detect with scores from `SCORE_FLOOR` on in a data set, with the file's own NMS threshold."""
+    session = open_session(content)
     floor = np.full(config.num_classes, SCORE_FLOOR, dtype=np.float32)
 
     def predict(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,12 +70,12 @@ def detect_all(
 def measure(
     files: dict[str, bytes], config: DetectorConfig, dataset: DetectionDataset
 ) -> list[Measured]:
-    """Measure files of one detector, side by side.
+    """Measure files of one detector.
 
     Args:
         files: The files by the precision of their cores; they take float32 images.
-        config: The detector's.
-        dataset: Images with boxes that it has not learnt from.
+        config: The detector's configuration.
+        dataset: Images with boxes that the detector was not trained on.
 
     Raises:
         ValueError: The data set has no boxes.
@@ -108,22 +95,23 @@ def measure(
 
 
 def race(files: Sequence[bytes], images: Sequence[Image]) -> list[float]:
-    """Median latency of each file in milliseconds: one image, one thread, in turns.
+    """Measure the median latency of each file in milliseconds: one image, one thread, in turns.
 
     Args:
         files: The files.
-        images: Float32 `[3, H, W]`; the calls take one after the other.
+        images: Float32 `[3, H, W]`, used in turn.
     """
-    sessions = [load(content, threads=1) for content in files]
+    sessions = [open_session(content, threads=1) for content in files]
     batches = [image[None] for image in images]
     slowest = max(max(_clock(session, batches[:1] * 2)) for session in sessions) / 1000
     calls = max(1, round(SECONDS / ROUNDS / slowest))
-    supply = [cycle(batches) for _ in sessions]  # each sees the same images in the same order
-    taken: list[list[float]] = [[] for _ in sessions]
+    supply = cycle(batches)
+    times: list[list[float]] = [[] for _ in sessions]
     for _ in range(ROUNDS):
-        for session, images_left, times in zip(sessions, supply, taken, strict=True):
-            times += _clock(session, [next(images_left) for _ in range(calls)])
-    return [statistics.median(times) for times in taken]
+        group = list(islice(supply, calls))
+        for session, measured in zip(sessions, times, strict=True):
+            measured += _clock(session, group)
+    return [statistics.median(measured) for measured in times]
 
 
 def _clock(session: Any, batches: Sequence[Image]) -> list[float]:
@@ -138,13 +126,13 @@ def _clock(session: Any, batches: Sequence[Image]) -> list[float]:
 def prepared(
     dataset: DetectionDataset, config: DetectorConfig, indices: Sequence[int]
 ) -> list[Image]:
-    """Images of a data set as the detector takes them, float32 `[3, H, W]`."""
+    """Prepare images of a data set for the detector, float32 `[3, H, W]`."""
     letterbox = Letterbox(config)
     return [letterbox(dataset[i].image)[0].numpy() for i in indices]
 
 
 def spread(length: int, count: int) -> list[int]:
-    """Up to `count` indices of `length`, evenly spread.
+    """Return up to `count` of `length` indices, evenly spread.
 
     Example:
         >>> spread(10, 3)

@@ -17,7 +17,7 @@ from export.file import read_detector, write_detector
 from export.graph import build_graph
 from export.quantize.convert import Int8Recipe, to_float16, to_int8
 from export.quantize.core import find_core
-from export.quantize.measure import load
+from export.session import open_session
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.models.config import DetectorConfig
@@ -63,7 +63,7 @@ def answer(model: ModelProto, batch: np.ndarray, *names: str, **feeds: np.ndarra
     for name in names:
         probed.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     wanted = [*OUTPUTS, *names]
-    results = load(probed.SerializeToString()).run(wanted, {INPUT: batch, **feeds})
+    results = open_session(probed.SerializeToString()).run(wanted, {INPUT: batch, **feeds})
     return dict(zip(wanted, results, strict=True))
 
 
@@ -80,7 +80,7 @@ def test_the_contract_is_kept(
     write_detector(tmp_path / "smaller.onnx", smaller, card)  # onnx's own checks are in it
     file = read_detector(tmp_path / "smaller.onnx")
     assert file.card == card
-    session = load(file.content)
+    session = open_session(file.content)
     defaults = {
         value.name: (value.type, value.shape) for value in session.get_overridable_initializers()
     }
@@ -287,7 +287,7 @@ def test_a_constant_of_core_and_rest_stays_float32_for_the_rest() -> None:
     made = to_float16(parser.parse_model(text))
     (tail,) = (node for node in made.graph.node if node.name == "tail")
     assert initializers(made)[tail.input[1]].tolist() == [[[[np.float32(0.1)]]]]
-    session = load(made.SerializeToString())
+    session = open_session(made.SerializeToString())
     (found,) = session.run(None, {INPUT: np.ones((1, 1, 2, 2), np.float32)})
     half = np.float32(np.float16(0.1))
     assert np.array_equal(found, np.full((1, 1, 2, 2), half * np.float32(0.1)))

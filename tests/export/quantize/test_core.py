@@ -6,7 +6,7 @@ import onnx
 import pytest
 from onnx import GraphProto, ModelProto, TensorProto, helper, parser
 
-from export.quantize.core import cut_out, find_core, name_nodes, products_an_output
+from export.quantize.core import cut_out, find_core, name_nodes, products_per_output
 
 # What detectors put between and after their layers: a norm by group, regions pooled by boxes that
 # were decoded half-way, a join with a constant, and scores at the end.
@@ -82,7 +82,7 @@ def test_the_core_of_a_real_detector(detector_path: Path) -> None:
     assert [node for node in core.nodes if node.op_type == "Conv"] == layers
     assert set(core.op_types) == {"Add", "Conv", "Relu", "Resize"}
     assert [list(node.input[:1]) for node in core.first] == [["images"]]
-    assert products_an_output(core.first[0], graph) == 27
+    assert products_per_output(core.first[0], graph) == 27
     # Classes and boxes of three levels of the pyramid.
     kinds = [node.input[1].rsplit(".", 2)[-2] for node in core.last]
     assert sorted(kinds) == ["bbox_reg"] * 3 + ["cls_logits"] * 3

@@ -102,7 +102,7 @@ def test_files_take_turns_on_the_same_images(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(export.quantize.measure, "time", clock)
     monkeypatch.setattr(
-        export.quantize.measure, "load", lambda content, threads: load(content, threads)
+        export.quantize.measure, "open_session", lambda content, threads: load(content, threads)
     )
     monkeypatch.setattr(export.quantize.measure, "SECONDS", 0.2 * ROUNDS)
     images = [np.full((3, 2, 2), number, np.float32) for number in range(5)]
