@@ -1,1 +1,1 @@
-"""One script a question; results with their provenance beside them."""
+"""One script per question; results are stored with their provenance."""

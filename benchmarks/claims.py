@@ -1,10 +1,10 @@
-"""What the project claims of its speed, held against measured rows.
+"""Check the claims about speed against measured rows.
 
     python -m benchmarks.claims runs/gpu/*.jsonl
-    python -m benchmarks.claims                      # what is recorded in benchmarks/results
+    python -m benchmarks.claims                      # the rows of benchmarks/results
 
-A claim about several sizes is judged at its worst; without rows it is `not measured`. The exit
-status is 1 if a claim fails.
+A claim about several sizes is judged at the worst of them; without rows it is `not measured`. The
+exit status is 1 if a claim fails.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 KEYS = ("gpu", "device", "task", "entries", "dtype", "target", "loss", "stage", "shape")
 HOLDS, FAILS, ABSENT = "holds", "FAILS", "not measured"
 CPU_ENTRIES = 10**6
-ROOF = 2**25  # entries from which memory bandwidth alone should decide
+ROOF = 2**25  # entries from which memory bandwidth alone should bound the time
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Claim:
     """A bound on a figure of the rows.
 
     Attributes:
-        text: What is claimed.
-        key: Which rows it is about.
-        figure: Takes the figure from a row; None where the row does not have it.
+        text: The claim.
+        key: Fields of the rows that it applies to.
+        figure: Takes the figure from a row; None if the row lacks it.
         bound: The limit.
-        least: Whether the figure must be at least the bound, not at most.
-        entries: Fewest entries of a row it is about.
+        least: Whether the figure must be at least the bound instead of at most.
+        entries: Minimum number of entries of a row.
     """
 
     text: str
@@ -46,7 +46,7 @@ class Claim:
     entries: int = 0
 
     def judge(self, rows: Sequence[Row]) -> Row:
-        """The verdict, the worst figure and where it was measured."""
+        """Return the verdict, the worst figure and where it was measured."""
         about = [row for row in rows if matches(row, self.key)]
         about = [row for row in about if row.get("entries", 0) >= self.entries]
         failed = [row for row in about if "error" in row]
@@ -140,9 +140,9 @@ CLAIMS = _claims()
 
 
 def judge(rows: Sequence[Row], device: str | None = None) -> list[Row]:
-    """A verdict a claim, of one device if it is named.
+    """Return a verdict per claim, only those about `device` if it is given.
 
-    Of rows that were measured again only the last count.
+    Of repeated measurements only the last counts.
     """
     rows = latest(rows, KEYS)
     claims = [claim for claim in CLAIMS if device in (None, claim.key["device"])]
@@ -150,7 +150,7 @@ def judge(rows: Sequence[Row], device: str | None = None) -> list[Row]:
 
 
 def table(verdicts: Sequence[Row]) -> str:
-    """The verdicts for a terminal, and for a page."""
+    """Format the verdicts as a Markdown table."""
     return markdown(
         {
             "verdict": each["verdict"],

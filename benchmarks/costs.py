@@ -1,4 +1,4 @@
-"""What a kernel costs, read from its binary, the roofline this implies, and when it got worse."""
+"""Costs of a kernel read from its binary, the roofline they imply, and regressions."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from benchmarks.kernels import TARGETS, Variant, build
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# An H100 SXM: streaming multiprocessors, their clock, their lanes, and what a copy reaches.
+# An H100 SXM: streaming multiprocessors, clock, lanes per multiprocessor, and copy bandwidth.
 MULTIPROCESSORS, HERTZ, LANES, SPECIAL_LANES = 132, 1.7e9, 128, 16
 BYTES_A_SECOND = 3.0e12
 
-# A change of more than this is a change for the worse.
+# A larger relative increase is a regression.
 TOLERANCE = 0.10
 
 
 @dataclass(frozen=True)
 class Costs:
-    """One kernel, variant and dtype on one target; the keys of a line of the baseline.
+    """Costs of one kernel, variant and dtype on one target; a line of the baseline.
 
     Args:
         kernel: `Variant.key`.
         target: A name of `TARGETS`.
         compiler: Versions of Triton and, for NVIDIA, of ptxas.
-        registers: Of a thread.
-        spilled_bytes: Of a thread; must be 0.
-        shared_bytes: Of a program.
+        registers: Registers per thread.
+        spilled_bytes: Spilled bytes per thread; must be 0.
+        shared_bytes: Shared memory per program.
         outside: Instructions before, after and beside the hot path.
-        moved: Bytes an element that must pass between memory and the GPU; 0, and nothing below, for
-            a kernel that does not work on elements.
-        elements: What a thread handles when it passes once over the hot path.
-        instructions: An element, on the hot path.
-        special: Special functions an element.
-        conversions: Conversions an element that share the unit of special functions.
-        loads: By bytes of an access: accesses to global memory when passing once.
-        stores: Alike.
+        moved: Minimum traffic in bytes per element; 0, and nothing below, for a kernel that does
+            not work on elements.
+        elements: Elements per thread and pass over the hot path.
+        instructions: Instructions per element on the hot path.
+        special: Special functions per element.
+        conversions: Conversions per element that use the unit of special functions.
+        loads: Loads from global memory per pass, by width in bytes.
+        stores: Stores to global memory per pass, by width in bytes.
     """
 
     kernel: str
@@ -68,25 +68,25 @@ class Costs:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What must not grow."""
+        """Figures that must not grow."""
         found = {"registers": float(self.registers)}
         if self.elements:
-            found["instructions an element"] = self.instructions
-            found["special functions an element"] = self.special
-            found["conversions an element"] = self.conversions
-            found["loads an element"] = sum(self.loads.values()) / self.elements
-            found["stores an element"] = sum(self.stores.values()) / self.elements
+            found["instructions per element"] = self.instructions
+            found["special functions per element"] = self.special
+            found["conversions per element"] = self.conversions
+            found["loads per element"] = sum(self.loads.values()) / self.elements
+            found["stores per element"] = sum(self.stores.values()) / self.elements
         return found
 
     @property
     def widths(self) -> dict[str, int]:
-        """Bytes of the widest load and store: what must not shrink."""
-        both = {"bytes a load": self.loads, "bytes a store": self.stores}
+        """Bytes of the widest load and store, which must not shrink."""
+        both = {"bytes per load": self.loads, "bytes per store": self.stores}
         return {name: max(map(int, found), default=0) for name, found in both.items()}
 
     @property
     def roofs(self) -> dict[str, float]:
-        """Elements a second that an H100 allows, by what would bind."""
+        """Elements per second that an H100 allows, by limiting resource."""
         if not self.elements:
             return {}
         cycles = MULTIPROCESSORS * HERTZ
@@ -98,7 +98,7 @@ class Costs:
         }
 
     def line(self) -> dict[str, Any]:
-        """As a line of JSON; numbers rounded to what a reader can use."""
+        """Return the row for JSON, with numbers rounded to three digits."""
         rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
         return rounded if self.elements else {key: rounded[key] for key in ALWAYS}
 
@@ -115,7 +115,7 @@ ALWAYS = (
 
 
 def measure(variant: Variant, target: str) -> tuple[Costs, Counts]:
-    """Build and disassemble.
+    """Build a variant for a target and count its disassembly.
 
     Raises:
         ValueError: The hot path moves fewer bytes than the kernel must, so it is not the hot path.
@@ -134,7 +134,7 @@ def measure(variant: Variant, target: str) -> tuple[Costs, Counts]:
     )
     if moves < variant.moved * elements:
         raise ValueError(
-            f"{variant.key} on {target}: what looks like the hot path moves {moves} bytes a thread "
+            f"{variant.key} on {target}: the presumed hot path moves {moves} bytes per thread "
             f"for {elements:g} elements of {variant.moved:g} bytes"
         )
     return (
@@ -170,7 +170,7 @@ def _read_cuda(compiled: CompiledKernel, backend: GPUTarget) -> tuple[dict[str, 
 
 @cache
 def _ptxas(arch: int) -> str:
-    """The version of the assembler; older Triton has but one."""
+    """Return the version of the assembler; older Triton has only one."""
     ask = get_ptxas_version
     printed = ask(arch) if inspect.signature(ask).parameters else ask()
     found = re.search(r"\bV(\d[\d.]*\d)", printed)
@@ -195,9 +195,9 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def complaints(old: Costs | None, new: Costs) -> list[str]:
-    """What got worse; empty when nothing did.
+    """List regressions.
 
-    Numbers of different compilers do not compare: then only widths and spills count.
+    Numbers of different compilers are not comparable: then only widths and spills count.
     """
     name = f"{new.kernel} on {new.target}"
     found = []

@@ -1,8 +1,8 @@
-"""How well does each detector learn, and what does choosing among its boxes cost?
+"""Average precision of each detector, and the cost of its post-processing.
 
-Trains each on the same scenes in the same steps and reports average precision on the test split;
-and times each exported file beside its network alone, in turns in one process, on one thread. One
-JSON line a measurement, with provenance; what is in the file is not measured again.
+Trains each detector on the same scenes in the same number of steps and reports average precision on
+the test split. `--cost` times each exported file and its network alone, in turns in one process, on
+one thread. One JSON line per measurement, with provenance; recorded ones are not repeated.
 
     python -m benchmarks.detectors --steps 600
     python -m benchmarks.detectors --cost
@@ -35,10 +35,10 @@ from ghm_triton.detection.training.config import TrainOptions
 RESULTS = Path(__file__).parent / "results" / "detectors.jsonl"
 LEARNT, COST = "learnt", "cost"
 ROUNDS = 20
-# Networks to time: one as small as they come, and one of a usual size.
+# Networks to time: a very small one and one of common size.
 NETWORKS = {"tiny": (128, 128), "resnet18": (320, 320)}
-CHOSEN = 1000  # scores of the busiest image that reach their threshold
-# What is built, and what it is trained by, where that is not the default.
+CHOSEN = 1000  # scores that reach their threshold in the image with the most
+# Fields of the configuration and options of training that differ from the defaults.
 DETECTORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "retinanet": ({}, {}),
     "fcos": ({"architecture": "fcos"}, {"reg_loss": "giou"}),
@@ -51,7 +51,7 @@ DETECTORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
+    """Run the missing measurements, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="digits")
     parser.add_argument("--steps", type=int, default=600)
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS))
     parser.add_argument("--cost", action="store_true", help="time instead of training")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--table", action="store_true", help="only print the recorded rows")
     arguments = parser.parse_args()
     if not arguments.table:
         torch.set_num_threads(1)
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def learn(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train, and evaluate on the test split."""
+    """Train and evaluate on the test split."""
     built, trained_by = DETECTORS[name]
     options = TrainOptions(data=arguments.data, steps=arguments.steps, seed=seed, **trained_by)
     started = time.process_time()
@@ -91,10 +91,10 @@ def learn(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 class Network(nn.Module):
-    """A detector without what chooses among its boxes; regions to look into are given.
+    """A detector without post-processing; the regions of a two-stage detector are constants.
 
     Args:
-        detector: The whole.
+        detector: The complete detector.
     """
 
     def __init__(self, detector: Detector) -> None:
@@ -108,7 +108,7 @@ class Network(nn.Module):
             self.register_buffer("exist", exist)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What its last layers say of an image `[1, 3, H, W]`."""
+        """Return the outputs of the last layers for an image `[1, 3, H, W]`."""
         detector = self.detector
         if not isinstance(detector, FasterRCNNDetector):
             output = detector.raw(images)  # type: ignore[operator]
@@ -120,7 +120,7 @@ class Network(nn.Module):
 
 
 def cost(name: str, backbone: str) -> dict[str, Any]:
-    """Milliseconds of a processor: the network alone, and the file at two sets of thresholds."""
+    """Processor time of the network alone, and of the file at two sets of thresholds."""
     torch.manual_seed(0)
     config = DetectorConfig(
         tuple("abcdefghij"), NETWORKS[backbone], backbone=backbone, **DETECTORS[name][0]
@@ -151,7 +151,7 @@ def cost(name: str, backbone: str) -> dict[str, Any]:
     spent: dict[str, list[float]] = {key: [] for key in feeds}
     for _ in range(ROUNDS):
         for key, (session, more) in feeds.items():
-            started = time.thread_time()  # of this thread, whoever else is on the machine
+            started = time.thread_time()  # of this thread, regardless of other load
             session.run(None, {"images": images.numpy(), **more})
             spent[key].append(time.thread_time() - started)
     medians = {key: statistics.median(times[2:]) * 1e3 for key, times in spent.items()}
@@ -165,12 +165,14 @@ def cost(name: str, backbone: str) -> dict[str, Any]:
 def _session(content: bytes) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    options.log_severity_level = 3  # it warns that thresholds can be overridden: they shall
+    options.log_severity_level = (
+        3  # silences a warning that thresholds can be overridden, as intended
+    )
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 def table(rows: list[Row]) -> str:
-    """What was learnt and what it costs, as Markdown: two tables; the newest cost counts."""
+    """Format two tables: precision over seeds, and the newest cost of each network."""
     runs: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row["stage"] == LEARNT:

@@ -1,14 +1,13 @@
-"""Reads what disassemblers print: basic blocks, the loop among them, and what is in it.
+"""Parse disassembly into basic blocks, find the hot path and count its instructions.
 
-The rules, which make 'instructions an element' mean something:
+Rules of counting:
 
 - The hot path is the largest loop (blocks that can reach themselves); in a kernel without one,
-  every block on a way from the entry to the exit.
-- Each of its blocks counts once, those behind a branch too, as some lane takes it.
-- Subroutines, and the blocks that do nothing but call one, are left out: compilers put there what
-  rare operands need, such as the division of subnormal numbers. So are branches that only diverged
-  warps take (`BRA.DIV`).
-- What occupies no unit (`NOP`, waiting) is not an instruction.
+  every block on a path from the entry to the exit.
+- Each of its blocks counts once, including those behind a branch, as some lane takes it.
+- Subroutines, and blocks that only call one, are excluded: compilers place rare cases there, such
+  as the division of subnormal numbers. So are branches that only diverged warps take (`BRA.DIV`).
+- `NOP` and waits, which occupy no unit, are not counted.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: what it does, where it may go next, where it comes from.
+    """One instruction.
 
     Args:
-        opcode: With its suffixes.
-        target: The label that it may jump to or call.
+        opcode: Opcode with its suffixes.
+        target: Label that it may jump to or call.
         falls_through: Whether the next instruction may follow.
         returns: Whether it ends a subroutine.
-        calls: Whether it comes back from its target, if that ever returns.
+        calls: Whether it is a call.
         place: File and line of the source.
     """
 
@@ -42,31 +41,31 @@ class Instruction:
 
 @dataclass
 class Block:
-    """Instructions that run one after the other; `next` are positions of blocks."""
+    """A basic block; `next` are positions of successor blocks."""
 
     instructions: list[Instruction] = field(default_factory=list)
     next: list[int] = field(default_factory=list)
 
     @property
     def last(self) -> Instruction | None:
-        """The one that decides what follows."""
+        """The last instruction, which determines the successors."""
         return self.instructions[-1] if self.instructions else None
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What one thread executes when it passes once over the hot path.
+    """Counts per thread and pass over the hot path.
 
     Args:
         loops: Whether the hot path is a loop.
-        instructions: All of them.
+        instructions: All instructions.
         special: Special functions: `MUFU`; on AMD `v_exp`, `v_log`, `v_rcp` and the like.
-        conversions: Between number formats, where these share the unit of special functions.
-        loads: From global memory, how many of each width in bytes.
-        stores: To global memory, alike.
-        outside: Instructions that the hot path leaves out: before, after, rare.
-        opcodes: How often each, most frequent first.
-        places: How many instructions from each line of source.
+        conversions: Conversions of number formats that use the unit of special functions.
+        loads: Loads from global memory by width in bytes.
+        stores: Stores to global memory by width in bytes.
+        outside: Instructions outside the hot path.
+        opcodes: Number of each opcode, most frequent first.
+        places: Number of instructions by line of source.
     """
 
     loops: bool
@@ -91,7 +90,7 @@ _AMD_PLACE = re.compile(r"^\s+\.loc\s.*;\s(\S+?):(\d+):")
 
 
 def read_sass(text: str) -> Iterator[Line]:
-    """The lines of what `nvdisasm --print-code --print-line-info-inline` prints."""
+    """Parse the output of `nvdisasm --print-code --print-line-info-inline`."""
     place, placed = "", False  # of several places in a row the first is the innermost
     for line in text.splitlines():
         if label := _LABEL.match(line):
@@ -107,7 +106,7 @@ def read_sass(text: str) -> Iterator[Line]:
 def _sass(guarded: bool, opcode: str, operands: str, place: str) -> Instruction:
     base = opcode.split(".")[0]
     if base in ("BRX", "BRXU", "JMX", "JMXU"):
-        raise ValueError(f"{opcode} goes where only the GPU knows: the loop cannot be told")
+        raise ValueError(f"{opcode} has no static target, so the loop cannot be found")
     if base in ("EXIT", "RET"):
         return Instruction(opcode, None, guarded, base == "RET", place=place)
     jump = _SASS_TARGET.match(operands)
@@ -119,7 +118,7 @@ def _sass(guarded: bool, opcode: str, operands: str, place: str) -> Instruction:
 
 
 def read_amdgcn(text: str) -> Iterator[Line]:
-    """The lines of an AMDGCN listing."""
+    """Parse an AMDGCN listing."""
     place = ""
     for line in text.splitlines():
         if found := _AMD_PLACE.match(line):
@@ -140,7 +139,7 @@ def read_amdgcn(text: str) -> Iterator[Line]:
 
 
 def blocks(lines: Iterable[Line]) -> list[Block]:
-    """Basic blocks, in the order of the listing; the first is the entry."""
+    """Split a listing into basic blocks, in its order; the first is the entry."""
     found: list[Block] = [Block()]
     starts: dict[str, int] = {}
     for line in lines:
@@ -161,7 +160,7 @@ def blocks(lines: Iterable[Line]) -> list[Block]:
 
 
 def hot_path(graph: list[Block]) -> tuple[list[Block], bool]:
-    """The blocks of the largest loop and True; without a loop, those from entry to exit."""
+    """Return the blocks of the largest loop and True; without one, those from entry to exit."""
     rare = {position for position in range(len(graph)) if _calls_subroutine(graph, position)}
     reached = _reach(graph, [0], rare)
     loops = [loop for start in reached if (loop := _loop(graph, start, rare))]
@@ -173,7 +172,7 @@ def hot_path(graph: list[Block]) -> tuple[list[Block], bool]:
 
 
 def _calls_subroutine(graph: list[Block], position: int) -> bool:
-    """Whether a block calls what returns; ptxas also calls where it means to jump."""
+    """Whether a block calls a subroutine that returns; ptxas also uses calls as jumps."""
     last = graph[position].last
     if last is None or not last.calls:
         return False
@@ -194,7 +193,7 @@ def _reach(graph: list[Block], starts: Iterable[int], without: set[int]) -> set[
 
 
 def _loop(graph: list[Block], start: int, without: set[int]) -> set[int]:
-    """The blocks that `start` reaches and that reach it."""
+    """Blocks that are reachable from `start` and reach it."""
     forward = _reach(graph, graph[start].next, without)
     if start not in forward:
         return set()
@@ -203,7 +202,7 @@ def _loop(graph: list[Block], start: int, without: set[int]) -> set[int]:
 
 @dataclass(frozen=True)
 class Dialect:
-    """Which opcodes are which."""
+    """Patterns of opcodes by kind."""
 
     idle: re.Pattern[str]
     special: re.Pattern[str]
@@ -213,7 +212,7 @@ class Dialect:
     widths: tuple[tuple[str, int], ...]  # the first that is found in an opcode; else 4 bytes
 
     def width(self, opcode: str) -> int:
-        """Bytes that each lane moves."""
+        """Return the bytes per lane of an access."""
         return next((size for part, size in self.widths if part in opcode), 4)
 
 

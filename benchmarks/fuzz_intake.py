@@ -1,4 +1,4 @@
-"""The parsers of bodies and images, as `benchmarks.fuzz_service` calls them."""
+"""Fuzzing targets for bodies and images, for `benchmarks.fuzz_service`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 Mutate = Callable[[bytes, random.Random, list[bytes]], bytes]
 
 
-# What a refusal quotes of a case, shortened or not: the same refusal is one outcome.
+# Text that a refusal quotes from a case; refusals that differ only in it are one outcome.
 _QUOTED = re.compile(r"(unknown option |names? |named |form: |is ).*")
 
 
@@ -32,7 +32,7 @@ def _plain(error: ProblemError) -> ProblemError:
 
 
 def read_image(case: bytes) -> None:
-    """A case is an image file."""
+    """Run a case that is an image file."""
     try:
         image = decode(case, MAX_PIXELS)
     except ImageError as error:
@@ -42,7 +42,7 @@ def read_image(case: bytes) -> None:
 
 
 def read_form(case: bytes) -> None:
-    """A case is a Content-Type, a line feed, and the form."""
+    """Run a case of a Content-Type, a line feed and a form."""
     content_type, _, body = case.partition(b"\n")
     try:
         upload = asyncio.run(uploads.read_form(content_type.decode("latin-1"), body, 4))
@@ -52,7 +52,7 @@ def read_form(case: bytes) -> None:
 
 
 def read_json(case: bytes) -> None:
-    """A case is a JSON body."""
+    """Run a case that is a JSON body."""
     try:
         read_options(uploads.read_json(case, 4).fields, DetectOptions)
     except ProblemError as error:
@@ -60,7 +60,7 @@ def read_json(case: bytes) -> None:
 
 
 def mutate_image(mutate: Mutate) -> Mutate:
-    """Mutate bytes; a PNG's checksums are made right again more often than not."""
+    """Mutate bytes; the checksums of a PNG are mostly corrected afterwards."""
 
     def mutated(case: bytes, chance: random.Random, others: list[bytes]) -> bytes:
         made = mutate(case, chance, others)
@@ -70,7 +70,7 @@ def mutate_image(mutate: Mutate) -> Mutate:
 
 
 def mutate_json_body(mutate: Mutate) -> Mutate:
-    """Mutate the values of JSON, or its bytes."""
+    """Mutate the values of JSON or its bytes."""
 
     def mutated(case: bytes, chance: random.Random, others: list[bytes]) -> bytes:
         try:
@@ -85,7 +85,7 @@ def mutate_json_body(mutate: Mutate) -> Mutate:
 
 
 def _checked(png: bytes) -> bytes:
-    """A PNG with the checksum of every chunk made right."""
+    """Correct the checksum of every chunk of a PNG."""
     made, place = bytearray(png), len(_PNG)
     while place + 12 <= len(made):
         (length,) = struct.unpack_from(">I", made, place)

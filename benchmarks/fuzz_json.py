@@ -1,4 +1,4 @@
-"""Mutations of JSON that keep it JSON: what a fuzzer of structured requests needs."""
+"""Mutations of JSON values, for fuzzing structured requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEYS = (
 
 
 def mutate_json(value: Any, chance: random.Random) -> Any:
-    """A copy of a JSON value in which a few places have changed."""
+    """Return a copy of a JSON value with a few random changes."""
     value = copy.deepcopy(value)
     for _ in range(chance.choice((1, 1, 2, 4))):
         places = list(_places(value))
@@ -29,7 +29,7 @@ def mutate_json(value: Any, chance: random.Random) -> Any:
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container and key in it, from the outside in."""
+    """List every container and key of a value, outermost first."""
     if not isinstance(value, dict | list):
         return []
     keys = list(value) if isinstance(value, dict) else range(len(value))

@@ -1,11 +1,10 @@
-"""Is there a request that the service's parsers do not refuse properly?
+"""Fuzz the parsers of the service for requests that they fail to refuse properly.
 
     python -m benchmarks.fuzz_service --minutes 10 [--target infer] [--keep FOLDER]
 
-Mutates the cases that the tests keep, and those found on the way: a case is kept when it ends in an
-answer that no other case has ended in. Every parser may accept a case or refuse it with a 4xx;
-anything else, or a second of CPU spent on one case, is a failure: it is written to the folder and
-the exit status is 1.
+Mutates the corpus of the tests and the cases found on the way; a case with a new outcome is kept. A
+parser may accept a case or refuse it with a 4xx; anything else, or a second of CPU time for one
+case, is a failure, which is written to the folder and makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ from service.v2.inference import read
 
 CORPUS = Path(__file__).parents[1] / "tests" / "service"
 
-# Of CPU, far above what the slowest honest case takes.
+# CPU time, far above that of the slowest valid case.
 SLOW_SECONDS = 1.0
 
-# What a refusal quotes, so that refusals of the same kind count as one outcome.
+# Values that refusals quote; refusals that differ only in them are one outcome.
 _VALUE = re.compile(r"['\"[{].*|-?(\d[-+.\de]*|inf|nan)|True|False|None", re.DOTALL)
 
 _LONGEST = 2**18
@@ -52,7 +51,7 @@ _INTERESTING = (b"0", b"-1", b"1e400", b"NaN", b"4294967296", b"1844674407370955
 
 
 def make_card(kind: str) -> DetectorCard:
-    """The card of a detector of two classes and 4 x 6 pixels."""
+    """Make the card of a detector with two classes and 4 x 6 pixels."""
     names = ["dog", "cat"]
     evidence = {"source": "policy", "support": 1, "ground_truths": 1}
     return DetectorCard.model_validate(
@@ -84,7 +83,7 @@ def make_card(kind: str) -> DetectorCard:
 
 
 def _infer(kind: str) -> Callable[[bytes], None]:
-    """A case is the header's value (`-`: no header), a line feed, and the body."""
+    """Make a target for cases of the header's value (`-`: no header), a line feed and the body."""
     card = make_card(kind)
     settings = Settings(model=Path("fuzzed.onnx"), max_pixels=1000)
 
@@ -96,7 +95,7 @@ def _infer(kind: str) -> Callable[[bytes], None]:
 
 
 def _inflate(case: bytes) -> None:
-    """A case is a coding, a line feed, and the body."""
+    """Run a case of a coding, a line feed and a body."""
     coding, _, body = case.partition(b"\n")
     inflater = Inflater("gzip" if coding == b"gzip" else "deflate", 2**20)
     inflater.feed(body)
@@ -104,7 +103,7 @@ def _inflate(case: bytes) -> None:
 
 
 def mutate_bytes(case: bytes, chance: random.Random, others: list[bytes]) -> bytes:
-    """Flip, insert, remove, repeat, or cross over with another case."""
+    """Flip, insert, remove or repeat bytes, or cross over with another case."""
     data = bytearray(case)
     for _ in range(chance.choice((1, 1, 2, 4, 8))):
         place = chance.randrange(len(data) + 1)
@@ -127,7 +126,7 @@ def mutate_bytes(case: bytes, chance: random.Random, others: list[bytes]) -> byt
 
 
 def mutate_infer(case: bytes, chance: random.Random, others: list[bytes]) -> bytes:
-    """Mutate the JSON as JSON, mostly with a header that fits; or the bytes."""
+    """Mutate the JSON, mostly with a matching header, or the bytes."""
     header, _, body = case.partition(b"\n")
     length = int(header) if header.isdigit() and len(header) < 10 else len(body)
     if chance.random() < 0.3:
@@ -144,7 +143,7 @@ def mutate_infer(case: bytes, chance: random.Random, others: list[bytes]) -> byt
 
 
 def mutate_inflate(case: bytes, chance: random.Random, others: list[bytes]) -> bytes:
-    """Mutate what is compressed, or the compressed bytes."""
+    """Mutate the content before compression, or the compressed bytes."""
     if chance.random() < 0.7:
         return mutate_bytes(case, chance, others)
     content = chance.randbytes(chance.randrange(64)) * chance.choice((1, 1, 100, 100, 20_000))
@@ -154,14 +153,14 @@ def mutate_inflate(case: bytes, chance: random.Random, others: list[bytes]) -> b
 
 @dataclass
 class Target:
-    """A parser, and how to find its limits.
+    """A parser to fuzz.
 
     Attributes:
         run: Takes a case; raises ProblemError to refuse it.
-        mutate: A new case from one of the cases, and all the others.
-        corpus: The folder of kept cases.
-        pattern: Their names in it.
-        outcomes: What cases have ended in, and the first that did.
+        mutate: Makes a new case from one case and all others.
+        corpus: Folder of the corpus.
+        pattern: File names of its cases.
+        outcomes: First case of every outcome.
     """
 
     run: Callable[[bytes], object]
@@ -171,14 +170,14 @@ class Target:
     outcomes: dict[str, bytes] = field(default_factory=dict)
 
     def cases(self) -> list[bytes]:
-        """The kept cases, in order."""
+        """Read the corpus, in order of names."""
         return [path.read_bytes() for path in sorted(self.corpus.glob(self.pattern))]
 
     def outcome(self, case: bytes) -> str:
-        """How a case ends, without the values that it names.
+        """Return the outcome of a case, without the values that it quotes.
 
         Raises:
-            Exception: What a parser must not raise, or a refusal that is no 4xx.
+            Exception: The parser raised another exception, or refused with another status.
         """
         try:
             self.run(case)
@@ -200,7 +199,7 @@ TARGETS = {
 
 
 def fuzz(name: str, seconds: float, chance: random.Random, keep: Path | None) -> bool:
-    """Try cases until the time is up; whether all ended well."""
+    """Try cases until the time is up; return whether none failed."""
     target = TARGETS[name]
     cases = target.cases()
     tried, slowest, good = 0, 0.0, True
@@ -211,7 +210,7 @@ def fuzz(name: str, seconds: float, chance: random.Random, keep: Path | None) ->
         started = process_time()
         try:
             outcome = target.outcome(case)
-        except Exception:  # noqa: BLE001  whatever it is, it is what we look for
+        except Exception:  # noqa: BLE001  any other exception is a finding
             outcome, good = f"FAILED {traceback.format_exc(limit=-1)}", False
         took = process_time() - started
         slowest = max(slowest, took)
@@ -239,7 +238,7 @@ def _write(keep: Path | None, name: str, case: bytes) -> None:
 
 
 def main() -> int:
-    """Fuzz, and say how it went."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--target", choices=TARGETS, action="append")
@@ -248,7 +247,7 @@ def main() -> int:
     given = parser.parse_args()
     names = given.target or list(TARGETS)
     seconds = given.minutes * 60 / len(names)
-    chance = random.Random(given.seed)  # noqa: S311  it hides nothing
+    chance = random.Random(given.seed)  # noqa: S311  not for security
     good = [fuzz(name, seconds, chance, given.keep) for name in names]
     return 0 if all(good) else 1
 

@@ -1,19 +1,19 @@
-"""How much of a step's gradient is signal? Why full-strength GHM learns slowly.
+"""Signal and noise in the gradient of each loss, to explain why full-strength GHM learns slowly.
 
-Trains one small RetinaNet by plain cross entropy, part of the way. Then every loss looks at the
-same network and the same batches, so that only the weights of the entries differ. Of each:
+Trains one small RetinaNet with plain cross entropy, partially. Then every loss is evaluated on the
+same network and the same batches, so that only the weights of the entries differ. Measures:
 
 - `agreement`: mean inner product of the gradients (of everything but the head's last layers) of
-  two batches, over their mean square: 1 when every batch says the same, 0 when they are noise.
+  two batches, over their mean square: 1 for equal gradients, 0 for noise.
 - `cls_to_reg`: norm of the classification's mean gradient over that of smooth L1's.
-- `rms_to_reg`: root mean square of the classification's gradients over that of smooth L1's: what
-  the optimiser's second moments see.
-- `positives`, `easy`, `hard`: shares of the gradient of the logits that lie on positives, on
-  entries with `g < 0.1`, with `g > 0.9`.
-- `thin`: share of the occupied unit regions that hold fewer than 16 entries a batch (their weight
-  is known to no better than a quarter).
+- `rms_to_reg`: root mean square of the classification's gradients over that of smooth L1's, the
+  ratio of the optimiser's second moments.
+- `positives`, `easy`, `hard`: shares of the gradient of the logits on positives, on entries with
+  `g < 0.1` and with `g > 0.9`.
+- `thin`: share of the occupied unit regions with fewer than 16 entries per batch (the relative
+  error of their weight is above a quarter).
 
-One JSON line a loss, with provenance.
+One JSON line per loss, with provenance.
 
     python -m benchmarks.gradient_signal
     python -m benchmarks.gradient_signal --data digits:noise=0.3 --steps 1600
@@ -45,14 +45,14 @@ from ghm_triton.losses.density import GradientDensity
 RESULTS = Path(__file__).parent / "results" / "gradient_signal.jsonl"
 KEY = ("data", "train_split", "image_size", "channels", "steps", "seed", "batch_size", "loss")
 BATCHES = 32
-WARM = 8  # batches that only move the averages
+WARM = 8  # first batches, which only move the averages
 THIN = 16
 EASY, HARD = 0.1, 0.9
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def main() -> None:
-    """Train, look, write down, print."""
+    """Measure, write and print."""
     parser = training_parser(__doc__.splitlines()[0], RESULTS)
     parser.set_defaults(steps=400)
     arguments = parser.parse_args()
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def losses() -> dict[str, Loss]:
-    """What is compared; each harmonized loss with an average of its own."""
+    """Return the losses to compare, each harmonized one with its own moving average."""
     harmonized = {
         "GHM-C, strength 0.25": {"strength": 0.25},
         "GHM-C, strength 0.5": {"strength": 0.5},
@@ -100,9 +100,9 @@ def _with_average(bins: int = 30, momentum: float = 0.75, **options: Any) -> Los
 
 
 def by_level(strength: float) -> Loss:
-    """Each level of the pyramid counts its own entries, as a loss called a level at a time does.
+    """Make GHM-C with a separate density per level of the pyramid.
 
-    `128 x 128` pixels have `16^2 + 8^2 + 4^2` places of nine anchors.
+    `128 x 128` pixels have `16^2 + 8^2 + 4^2` locations with nine anchors.
     """
     states: dict[int, GradientDensity] = {}
 
@@ -129,7 +129,7 @@ class Gradients:
     batches: int = 0
 
     def add(self, gradient: Tensor) -> None:
-        """Take in one batch."""
+        """Add the gradient of one batch."""
         self.total = gradient.double() if self.total is None else self.total + gradient
         self.squares += float(gradient.double().square().sum())
         self.batches += 1
@@ -156,7 +156,7 @@ class Gradients:
 
 
 def look(arguments: argparse.Namespace, seed: int) -> dict[str, Row]:
-    """What every loss makes of one partly trained network; see the module."""
+    """Measure every loss on one partially trained network; see the module."""
     detector, batches = _half_trained(arguments, seed)
     trunk = [p for name, p in detector.named_parameters() if not _is_last(name)]
     compared = losses()
@@ -248,7 +248,7 @@ def shares(slope: Tensor, logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as Markdown."""
+    """Format the rows as a Markdown table."""
     names = ("agreement", "cls_to_reg", "rms_to_reg", "positives", "easy", "hard", "thin")
     head = ("data", "steps", "seed", "loss")
     return markdown(

@@ -1,7 +1,7 @@
-"""Every kernel as training launches it, and how to compile it for a GPU that need not be here.
+"""Every kernel as training launches it, compiled for a GPU that need not be present.
 
-Nothing is launched: the launchers are called with tensors that hold no data, and what they hand to
-Triton is written down. To add a kernel, add a call of its launcher to `calls`.
+Nothing is launched: launchers are called with tensors on the meta device, and the arguments that
+they pass to Triton are recorded. To add a kernel, add a call of its launcher to `calls`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ TYPES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.uint8: "u8",
 }
 
-# What a detector passes: contiguous rows of 80 classes, or of 4 box deltas; and of 20 classes, into
-# which neither tiles nor wide accesses fit.
+# Inputs of a detector: contiguous rows of 80 classes or 4 box deltas; and rows of 20 classes, which
+# neither tiles nor wide accesses divide.
 ROWS, CLASSES, FEW_CLASSES, DELTAS = 1 << 20, 80, 20, 4
 
 Arguments = dict[str, Any]
@@ -43,7 +43,7 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher handed to Triton: a kernel, its arguments by name, options."""
+    """A recorded launch: kernel, arguments by name, and options."""
 
     kernel: Any
     arguments: Arguments
@@ -56,10 +56,9 @@ class Variant:
 
     Args:
         launch: The kernel and its arguments.
-        name: What sets this variant apart from the others of its kernel.
-        dtype: Of the logits; empty for a kernel that no logit passes through.
-        moved: Bytes an element that must pass between memory and the GPU; 0 for a kernel that does
-            not work on elements.
+        name: Name of the variant among those of its kernel.
+        dtype: Dtype of the logits; empty for a kernel without logits.
+        moved: Minimum traffic in bytes per element; 0 for a kernel that does not work on elements.
     """
 
     launch: Launch
@@ -69,12 +68,12 @@ class Variant:
 
     @property
     def key(self) -> str:
-        """The kernel, the variant and the dtype, as one word."""
+        """Kernel, variant and dtype as one word."""
         return ".".join(filter(None, (self.launch.kernel.__name__, self.name, self.dtype)))
 
     @property
     def entries(self) -> float:
-        """Elements of a tile on average, as tiles hang over; 0 where there are no elements."""
+        """Average number of elements per tile, as tiles overlap the edges; 0 without elements."""
         given = self.launch.arguments
         if not self.moved:
             return 0.0
@@ -84,12 +83,12 @@ class Variant:
         return float(given["BLOCK_R"] * cols / triton.cdiv(cols, width))
 
 
-# Name of the variant, bytes an element, launcher, its arguments.
+# Name of the variant, bytes per element, launcher, its arguments.
 Call = tuple[str, float, Callable[..., object], tuple[Any, ...]]
 
 
 def calls(dtype: str) -> Iterator[Call]:
-    """Every launcher that works on elements, as training calls it."""
+    """Yield the calls of every launcher that works on elements, as in training."""
     logits, few = (_empty(ROWS, cols, dtype=dtype) for cols in (CLASSES, FEW_CLASSES))
     labels, dense = _empty(ROWS, dtype="i64"), _empty(ROWS, CLASSES)
     table, scale, outer = _empty(30), _empty(), _empty()
@@ -130,7 +129,7 @@ def calls(dtype: str) -> Iterator[Call]:
 
 
 def state_calls() -> Iterator[Call]:
-    """The launchers that no logit passes through."""
+    """Yield the calls of launchers without logits."""
     counts = (_empty(30, dtype="i64"), _empty(MAX_PROGRAMS, dtype="fp64"), _empty(dtype="i64"))
     state = (_empty(30), _empty(dtype="i64"), _empty())
     for ema in ("debiased", "mmdet"):
@@ -147,7 +146,7 @@ _NAMES = {name: dtype for dtype, name in TYPES.items()}
 
 
 def variants(dtypes: list[str]) -> Iterator[Variant]:
-    """Every variant of every kernel."""
+    """Yield every variant of every kernel."""
     for dtype in dtypes:
         for name, moved, launcher, arguments in calls(dtype):
             yield Variant(first_launch(launcher, *arguments), name, dtype, moved)
@@ -156,7 +155,7 @@ def variants(dtypes: list[str]) -> Iterator[Variant]:
 
 
 def first_launch(launcher: Callable[..., object], *arguments: Any) -> Launch:
-    """The first kernel that a call launches; none of them runs.
+    """Record the first launch of a call; no kernel runs.
 
     Raises:
         ValueError: It launches none.
@@ -179,7 +178,7 @@ def first_launch(launcher: Callable[..., object], *arguments: Any) -> Launch:
 
 @dataclass(frozen=True)
 class Specialisation:
-    """What the compiler is told of each argument."""
+    """Types, constants and attributes of the arguments, as passed to the compiler."""
 
     types: dict[str, str]
     constants: Arguments
@@ -187,7 +186,7 @@ class Specialisation:
 
 
 def specialise(launch: Launch) -> Specialisation:
-    """As a launch does it: 1 and None are compiled in, multiples of 16 and alignment are told."""
+    """Specialise as a launch does: 1 and None are constants, divisibility by 16 is an attribute."""
     told = Specialisation({}, {}, {})
     for parameter in launch.kernel.params:
         name, value = parameter.name, launch.arguments[parameter.name]
@@ -210,7 +209,7 @@ def _type(value: Tensor | float) -> str:
 
 
 def build(launch: Launch, target: GPUTarget) -> CompiledKernel:
-    """Compile as the launch would; tensors begin at a multiple of 16 bytes, as torch makes them."""
+    """Compile as the launch would, with tensors aligned to 16 bytes, as torch allocates them."""
     told = specialise(launch)
     source = ASTSource(launch.kernel, told.types, told.constants, told.attributes)
     return triton.compile(source, target=target, options=launch.options)

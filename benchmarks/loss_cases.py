@@ -1,4 +1,4 @@
-"""The problems that losses are timed on, and who is timed on them."""
+"""The problems that losses are timed on, and the losses timed on each."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a problem of one size, dtype and kind of target."""
+    """A problem of one size, dtype and kind of target."""
 
     task: str  # classification, regression or softmax
-    entries: int  # at least so many; whole rows
+    entries: int  # minimum; rounded up to whole rows
     dtype: str
     target: str  # index or dense
     device: str
 
     @property
     def key(self) -> dict[str, Any]:
-        """What tells its rows from those of other cases."""
+        """Fields that identify its rows."""
         return {name: getattr(self, name) for name in ("task", "entries", "dtype", "target")}
 
     @property
@@ -45,25 +45,25 @@ class Case:
 
     @property
     def logits_bytes(self) -> int:
-        """Of one set of predictions."""
+        """Bytes of one set of predictions."""
         rows, columns = self.shape
         return rows * columns * DTYPES[self.dtype].itemsize
 
     @property
     def dynamic(self) -> bool:
-        """Whether peers are compiled once for sizes of this kind, not anew for this very one.
+        """Whether peers are compiled once for all small sizes instead of for this size.
 
-        Compiling costs more than measuring, and what is small is bound by launching.
+        Compiling takes longer than measuring, and small sizes are bound by launching.
         """
         return self.entries <= SMALL
 
     @property
     def thorough(self) -> bool:
-        """Whether more peers are compiled than the plain losses."""
+        """Whether peers other than the plain losses are compiled too."""
         return self.entries in (QUICK, 2**26)
 
     def tensors(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Predictions, which want a gradient, and targets."""
+        """Make predictions that require a gradient, and targets."""
         generator = torch.Generator(self.device).manual_seed(seed)
         make: dict[str, Any] = {"device": self.device, "generator": generator}
         dtype = DTYPES[self.dtype]
@@ -84,7 +84,7 @@ class Case:
         return index.masked_fill_(torch.rand(rows, **make) >= POSITIVES, CLASSES)
 
     def traffic(self, loss: str) -> int | None:
-        """Bytes an entry that forward and backward of one of ours must move; else None.
+        """Minimum traffic of forward and backward in bytes per entry; None for a peer.
 
         A harmonized loss reads predictions and targets to count, reads them again to form loss and
         gradient, and writes the gradient; focal loss reads them once. Class indices, a few bytes a
@@ -100,13 +100,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Contender:
-    """A loss under its name.
+    """A named loss.
 
     Attributes:
-        make: A new one, on the device.
-        dense: Whether it gets dense targets ready made, whatever the case has.
+        make: Makes a new one on the device.
+        dense: Whether it always gets dense targets.
         compiled: Whether it is passed through `torch.compile`.
-        capturable: Whether a CUDA graph can hold it: it never waits for the device.
+        capturable: Whether a CUDA graph can capture it: it never waits for the device.
     """
 
     name: str
@@ -117,14 +117,14 @@ class Contender:
 
     @property
     def ours(self) -> bool:
-        """Whether the library itself offers it, uncompiled."""
+        """Whether it is a loss of this library, uncompiled."""
         return not self.compiled and self.name.endswith((" triton", " torch"))
 
 
 def contenders(case: Case, compiler: str | None) -> list[Contender]:
-    """Every loss of a case, the most telling first.
+    """List the losses of a case, the most important first.
 
-    The harmonized ones are set up alike, as the released code is, so that their values agree.
+    The harmonized ones are configured like the released code, so that their values agree.
 
     Args:
         case: The problem.
@@ -164,7 +164,7 @@ def _classification(case: Case) -> Iterator[Offer]:
 
 
 def _windows(case: Case) -> Iterator[Offer]:
-    """The paper's sliding window, where it does not take too long."""
+    """Yield the paper's sliding window where it does not take too long."""
     if case.device == "cuda" and case.thorough:
         for density in ("streaming", "exact"):
             make = _on(case, GHMCLoss, backend="triton", strength=1.0, density=density)
@@ -222,12 +222,12 @@ PLANS: dict[str, Plan] = {
 def plan(
     device: str, sizes: Sequence[int] | None = None, dtypes: Sequence[str] | None = None
 ) -> list[Case]:
-    """Every problem once, in the order of its weight.
+    """List every problem once, the most important first.
 
     Args:
         device: `cuda` or `cpu`.
-        sizes: Entries; None is what suits the device.
-        dtypes: Likewise.
+        sizes: Numbers of entries; None for those of the device.
+        dtypes: Dtypes; None for those of the device.
     """
     order = PLANS[device]
     if sizes or dtypes:

@@ -1,14 +1,14 @@
-"""How long a loss takes, forward and with its gradient, and how much memory.
+"""Time and memory of each loss, forward and with its gradient.
 
-    python -m benchmarks.losses                    # what this machine has
+    python -m benchmarks.losses                    # on the GPU, else on the CPU
     python -m benchmarks.losses --device cpu --quick
 
-One JSON line a case, loss and stage, each with its provenance. The losses of a case take turns, and
+One JSON line per case, loss and stage, with provenance. The losses of a case take turns, and
 `ratios` compares them turn by turn: 0.5 is half the other's time. Stages:
 
     forward                   the loss, ready to go backward
     forward+backward          and the gradient of the predictions
-    forward+backward, scaled  the same where half the loss goes backward, as with a loss scale
+    forward+backward, scaled  the gradient of half the loss, as with a loss scale
     graph                     forward and backward replayed from a CUDA graph; small sizes only
     copy                      the predictions read once and written once
     roof                      copying what no cache holds: the bandwidth that there is
@@ -37,20 +37,20 @@ from benchmarks.result_file import BOTH, GRAPH, SCALED, Row, Rows
 from benchmarks.timing import copy_rate, device_is_well
 
 RESULTS = Path(__file__).parent / "results"
-SPOILED = 75  # exit status: a new process can go on where this one could not
+SPOILED = 75  # exit status: the device failed, and a new process can resume
 
 
 def run(
     cases: list[Case], settings: Settings, rows: Rows, limit: float, *, again: bool = False
 ) -> None:
-    """Measure what is missing, case by case, while there is time.
+    """Measure the missing cases while there is time.
 
     Args:
-        cases: In the order of their weight.
-        settings: How thoroughly.
-        rows: Where to.
-        limit: Seconds; a case starts only where the longest so far would fit.
-        again: Measure what is there already as well.
+        cases: The cases, the most important first.
+        settings: Time and rounds.
+        rows: The result file.
+        limit: Seconds; a case starts only if the longest so far would fit.
+        again: Whether to repeat recorded cases.
     """
     begun = time.monotonic()
     longest = roof = 0.0
@@ -80,12 +80,12 @@ def run(
 
 
 def describe(case: Case) -> str:
-    """A case in words."""
+    """Describe a case in words."""
     return f"{case.task}, {case.entries} entries, {case.dtype}, {case.target} targets"
 
 
 def line(row: Row) -> str:
-    """What the terminal shows of a row; nothing for what only the file keeps."""
+    """Format a row for the terminal; empty for stages that only the file keeps."""
     if "error" in row:
         return f"  {row['loss']:<32} {row['failed_in']}: {row['error'].splitlines()[0][:120]}\n"
     if row["stage"] not in (BOTH, SCALED, GRAPH):
@@ -114,9 +114,9 @@ def main() -> None:
         "--compiler", help="of torch.compile, or none; default inductor on a GPU, none on a CPU"
     )
     parser.add_argument("--limit", type=float, default=1e9, help="seconds for everything")
-    parser.add_argument("--quick", action="store_true", help="one small size, to see that it runs")
-    parser.add_argument("--again", action="store_true", help="also what the file has already")
-    parser.add_argument("--out", type=Path, help="JSON lines; added to")
+    parser.add_argument("--quick", action="store_true", help="one small size, as a smoke test")
+    parser.add_argument("--again", action="store_true", help="also repeat recorded cases")
+    parser.add_argument("--out", type=Path, help="JSON lines; appended to")
     options = parser.parse_args()
     if options.limit < 1e9:
         faulthandler.dump_traceback_later(options.limit + 10, exit=True)  # where does it hang?

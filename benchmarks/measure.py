@@ -1,4 +1,4 @@
-"""One case, measured: every contender in every stage, taking turns."""
+"""Measure one case: every contender in every stage, in turns."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from benchmarks.result_file import BOTH, COPY, FORWARD, GRAPH, SCALED, Row
 from benchmarks.timing import Timing, Work, capture, input_sets, peak_bytes, race
 
 FIRST = "first"  # the call before any stage
-ANCHORS = ("released", "bce", "smooth_l1", "cross_entropy")  # what the others are compared with
+ANCHORS = ("released", "bce", "smooth_l1", "cross_entropy")  # losses to compare with
 Sets = list[tuple[Tensor, Tensor]]
 Label = tuple[str, str]  # loss and stage
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How thoroughly.
+    """Extent of a measurement.
 
     Attributes:
-        seconds: Spent on each contender and stage, about.
-        rounds: Turns that each contender takes.
+        seconds: Approximate time per contender and stage.
+        rounds: Turns per contender.
         compiler: Backend of `torch.compile`; None leaves compiled losses out.
     """
 
@@ -38,7 +38,7 @@ class Settings:
 
 
 class Runner:
-    """A loss and its sets of inputs, of which every call takes the next."""
+    """A loss and its sets of inputs; every call takes the next."""
 
     def __init__(self, criterion: Loss, sets: Sets) -> None:
         self.criterion = criterion
@@ -67,21 +67,21 @@ class Runner:
 
 @dataclass(frozen=True)
 class Ready:
-    """A contender that ran once."""
+    """A contender that has run once."""
 
     contender: Contender
     runner: Runner
-    first: Row  # its first value, and how long that took
+    first: Row  # its first value and time
 
 
 def measure(case: Case, settings: Settings, roof: float, skip: set[str]) -> Iterator[Row]:
-    """Rows of one case.
+    """Yield the rows of one case.
 
     Args:
         case: The problem.
-        settings: How thoroughly.
-        roof: Gigabytes a second of a large copy.
-        skip: Losses to leave out.
+        settings: Time and rounds.
+        roof: Bandwidth of a large copy in GB/s.
+        skip: Losses to skip.
     """
     if not case.dynamic:
         torch._dynamo.reset()  # or it stops compiling after a few shapes
@@ -108,7 +108,7 @@ def measure(case: Case, settings: Settings, roof: float, skip: set[str]) -> Iter
 def _ready(
     case: Case, settings: Settings, sets: Sets, skip: set[str]
 ) -> Generator[Row, None, dict[str, Ready]]:
-    """Yields the rows of those that fail at once."""
+    """Make the contenders; yield the rows of those that fail at once."""
     ready = {}
     for contender in contenders(case, settings.compiler):
         if contender.name in skip:
@@ -119,7 +119,7 @@ def _ready(
             value = float(runner.forward().detach())
             runner.both()
             took = time.perf_counter() - start
-        except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
+        except Exception as error:  # noqa: BLE001 - any failure of a peer is its result
             yield _failure(case, (contender.name, FIRST), error)
             continue
         first: Row = {"value": value, "first_s": round(took, 3)}
@@ -168,7 +168,7 @@ def _graphs(
 def _race(
     case: Case, works: dict[Label, Work], settings: Settings
 ) -> Generator[Row, None, dict[Label, Timing]]:
-    """Yields the rows of those that fail; a loss that fails in one stage is out of all."""
+    """Time in turns; yield the rows of failures. A loss that fails in a stage is in none."""
     timings, errors = race(works, case.device, settings.seconds, settings.rounds)
     for label, error in errors.items():
         yield _failure(case, label, error)
@@ -177,7 +177,7 @@ def _race(
 
 
 def figures(timing: Timing) -> Row:
-    """Median, spread and number of calls, for a row."""
+    """Return median, spread and number of calls for a row."""
     return {
         "median_ms": timing.median,
         "p20_ms": timing.quantile(0.2),
@@ -187,7 +187,7 @@ def figures(timing: Timing) -> Row:
 
 
 def _ratios(timing: Timing, stage: str, timings: dict[Label, Timing]) -> dict[str, float]:
-    """This time by that of each anchor in the same stage; the scaled one by the plain one's."""
+    """Ratios to each anchor in the same stage; of the scaled stage, to the plain one."""
     against = BOTH if stage == SCALED else stage
     return {
         name: timing.ratio(other)
@@ -216,6 +216,6 @@ def _memory(case: Case, runner: Runner) -> Row:
 
 def _failure(case: Case, label: Label, error: Exception) -> Row:
     name, stage = label
-    # Who fails in one stage is timed in none: the row stands where its figure would be.
+    # A loss that fails in one stage is timed in none: the row takes the place of its figure.
     place = {"loss": name, "stage": stage if stage in (COPY, GRAPH) else BOTH, "failed_in": stage}
     return case.key | place | {"error": f"{type(error).__name__}: {error}"[:500]}

@@ -1,7 +1,7 @@
-"""What the harmonized losses are measured against, written from the description of each.
+"""Peers of the harmonized losses, written from their descriptions.
 
-Each takes predictions `[R, C]` and, where its name says one-hot, class indices int64 `[R]` (`C` is
-background), from which it makes its dense targets as its users do; else targets `[R, C]`.
+Each takes predictions `[R, C]` and dense targets `[R, C]`. Those with one-hot in their name take
+class indices int64 `[R]` (`C` is background) and make dense targets of them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
 
 class ReleasedGHMC:
-    """GHM-C as released: dense targets, one pass and one wait for the device a bin.
+    """GHM-C as released: dense targets, one pass and one device synchronisation per bin.
 
-    Called with class indices it makes targets and label weights dense first, as MMDetection does.
+    Class indices are expanded to dense targets and label weights, as in MMDetection.
     """
 
     def __init__(self, bins: int = 30, momentum: float = 0.75) -> None:
@@ -29,9 +29,9 @@ class ReleasedGHMC:
     def __call__(
         self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None
     ) -> Tensor:
-        """The loss of logits `[R, C]` and targets `[R, C]` or class indices `[R]`.
+        """Compute the loss of logits `[R, C]` and targets `[R, C]` or class indices `[R]`.
 
-        `label_weight`, of the shape of the targets, ignores where it is 0.
+        `label_weight`, of the shape of the targets, ignores entries where it is 0.
         """
         if label_weight is None:
             label_weight = torch.ones_like(target)
@@ -46,7 +46,7 @@ class ReleasedGHMC:
         return (loss * weights).sum() / total
 
     def weigh(self, norm: Tensor, valid: Tensor, total: float, dtype: torch.dtype) -> Tensor:
-        """`total / count / n` of every entry, bin by bin."""
+        """Compute `total / count / n` of every entry, bin by bin."""
         if self.average is None:
             self.average = torch.zeros(self.bins, device=norm.device)
         weights = torch.zeros_like(norm, dtype=dtype)
@@ -71,7 +71,7 @@ class ReleasedGHMR(ReleasedGHMC):
         self.edges[-1] = 1e3
 
     def __call__(self, pred: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
-        """The loss of predictions and targets of one shape."""
+        """Compute the loss of predictions and targets of equal shape."""
         if label_weight is None:
             label_weight = torch.ones_like(target)
         d = pred - target
@@ -82,7 +82,7 @@ class ReleasedGHMR(ReleasedGHMC):
 
 
 def expand_labels(labels: Tensor, label_weight: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Dense targets and weights `[R, C]` of class indices `[R]`, as MMDetection makes them."""
+    """Expand class indices `[R]` to dense targets and weights `[R, C]`, as MMDetection does."""
     dense = torch.zeros(len(labels), classes, dtype=labels.dtype, device=labels.device)
     foreground = torch.nonzero((labels >= 0) & (labels < classes)).squeeze(1)
     dense[foreground, labels[foreground]] = 1
@@ -90,7 +90,7 @@ def expand_labels(labels: Tensor, label_weight: Tensor, classes: int) -> tuple[T
 
 
 def bce(logits: Tensor, target: Tensor) -> Tensor:
-    """Plain binary cross entropy, its dense targets ready made in the logits' dtype."""
+    """Plain binary cross entropy with dense targets in the logits' dtype."""
     return binary_cross_entropy_with_logits(logits, target)
 
 
@@ -105,7 +105,7 @@ def focal(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def one_hot_focal(logits: Tensor, target: Tensor) -> Tensor:
-    """The same from class indices."""
+    """Focal loss of class indices."""
     return focal(logits, dense_targets(logits, target))
 
 
@@ -124,7 +124,7 @@ def focal_formula(logits: Tensor, targets: Tensor) -> Tensor:
     return alpha_t * cross_entropy * (1 - p_t) ** 2
 
 
-# torchvision's own where it is installed; the results say which it was.
+# torchvision's implementation if installed; the results record which was used.
 FOCAL = "focal formula"
 focal_entries: Callable[[Tensor, Tensor], Tensor] = focal_formula
 if importlib.util.find_spec("torchvision") is not None:

@@ -1,4 +1,4 @@
-"""Draws what `benchmarks.losses` measured on a GPU: time by size, and the bandwidth reached.
+"""Plot the results of `benchmarks.losses` on a GPU: time by size, and bandwidth.
 
 python -m benchmarks.plot_losses                 # benchmarks/results -> docs/images
 python -m benchmarks.plot_losses runs/gpu/losses.jsonl --out runs/gpu
@@ -28,7 +28,7 @@ PANELS = (
     ("softmax", "index", "softmax"),
 )
 DTYPES = ("float32", "bfloat16")
-# Which losses share a line's colour, dash and name; the last are drawn on top.
+# Losses that share colour, dash and name of a line; the last are drawn on top.
 OURS = ("ghm_c triton", "ghm_r triton", "ghm_softmax triton")
 STYLES = {
     ("copy",): ("#bbbbbb", "-", "copy"),
@@ -49,10 +49,10 @@ STYLES = {
 
 
 def plot_times(rows: Sequence[Row], path: Path) -> None:
-    """Forward and backward by size: a panel a kind of target, a row of panels a dtype.
+    """Plot forward and backward time by size: a column per kind of target, a row per dtype.
 
     Args:
-        rows: Of one GPU.
+        rows: Rows of one GPU.
         path: PNG to write.
     """
     panels = [panel for panel in PANELS if _of(rows, *panel[:2])]
@@ -97,10 +97,10 @@ def _times(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def plot_bandwidth(rows: Sequence[Row], path: Path) -> None:
-    """Which share of the copy bandwidth our losses reach on the bytes that must move.
+    """Plot the share of the copy bandwidth that our losses reach on their minimum traffic.
 
     Args:
-        rows: Of one GPU.
+        rows: Rows of one GPU.
         path: PNG to write.
     """
     figure = Figure(figsize=(9, 4.6), layout="constrained")
@@ -159,7 +159,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def main() -> None:
-    """Draw what there are rows for."""
+    """Plot the recorded rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("file", type=Path, nargs="?", default=RESULTS)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="folder")

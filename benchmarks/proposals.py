@@ -1,10 +1,9 @@
-r"""Where does each proposal network look, and what does the detector behind it make of that?
+r"""Recall of two proposal networks, and average precision of the detectors behind them.
 
-Trains Faster R-CNN with torchvision's sampled proposals and with those that learn from every
-anchor by how clean it is (GHM-C, soft labels, optimal bias), on the same images in the same steps.
-Reports how many boxes of the test split are among the first 100, 300 and 1000 proposals, and
-average precision. One JSON line a run, with provenance; runs already in the file are not repeated,
-so that an interrupted one goes on where it stopped.
+Trains Faster R-CNN with torchvision's sampled proposals, and with proposals that learn from every
+anchor by its cleanliness (GHM-C, soft labels, optimal bias), on the same images in the same number
+of steps. Reports the recall of the first 100, 300 and 1000 proposals on the test split, and average
+precision. One JSON line per run, with provenance; recorded runs are not repeated.
 
     python -m benchmarks.proposals --steps 600 --seeds 0 1 2
     python -m benchmarks.proposals --data voc:path/to/BCCD --train-split trainval \
@@ -43,7 +42,7 @@ MEASURED = ("ap", "ap50", *(f"{name}@{k}" for name in ("ar", "recall50") for k i
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
+    """Run the missing measurements, then print the table."""
     parser = training_parser(__doc__.splitlines()[0], RESULTS)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     arguments = parser.parse_args()
@@ -58,7 +57,7 @@ def main() -> None:
 
 
 def run_key(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What tells runs apart, besides their network and seed."""
+    """Fields that identify a run, besides network and seed."""
     # The folder of a data set differs between machines; its name does not.
     data = ":".join(part.rsplit("/", 1)[-1] for part in arguments.data.split(":"))
     return {
@@ -73,7 +72,7 @@ def run_key(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(network: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train, and evaluate on the test split."""
+    """Train and evaluate on the test split."""
     options = TrainOptions(
         data=arguments.data,
         train_split=arguments.train_split,
@@ -101,7 +100,7 @@ def measure(network: str, seed: int, arguments: argparse.Namespace) -> dict[str,
 
 @torch.inference_mode()
 def best_overlaps(saved: Checkpoint, dataset: DetectionDataset) -> dict[int, Tensor]:
-    """For each number of proposals, every box's best IoU with the first so many, `[boxes]`."""
+    """Best IoU of every box with the first `k` proposals, `[boxes]`, for each `k` of COUNTS."""
     config = replace(saved.config, proposals=max(COUNTS), candidates=max(COUNTS))
     detector = Checkpoint(config, saved.model, saved.statistics, {}).detector()
     assert isinstance(detector, FasterRCNNDetector)  # noqa: S101 - for the type checker
@@ -119,7 +118,7 @@ def best_overlaps(saved: Checkpoint, dataset: DetectionDataset) -> dict[int, Ten
 
 
 def recall(overlaps: dict[int, Tensor]) -> dict[str, float]:
-    """Share of the boxes that are found: at an IoU of 0.5, and on average over COCO's ten."""
+    """Recall at an IoU of 0.5, and its average over COCO's ten thresholds."""
     found = {}
     for count, best in overlaps.items():
         shares = [float((best >= iou).float().mean()) for iou in IOUS]
@@ -129,7 +128,7 @@ def recall(overlaps: dict[int, Tensor]) -> dict[str, float]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Mean and range over seeds, as Markdown."""
+    """Format mean and range over seeds as a Markdown table."""
     head = ("data", "train_split", "channels", "steps", "network")
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:

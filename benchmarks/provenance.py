@@ -1,4 +1,4 @@
-"""Where a number comes from: machine, versions and commit, for every line of a result file."""
+"""Provenance of every line of a result file: machine, versions and commit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PACKAGES = ("torch", "triton", "torchvision", "numpy")
 
 
 def provenance() -> dict[str, Any]:
-    """Machine, versions and commit, as plain values.
+    """Return machine, versions and commit as plain values.
 
-    `commit` ends in `+` when the working tree differs from it, and is `unknown` outside git;
-    `source` tells the library's code apart in any case.
+    `commit` ends in `+` if the working tree differs from it, and is `unknown` outside git; `source`
+    is a digest of the library's code.
     """
     return {
         "commit": _commit(),
@@ -35,7 +35,7 @@ def provenance() -> dict[str, Any]:
 
 
 def source_digest(folder: Path = ROOT / "ghm_triton") -> str:
-    """Twelve hex digits that change with any Python file of the library."""
+    """Return twelve hex digits that change with any Python file of the library."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         content = path.read_bytes()
@@ -47,7 +47,7 @@ def source_digest(folder: Path = ROOT / "ghm_triton") -> str:
 def _commit() -> str:
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
-        # The results themselves are being written while this is asked.
+        # Result files change while a benchmark runs.
         changed = _git("status", "--porcelain", "--", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

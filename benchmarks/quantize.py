@@ -1,8 +1,7 @@
-"""What int8 and fp16 gain and lose: every recipe on trained detectors, side by side.
+"""Precision, size and latency of detectors in float32, fp16 and several recipes of int8.
 
-Each checkpoint is exported in float32, in fp16 and by several recipes of int8 (calibrated on 64
-images of its training split). All are measured on the test split, and timed in turns: one image,
-one thread. `--untrained` only times a detector of random weights.
+Int8 is calibrated on 64 images of the training split. All files are evaluated on the test split and
+timed in turns: one image, one thread. `--untrained` only times a detector with random weights.
 
     python -m benchmarks.quantize digits=runs/demo/checkpoint.pt BCCD=runs/cells/checkpoint.pt
     python -m benchmarks.quantize --untrained resnet18:320x320
@@ -38,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "quantize.jsonl"
 KEY = ("detector", "architecture", "backbone", "image_size", "variant")
 IMAGES = 64
 BEFORE = "float32"
-# One choice at a time departs from the default.
+# Each differs from the default in one option.
 RECIPES = {
     "int8": Int8Recipe(),
     "int8, 8-bit weights": Int8Recipe(weight_bits=8),
@@ -50,12 +49,12 @@ RECIPES = {
 
 
 def main() -> None:
-    """Measure what is named, then print the table."""
+    """Measure the named detectors, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", nargs="*", metavar="NAME=CHECKPOINT")
     parser.add_argument("--untrained", nargs="+", default=[], metavar="BACKBONE:HxW")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--table", action="store_true", help="only print the recorded rows")
     arguments = parser.parse_args()
     if not arguments.table:
         rows = Rows(arguments.out, origin())
@@ -70,7 +69,7 @@ def main() -> None:
 
 
 def origin() -> Row:
-    """Provenance, with what decides about integers: the runtime and the processor."""
+    """Return the provenance with what determines integer speed: runtime and processor."""
     return {**provenance(), "onnxruntime": _runtime(), "vnni": has_vnni()}
 
 
@@ -84,7 +83,7 @@ def _runtime() -> str | None:
 
 
 def has_vnni() -> bool | None:
-    """Whether the processor sums 8-bit products four at a time; None where it does not say."""
+    """Whether the processor has VNNI; None if unknown."""
     cpuinfo = Path("/proc/cpuinfo")
     if platform.machine() not in ("x86_64", "AMD64") or not cpuinfo.exists():
         return None
@@ -92,14 +91,14 @@ def has_vnni() -> bool | None:
 
 
 def variants(model: ModelProto, images: list[Image]) -> dict[str, bytes]:
-    """A graph by every recipe."""
+    """Convert a graph by every recipe."""
     made = {BEFORE: model, "fp16": to_float16(model)}
     made |= {name: to_int8(model, images, recipe) for name, recipe in RECIPES.items()}
     return {name: each.SerializeToString(deterministic=True) for name, each in made.items()}
 
 
 def trained(name: str, path: Path) -> Iterator[Row]:
-    """Rows of a checkpoint: precision, size and latency of every variant."""
+    """Yield precision, size and latency of every variant of a checkpoint."""
     checkpoint = Checkpoint.load(path)
     config, splits = checkpoint.config, open_splits(checkpoint)
     thresholds = ClassThresholds.from_statistics(checkpoint.statistics, "f1").as_array()
@@ -126,7 +125,7 @@ def trained(name: str, path: Path) -> Iterator[Row]:
 
 
 def untrained(described: str) -> Iterator[Row]:
-    """Rows of random weights: size and latency."""
+    """Yield size and latency of every variant of a detector with random weights."""
     backbone, _, size = described.partition(":")
     config = DetectorConfig(("a", "b", "c"), image_size(size), backbone=backbone)
     torch.manual_seed(0)
@@ -157,7 +156,7 @@ def _described(name: str, config: DetectorConfig, variant: str) -> Row:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows as Markdown."""
+    """Format the rows as a Markdown table."""
     return markdown(
         {
             "detector": f"{row['detector']}, {row['architecture']}-{row['backbone']},"

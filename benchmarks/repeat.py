@@ -1,12 +1,12 @@
-"""The same inputs, time after time: does a loss ever give other bits? A race would.
+"""Repeat losses on the same inputs and compare the bits, which a race would change.
 
     python -m benchmarks.repeat                    # 200 times each
     python -m benchmarks.repeat --device cpu --quick
 
-Shapes lie around the edges of tiles, where a missing mask or barrier shows, and one is large enough
-that many programs run at once. Loss and gradient are compared bit by bit on the device, so that
-nothing waits between launches. One JSON line a loss, shape, dtype and kind of target; the exit
-status is 1 if anything differed or failed.
+Shapes are near the edges of tiles, where a missing mask or barrier shows, and one is large enough
+for many concurrent programs. Loss and gradient are compared on the device, so that nothing waits
+between launches. One JSON line per loss, shape, dtype and kind of target; the exit status is 1 if
+anything differed or failed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.provenance import provenance
 from benchmarks.result_file import Row, Rows
 
 RESULTS = Path(__file__).parent / "results"
-# One less than a power of two, the power, one more; narrow, usual and wide rows.
+# A power of two and its neighbours; narrow, usual and wide rows.
 SHAPES = [(1, 1), (127, 16), (128, 16), (129, 17), (1023, 15), (1024, 80), (1025, 81), (33, 333)]
 LARGE = (2**17 + 1, 80)
 BITS = {4: torch.int32, 2: torch.int16}
@@ -37,7 +37,7 @@ Backend = Literal["triton", "torch"]
 
 
 def trials(backend: Backend) -> Iterator[tuple[str, str, Trial]]:
-    """Name, kind of target and loss, each without a memory of earlier calls."""
+    """Yield name, kind of target and loss, each without state."""
     for target in ("index", "dense"):
         yield "ghm_c", target, partial(ghm_triton.ghm_c_loss, strength=1.0, backend=backend)
         yield "focal", target, partial(ghm_triton.focal_loss, backend=backend)
@@ -50,7 +50,7 @@ def trials(backend: Backend) -> Iterator[tuple[str, str, Trial]]:
 
 
 def inputs(shape: tuple[int, int], dtype: str, target: str, device: str) -> tuple[Tensor, Tensor]:
-    """Predictions, which want a gradient, and targets with all that can be ignored."""
+    """Make predictions that require a gradient, and targets with ignored and background rows."""
     generator = torch.Generator(device).manual_seed(0)
     make: dict[str, Any] = {"device": device, "generator": generator}
     rows, columns = shape
@@ -65,7 +65,7 @@ def inputs(shape: tuple[int, int], dtype: str, target: str, device: str) -> tupl
 
 
 def differing(trial: Trial, pred: Tensor, target: Tensor, times: int) -> int:
-    """How many of `times` runs differ from the first in any bit of loss or gradient."""
+    """Count the runs of `times` that differ from the first in any bit of loss or gradient."""
     first = run_once(trial, pred, target)
     count = torch.zeros((), dtype=torch.int64, device=pred.device)
     for _ in range(times):
@@ -76,19 +76,19 @@ def differing(trial: Trial, pred: Tensor, target: Tensor, times: int) -> int:
 
 
 def run_once(trial: Trial, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The bits of loss and gradient; the outer gradient is not 1."""
+    """Return the bits of loss and gradient, for an outer gradient other than 1."""
     loss = trial(pred, target)
     (gradient,) = torch.autograd.grad(loss, pred, torch.full_like(loss, 0.7))
     return bits(loss), bits(gradient)
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """As integers: a NaN equals itself, and 0 does not equal -0."""
+    """Reinterpret as integers, where NaN equals itself and 0 differs from -0."""
     return tensor.detach().view(BITS[tensor.element_size()]).clone()
 
 
 def run(device: str, times: int, shapes: list[tuple[int, int]], rows: Rows, limit: float) -> bool:
-    """Repeat everything while there is time; whether nothing differed or failed."""
+    """Repeat everything while there is time; return whether nothing differed or failed."""
     backend: Backend = "triton" if device == "cuda" else "torch"
     begun, sound = time.monotonic(), True
     for shape in shapes:
@@ -117,7 +117,7 @@ def run(device: str, times: int, shapes: list[tuple[int, int]], rows: Rows, limi
 def _outcome(trial: Trial, given: tuple[Tensor, Tensor], times: int) -> Row:
     try:
         return {"differing": differing(trial, *given, times)}
-    except Exception as error:  # noqa: BLE001 - the row says so, and the run goes on
+    except Exception as error:  # noqa: BLE001 - recorded, and the run continues
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
@@ -128,8 +128,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default=here)
     parser.add_argument("--times", type=int, default=200)
     parser.add_argument("--limit", type=float, default=1e9, help="seconds for everything")
-    parser.add_argument("--quick", action="store_true", help="few and small, to see that it runs")
-    parser.add_argument("--out", type=Path, default=RESULTS / "repeat.jsonl", help="added to")
+    parser.add_argument("--quick", action="store_true", help="few and small, as a smoke test")
+    parser.add_argument("--out", type=Path, default=RESULTS / "repeat.jsonl", help="appended to")
     options = parser.parse_args()
     shapes = SHAPES[:2] if options.quick else [LARGE, *SHAPES]
     times = 3 if options.quick else options.times

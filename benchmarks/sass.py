@@ -1,7 +1,7 @@
-"""What the kernels cost, read from their binaries; needs no GPU.
+"""Costs of the kernels, read from their binaries; needs no GPU.
 
     python -m benchmarks.sass --targets sm_90 --dtypes fp32 bf16 --kernels count_bce --lines
-    python -m benchmarks.sass --check       # fails when a kernel got worse than the baseline
+    python -m benchmarks.sass --check       # fails if a kernel is worse than the baseline
     python -m benchmarks.sass --update      # writes the baseline anew
     python -m benchmarks.sass --markdown    # the table of the README, from the baseline
 
@@ -26,27 +26,27 @@ DTYPES = ["fp32", "bf16"]
 
 
 def chosen(dtypes: Iterable[str], kernels: list[str] | None = None) -> Iterator[Variant]:
-    """The variants whose key starts with one of `kernels`; all of them without."""
+    """Yield the variants whose key starts with one of `kernels`; all without."""
     for variant in variants(list(dtypes)):
         if not kernels or variant.key.startswith(tuple(kernels)):
             yield variant
 
 
 def read(path: Path) -> dict[tuple[str, str], Costs]:
-    """A baseline, by kernel and target."""
+    """Read a baseline, by kernel and target."""
     rows = [Costs(**json.loads(line)) for line in path.read_text().splitlines()]
     return {(row.kernel, row.target): row for row in rows}
 
 
 def write(path: Path, rows: Iterable[Costs]) -> None:
-    """Write a baseline, in an order that does not depend on how it came about."""
+    """Write a baseline in canonical order."""
     order = list(TARGETS)
     ordered = sorted(rows, key=lambda row: (order.index(row.target), row.kernel))
     path.write_text("".join(json.dumps(row.line()) + "\n" for row in ordered))
 
 
 def check(rows: list[Costs], baseline: dict[tuple[str, str], Costs], whole: bool) -> list[str]:
-    """What got worse; with `whole`, also what the baseline holds of kernels that are gone."""
+    """List regressions; with `whole`, also kernels that only the baseline has."""
     found = []
     for row in rows:
         found += complaints(baseline.get((row.kernel, row.target)), row)
@@ -58,7 +58,7 @@ def check(rows: list[Costs], baseline: dict[tuple[str, str], Costs], whole: bool
 
 
 def incomparable(rows: list[Costs], baseline: dict[tuple[str, str], Costs]) -> set[str]:
-    """Pairs of compilers, the baseline's and ours, where they differ."""
+    """Pairs of compilers, the baseline's and ours, that differ."""
     pairs = {
         (baseline[key].compiler, row.compiler)
         for row in rows
@@ -68,7 +68,7 @@ def incomparable(rows: list[Costs], baseline: dict[tuple[str, str], Costs]) -> s
 
 
 def table(rows: Iterable[Costs]) -> str:
-    """The README's table: sm_90, what works on elements, a cell for all dtypes."""
+    """Format the README's table: kernels that work on elements, on sm_90, dtypes in one cell."""
     kernels: dict[str, list[Costs]] = {}
     for row in sorted(rows, key=lambda row: [*DTYPES, ""].index(_dtype(row))):
         if row.target == "sm_90" and row.elements:
@@ -87,12 +87,12 @@ def _dtype(row: Costs) -> str:
 
 
 def _cell(rows: list[Costs], show: Callable[[Costs], str]) -> str:
-    """One value where all agree."""
+    """Join the values of all dtypes; a single value if they are equal."""
     return " / ".join(dict.fromkeys(map(show, rows)))
 
 
 def _roof(name: str) -> Callable[[Costs], str]:
-    """In 10^9 elements a second; a dash where nothing bounds them."""
+    """Format 10^9 elements per second; a dash for no bound."""
     return lambda row: f"{row.roofs[name] / 1e9:.0f}".replace("inf", "-")
 
 
@@ -129,7 +129,7 @@ def text(row: Costs) -> str:
 
 
 def detail(row: Costs, counts: Counts, opcodes: bool, lines: bool) -> Iterator[str]:
-    """What the hot path is made of, an element where there are elements."""
+    """Yield opcodes or lines of the hot path with their counts, per element if there are any."""
     each = row.elements or 1.0
     for name, times in counts.opcodes.items() if opcodes else ():
         yield f"    {times / each:7.2f} {name}"
@@ -138,7 +138,7 @@ def detail(row: Costs, counts: Counts, opcodes: bool, lines: bool) -> Iterator[s
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report, or compare it with the baseline; 1 when something got worse."""
+    """Print the report, or compare it with the baseline. Returns 1 for a regression."""
     options = parse(arguments)
     if options.markdown:
         print(table(read(options.baseline).values()))
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def update(rows: list[Costs], options: argparse.Namespace) -> None:
-    """Put `rows` into the baseline, in place of all that it holds of their targets, or kernels."""
+    """Replace the rows of the same targets, or kernels, in the baseline."""
     old = read(options.baseline) if options.baseline.exists() else {}
     kept = {
         key: row for key, row in old.items() if options.kernels or key[1] not in options.targets
@@ -167,7 +167,7 @@ def update(rows: list[Costs], options: argparse.Namespace) -> None:
 
 
 def compare(rows: list[Costs], options: argparse.Namespace) -> int:
-    """Say on stderr what got worse; 1 if anything."""
+    """Print regressions to stderr. Returns 1 if there are any."""
     baseline = read(options.baseline)
     for pair in sorted(incomparable(rows, baseline)):
         print(f"the baseline is of {pair}: only spills and widths are checked", file=sys.stderr)

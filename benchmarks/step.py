@@ -1,11 +1,11 @@
-"""What a loss costs in the end: a whole training step of RetinaNet-R50 with each.
+"""Time of a whole training step of RetinaNet-R50 with each loss.
 
     python -m benchmarks.step                      # batches of 8 images of 800x1066, bfloat16
     python -m benchmarks.step --device cpu --quick
 
 torchvision's `retinanet_resnet50_fpn`, channels last, under autocast, with SGD. All losses train
-the same network in turn, through the same head, which matches anchors alike for each; `ratios`
-compares them turn by turn. One JSON line a loss, with provenance.
+the same network in turns, with the same head and matching of anchors; `ratios` compares them turn
+by turn. One JSON line per loss, with provenance.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from benchmarks.timing import race
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = 80
-BOXES = 7  # an image of COCO has so many
+BOXES = 7  # per image, as in COCO
 KEY = {"task": "retinanet", "stage": "step"}
 ANCHORS = ("bce", "bce compiled")
 
 
 class PlainBCE(nn.Module):
-    """Binary cross entropy over the anchors that are not ignored, by the number of positives."""
+    """Binary cross entropy of anchors that are not ignored, divided by the positives."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits `[B, A, C]`, labels `[B, A]` as the head gives them."""
+        """Compute the loss of logits `[B, A, C]` and labels `[B, A]` of the head."""
         target = dense_targets(logits, labels.clamp(min=0))
         valid = (labels >= 0).to(logits.dtype)[..., None]
         loss = nn.functional.binary_cross_entropy_with_logits(
@@ -49,7 +49,7 @@ class PlainBCE(nn.Module):
 
 
 class PlainFocal(nn.Module):
-    """torchvision's focal loss over the anchors that are not ignored, by the positives."""
+    """torchvision's focal loss of anchors that are not ignored, divided by the positives."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """As `PlainBCE`."""
@@ -59,7 +59,7 @@ class PlainFocal(nn.Module):
 
 
 class Released(nn.Module):
-    """MMDetection's GHM-C, over the whole batch: once, not once a level of the pyramid."""
+    """MMDetection's GHM-C, once for the whole batch instead of once per pyramid level."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,12 +84,12 @@ class ReleasedRegression(nn.Module):
 
 
 def positives(labels: Tensor, classes: int) -> Tensor:
-    """How many anchors have an object, at least 1, without waiting for the device."""
+    """Number of anchors with an object, at least 1, without waiting for the device."""
     return ((labels >= 0) & (labels < classes)).sum().clamp(min=1)
 
 
 def losses(compiler: str | None) -> Iterator[tuple[str, Any]]:
-    """Every choice of losses by name."""
+    """Yield every choice of losses by name."""
     from ghm_triton.detection.models.heads import HeadLosses
     from ghm_triton.detection.models.losses import SmoothL1
     from ghm_triton.detection.training.build import build_losses
@@ -109,7 +109,7 @@ def losses(compiler: str | None) -> Iterator[tuple[str, Any]]:
 
 
 class Bench:
-    """The network, one batch and the optimiser."""
+    """A network, one batch and an optimiser."""
 
     def __init__(self, device: str, batch: int, size: tuple[int, int]) -> None:
         from torchvision.models.detection import retinanet_resnet50_fpn
@@ -132,14 +132,14 @@ class Bench:
         model.head.set_prior(0.01)
         self.device = device
         self.model: Any = channels_last(model.to(device)).train()
-        # So small a rate that every loss meets the same network.
+        # The rate is so small that every loss has the same network.
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-7, momentum=0.9)
         self.images = [torch.rand(3, *size, device=device) for _ in range(batch)]
         self.targets = [_objects(size, device) for _ in range(batch)]
         self.last = torch.zeros(())
 
     def step(self, chosen: Any) -> None:
-        """Forward, backward and an update."""
+        """Run forward, backward and an update."""
         head = self.model.head
         head.classification_loss, head.regression_loss = chosen.classification, chosen.regression
         self.optimizer.zero_grad(set_to_none=True)
@@ -161,7 +161,7 @@ def _objects(size: tuple[int, int], device: str) -> dict[str, Tensor]:
 
 
 def fitting(device: str, batches: Sequence[int], size: tuple[int, int], chosen: Any) -> Bench:
-    """The bench with the first of these batch sizes that fits into memory."""
+    """Make a bench with the first of the batch sizes that fits into memory."""
     for batch in batches:
         try:
             bench = Bench(device, batch, size)
@@ -176,7 +176,7 @@ def fitting(device: str, batches: Sequence[int], size: tuple[int, int], chosen: 
 
 
 def measure(bench: Bench, field: dict[str, Any], seconds: float, rounds: int) -> Iterator[Row]:
-    """A row a loss, or its error."""
+    """Yield a row per loss, with its times or its error."""
     shape = {"batch": len(bench.images), "image_size": list(bench.images[0].shape[1:])}
     key = {**KEY, **shape}
     values: dict[str, float] = {}
@@ -186,7 +186,7 @@ def measure(bench: Bench, field: dict[str, Any], seconds: float, rounds: int) ->
             value = float(bench.last)
             if not math.isfinite(value):
                 raise ArithmeticError(f"the loss is {value}")
-        except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
+        except Exception as error:  # noqa: BLE001 - any failure of a peer is its result
             yield key | {"loss": name, "error": describe(error)}
             continue
         values[name] = value
@@ -201,12 +201,12 @@ def measure(bench: Bench, field: dict[str, Any], seconds: float, rounds: int) ->
 
 
 def describe(error: Exception) -> str:
-    """An error for a row."""
+    """Format an error for a row."""
     return f"{type(error).__name__}: {error}"[:500]
 
 
 def run(options: argparse.Namespace, rows: Rows) -> None:
-    """Measure, unless the file has it already."""
+    """Measure unless the file has the rows already."""
     if any("error" not in row for row in rows.here({**KEY, "loss": "ghm"})):
         print("the training step is measured already", flush=True)
         return
@@ -216,7 +216,7 @@ def run(options: argparse.Namespace, rows: Rows) -> None:
         field = dict(losses(compiler))
         batches, size = ((1,), (64, 64)) if quick else ((8, 4, 2, 1), (800, 1066))
         bench = fitting(options.device, batches, size, field["bce"])
-    except Exception as error:  # noqa: BLE001 - say why there is no figure
+    except Exception as error:  # noqa: BLE001 - recorded as the reason
         print(describe(error), flush=True)
         rows.add({**KEY, "loss": "ghm", "error": describe(error)})
         return
@@ -226,10 +226,10 @@ def run(options: argparse.Namespace, rows: Rows) -> None:
 
 
 def line(row: Row) -> str:
-    """What the terminal shows of a row."""
+    """Format a row for the terminal."""
     if "error" in row:
         return f"  {row['loss']:<28} {row['error'].splitlines()[0][:120]}"
-    text = f"  {row['loss']:<28} {row['median_ms']:>9.2f} ms a step"
+    text = f"  {row['loss']:<28} {row['median_ms']:>9.2f} ms per step"
     return text + "".join(f" {ratio:>8.4f} x {name}" for name, ratio in row["ratios"].items())
 
 
@@ -240,8 +240,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default=here)
     parser.add_argument("--seconds", type=float, default=3.0, help="on each loss, about")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds until it is given up")
-    parser.add_argument("--quick", action="store_true", help="tiny images, to see that it runs")
-    parser.add_argument("--out", type=Path, default=RESULTS / "step.jsonl", help="added to")
+    parser.add_argument("--quick", action="store_true", help="tiny images, as a smoke test")
+    parser.add_argument("--out", type=Path, default=RESULTS / "step.jsonl", help="appended to")
     options = parser.parse_args()
     if options.quick:
         options.seconds = 0.01

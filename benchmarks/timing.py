@@ -1,4 +1,4 @@
-"""Clocks that are fair: contenders take turns, round after round, so that noise hits all alike."""
+"""Timing in turns, round after round, so that noise affects all contenders alike."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ import torch
 
 Work = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
-MOST_REPEATS = 200  # of one contender in one round
+MOST_REPEATS = 200  # per contender and round
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of every call, a list a round.
+    """Milliseconds of every call.
 
     Attributes:
-        rounds: Never empty, nor is any of its lists.
+        rounds: One list per round; none is empty.
     """
 
     rounds: tuple[tuple[float, ...], ...]
 
     @property
     def calls(self) -> list[float]:
-        """Every call, of all rounds."""
+        """The calls of all rounds."""
         return [ms for each in self.rounds for ms in each]
 
     @property
     def median(self) -> float:
-        """Over all calls."""
+        """Median of all calls."""
         return statistics.median(self.calls)
 
     def quantile(self, share: float) -> float:
-        """The time that this share of the calls did not exceed, in [0, 1]."""
+        """Quantile of all calls; `share` in [0, 1]."""
         ordered = sorted(self.calls)
         return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
     def ratio(self, other: Timing) -> float:
-        """How many times `other`'s time this takes: the median, over rounds, of their ratio."""
+        """Median over rounds of the ratio of this time to `other`."""
         pairs = zip(self.rounds, other.rounds, strict=True)
         return statistics.median(
             statistics.median(mine) / statistics.median(theirs) for mine, theirs in pairs
         )
 
     def shared(self, calls: int) -> Timing:
-        """The time of one of `calls` that each measured call consists of."""
+        """Time of one of the `calls` that each measured call consists of."""
         return Timing(tuple(tuple(ms / calls for ms in each) for each in self.rounds))
 
 
@@ -59,13 +59,13 @@ def race(
     seconds: float,
     rounds: int,
 ) -> tuple[dict[Name, Timing], dict[Name, Exception]]:
-    """Time contenders in turn, `rounds` times over.
+    """Time contenders in turns.
 
     Args:
-        contenders: By name. Each is called twice before it is timed.
+        contenders: Contenders by name. Each is called twice before it is timed.
         device: `cuda` times with events on the device, `cpu` by the clock.
-        seconds: Spent on each contender, about; a slow one is still called once a round.
-        rounds: How often each has its turn.
+        seconds: Approximate time per contender; a slow one is still called once per round.
+        rounds: Turns per contender.
 
     Returns:
         The times of those that never failed, and the errors of the others.
@@ -76,8 +76,8 @@ def race(
         try:
             burst(work, 1, device)
             (estimate,) = burst(work, 1, device)
-        except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
-            errors[name] = error.with_traceback(None)  # which would hold on to memory
+        except Exception as error:  # noqa: BLE001 - any failure of a peer is its result
+            errors[name] = error.with_traceback(None)  # which would keep memory alive
             continue
         share = seconds * 1000 / rounds / max(estimate, 1e-6)
         repeats[name] = max(1, min(MOST_REPEATS, round(share)))
@@ -93,7 +93,7 @@ def race(
 
 
 def burst(work: Work, calls: int, device: str) -> tuple[float, ...]:
-    """Milliseconds of each of several calls in a row."""
+    """Time several consecutive calls, in milliseconds each."""
     if device != "cuda":
         return tuple(_by_the_clock(work) for _ in range(calls))
     marks = [(_event(), _event()) for _ in range(calls)]
@@ -116,7 +116,7 @@ def _by_the_clock(work: Work) -> float:
 
 
 def capture(work: Work, calls: int) -> Work:
-    """A CUDA graph of `calls` calls of `work`; calling it replays them."""
+    """Capture `calls` calls of `work` in a CUDA graph; the result replays them."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -131,7 +131,7 @@ def capture(work: Work, calls: int) -> Work:
 
 
 def peak_bytes(work: Work, device: str) -> int | None:
-    """What `work` allocates at its height beyond what is there; on the GPU only."""
+    """Peak memory that `work` allocates on the GPU; None on the CPU."""
     if device != "cuda":
         return None
     torch.cuda.synchronize()
@@ -143,7 +143,7 @@ def peak_bytes(work: Work, device: str) -> int | None:
 
 
 def copy_rate(device: str, seconds: float) -> float:
-    """Gigabytes a second, read and written, of copying more than any cache holds: the roof."""
+    """Bandwidth of a copy larger than any cache, read and written, in GB/s."""
     source = torch.randn(2**28 if device == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
     timings, errors = race({"copy": lambda: target.copy_(source)}, device, seconds, rounds=3)
@@ -153,7 +153,7 @@ def copy_rate(device: str, seconds: float) -> float:
 
 
 def input_sets(set_bytes: int, device: str) -> int:
-    """How many sets of inputs to rotate among, so that none is still in the GPU's cache."""
+    """Number of input sets to rotate, so that none is still in the GPU's cache."""
     if device != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(torch.device(device)).L2_cache_size
@@ -161,7 +161,7 @@ def input_sets(set_bytes: int, device: str) -> int:
 
 
 def device_is_well(device: str) -> bool:
-    """Whether the device still works: some errors spoil everything after them."""
+    """Whether the device still works: some errors make all later calls fail."""
     if device != "cuda":
         return True
     try:

@@ -1,10 +1,10 @@
-"""Which grid suits each pass: programs a multiprocessor, one pass at a time, on a GPU.
+"""Find the grid for each pass on a GPU: programs per multiprocessor.
 
-    python -m benchmarks.tune                      # adds to benchmarks/results/tune.jsonl
+    python -m benchmarks.tune                      # appends to benchmarks/results/tune.jsonl
 
-The library launches `PROGRAMS_EACH` of `ghm_triton/ops/tiles.py` on every device; this is how that
-number is found. One JSON line a pass, dtype, kind of target and number of programs, with the bytes
-the pass must move and their share of what a copy moves in the same run.
+The library launches `PROGRAMS_EACH` of `ghm_triton/ops/tiles.py` on every device; this benchmark
+chooses that number. One JSON line per pass, dtype, kind of target and number of programs, with the
+bandwidth on the minimum traffic and its share of that of a copy in the same run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROWS, CLASSES, BINS = 2**20, 80, 30
 
 
 def passes(logits: Tensor, target: Tensor) -> Iterator[tuple[str, float, Work]]:
-    """Name, bytes and launch of the two passes of a training step."""
+    """Yield name, bytes and launch of the two passes of a training step."""
     read = logits.nbytes + target.nbytes
     table = torch.ones(BINS, device=logits.device)
     scale = torch.ones((), device=logits.device)
@@ -39,7 +39,7 @@ def passes(logits: Tensor, target: Tensor) -> Iterator[tuple[str, float, Work]]:
 
 
 def measure(rows: int, dtype: str, kind: str, device: str, seconds: float) -> Iterator[Row]:
-    """Rows of one problem: every pass with every number of programs, in turns."""
+    """Yield the rows of one problem: every pass with every number of programs, in turns."""
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(rows, CLASSES, device=device, generator=generator) * 2 - 4
     target = torch.randint(0, CLASSES + 1, (rows,), device=device, generator=generator)
@@ -72,10 +72,10 @@ def _with_programs(each: int, launch: Work) -> None:
 def main() -> None:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--device", default="cuda", help="cpu: interpreted, to see that it runs")
+    parser.add_argument("--device", default="cuda", help="cpu: interpreted, as a smoke test")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--seconds", type=float, default=0.15, help="spent on each number")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON lines; added to")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON lines; appended to")
     options = parser.parse_args()
     results = Rows(options.out, {"device": options.device, **provenance()})
     for dtype in ("float32", "bfloat16"):

@@ -1,8 +1,8 @@
-"""Does each exported file detect what its checkpoint detects? On whole test splits, in numbers.
+"""Compare exported files with their checkpoints on whole test splits.
 
-Each checkpoint is exported, and its file compared with it by `ghm verify`'s own comparison: batches
-of 1, 3 and 8; the file's thresholds, thresholds that show every class, and another NMS on top. One
-JSON line a runtime, with provenance. Exits with 1 where a file differs from its checkpoint.
+Each checkpoint is exported and compared as by `ghm verify`: batches of 1, 3 and 8; the file's
+thresholds, thresholds that show every class, and another NMS threshold. One JSON line per runtime,
+with provenance. The exit status is 1 if a file differs from its checkpoint.
 
     python -m benchmarks.verify retinanet=runs/cells/checkpoint.pt fcos=runs/fcos/checkpoint.pt
     python -m benchmarks.verify --table
@@ -33,7 +33,7 @@ BATCHES = (1, 3, 8)
 
 
 def main() -> int:
-    """Compare what is named, then print the table."""
+    """Compare the named checkpoints, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", nargs="*", metavar="NAME=CHECKPOINT")
     parser.add_argument("--data", help="default: what each was trained on")
@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--slow-images", type=int, default=2, help="that reference gets")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--table", action="store_true", help="only print the recorded rows")
     arguments = parser.parse_args()
     problems: list[str] = []
     if not arguments.table:
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def compared(name: str, path: Path, asked: argparse.Namespace) -> tuple[list[Row], list[str]]:
-    """Rows of one checkpoint, one a runtime; and whatever is wrong, in words."""
+    """Return the rows of one checkpoint, one per runtime, and the problems in words."""
     saved = Checkpoint.load(path)
     names = saved.config.class_names
     samples = open_dataset(asked.data or saved.training["data"], "test", class_names=names)
@@ -89,7 +89,7 @@ def compared(name: str, path: Path, asked: argparse.Namespace) -> tuple[list[Row
 
 
 def findings(report: VerifyReport, slow_images: int) -> list[Row]:
-    """What a report found, one row a runtime."""
+    """Return one row per runtime of a report."""
     rows = []
     for kind in RUNTIMES:
         runs = [key for key in report.runs if key[0] == kind.name]
@@ -116,7 +116,7 @@ def findings(report: VerifyReport, slow_images: int) -> list[Row]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows as Markdown: a line for each detector and its data, a column for each runtime."""
+    """Format the rows: a line per detector and data set, a column per runtime."""
     rows = list(rows)
     versions = {row["runtime"]: row["version"] for row in rows}
     lines = []
@@ -134,7 +134,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def outcome(row: Row) -> str:
-    """Detections that both sides have, in how many images, and how far they lie apart."""
+    """Format the matched detections, images, and largest differences of a row."""
     text = f"{row['detections']:,} in {row['images']}: {row['score']:.0e}, {row['box']:.0e} px"
     if row["batches"] != list(BATCHES):
         text += f"; batches of {', '.join(map(str, row['batches']))} only"

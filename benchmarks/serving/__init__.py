@@ -1,9 +1,9 @@
-"""What does serving cost? The same detector behind several servers, on one machine.
+"""Cost of serving: the same detector behind several servers on one machine.
 
     python -m benchmarks.serving --model detector.onnx --images FOLDER
     python -m benchmarks.serving --table
 
-`pipeline` is what every contender does with an image, and the yardstick when nothing serves it;
-`servers` holds the contenders that are not ours; `load` asks them; `processes` starts, pins and
-weighs them; `__main__` lets them take turns and writes the rows.
+`pipeline` processes an image as every contender does, without a server; `servers` has the
+contenders that are not ours; `load` has the clients; `processes` starts, pins and weighs servers;
+`__main__` runs them in turns and writes the rows.
 """

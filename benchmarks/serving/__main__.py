@@ -38,7 +38,7 @@ CLIENTS = (1, 8, 32)
 NO_SERVER = "no server"
 OURS, OURS_RAW = "ghm serve", "ghm serve, raw body"
 BEFORE = "ghm serve, before"
-# How each is started, where it answers, and what it calls the image in a form.
+# Command, path, and name of the image in a form.
 COMMANDS = {
     OURS: (["ghm", "serve"], "/v1/detect", "file"),
     BEFORE: (["ghm", "serve"], "/v1/detect", "file"),
@@ -50,12 +50,12 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Contender:
-    """A server that is up.
+    """A running server.
 
     Attributes:
-        port: Where it listens.
+        port: Port that it listens on.
         pid: Its process.
-        requests: What to send it.
+        requests: Requests to send.
     """
 
     port: int
@@ -65,13 +65,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured.
+    """Setting of a measurement.
 
     Attributes:
         model: The detector.
         images: Image files that clients send in turn.
-        cores: Of the servers.
-        peers: The Python that has LitServe and BentoML.
+        cores: Cores of the servers.
+        peers: Python interpreter with LitServe and BentoML.
         servers: Names of COMMANDS.
         before: Checkout that BEFORE is served from.
     """
@@ -85,7 +85,7 @@ class Setting:
 
 
 def main() -> None:
-    """Measure, or print what was measured."""
+    """Measure, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a detector that ghm export wrote")
     parser.add_argument("--images", type=Path, help="a folder of JPEG files")
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="also serve from this checkout")
     parser.add_argument("--servers", nargs="+", choices=COMMANDS, help="default: all")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--table", action="store_true", help="only print the recorded rows")
     arguments = parser.parse_args()
     if not arguments.table:
         if arguments.model is None or arguments.images is None:
@@ -128,7 +128,7 @@ def main() -> None:
 def measure(
     setting: Setting, clients: list[int], rounds: int, seconds: float
 ) -> Iterator[dict[str, Any]]:
-    """Rows of every contender at every number of clients."""
+    """Yield a row per contender and number of clients."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     threads = len(setting.cores)
     with ExitStack() as stack:
@@ -139,7 +139,7 @@ def measure(
         if OURS in contenders and BEFORE not in contenders:
             contenders[OURS_RAW] = raw(contenders[OURS], setting)
         for one in contenders.values():
-            ask(one.port, one.requests, max(clients), 1.0)  # what is made on first use
+            ask(one.port, one.requests, max(clients), 1.0)  # initialise what is lazy
         for number in clients:
             shares: dict[str, list[float]] = {name: [] for name in contenders}
             parts: dict[str, list[tuple[Load, float]]] = {name: [] for name in contenders}
@@ -170,7 +170,7 @@ def measure(
 
 
 def summary(shares: list[float], parts: list[tuple[Load, float]], one: Contender) -> dict[str, Any]:
-    """What the rounds of one contender come to."""
+    """Summarise the rounds of one contender."""
     loads = [load for load, _ in parts]
     everything = Load(milliseconds=[ms for load in loads for ms in load.milliseconds])
     answers = len(everything.milliseconds)
@@ -188,7 +188,7 @@ def summary(shares: list[float], parts: list[tuple[Load, float]], one: Contender
 
 @contextmanager
 def yardstick(setting: Setting, threads: int) -> Iterator[tuple[int, Any]]:
-    """The pipeline in a process of its own: what its model weighs, and a way to measure it."""
+    """Start the pipeline in its own process; yield its model's memory and a way to measure it."""
     module = [sys.executable, "-m", "benchmarks.serving.pipeline", "--threads", str(threads)]
     command = [*module, "--model", str(setting.model), "--images", *map(str, setting.images)]
     with running(command, setting.cores, speaks=True) as process:
@@ -231,13 +231,13 @@ def contender(name: str, setting: Setting, threads: int) -> Iterator[Contender]:
 
 
 def raw(ours: Contender, setting: Setting) -> Contender:
-    """Our server again, asked with bodies that are images."""
+    """Our server with request bodies that are images."""
     make = partial(raw_request, "/v1/detect")
     return Contender(ours.port, ours.pid, [make(image.read_bytes()) for image in setting.images])
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as Markdown."""
+    """Format the rows as a Markdown table."""
     return markdown(
         {
             **{name: row[name] for name in ("cores", "clients", "server")},

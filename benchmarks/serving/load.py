@@ -1,7 +1,6 @@
-"""Clients that ask a server as fast as it answers, each one request at a time.
+"""Closed-loop clients, each with one request at a time.
 
-Requests are made beforehand and answers are hardly looked at, so that the clients take as little
-of the machine as they can.
+Requests are prepared in advance and answers barely parsed, to keep the clients cheap.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from itertools import count
 
-# Seconds without an answer after which a client gives up, and what stands for its status.
+# Seconds after which a client gives up, and the status recorded then.
 _PATIENCE = 10
 NO_ANSWER = 0
 BOUNDARY = "----------------benchmark"
@@ -19,13 +18,13 @@ BOUNDARY = "----------------benchmark"
 
 @dataclass
 class Load:
-    """What the clients saw.
+    """Measurements of the clients.
 
     Attributes:
-        seconds: From the first request to the last answer.
-        last: When that came, by `time.perf_counter`.
-        milliseconds: Of each answer that was 200 and came in time.
-        refused: Other answers by status; `NO_ANSWER` where none came.
+        seconds: Time from the first request to the last answer.
+        last: Time of the last answer, by `time.perf_counter`.
+        milliseconds: Latency of each 200 answer.
+        refused: Number of other answers by status; `NO_ANSWER` for none in time.
     """
 
     seconds: float = 0.0
@@ -35,17 +34,17 @@ class Load:
 
     @property
     def per_second(self) -> float:
-        """Answers a second."""
+        """Answers per second."""
         return len(self.milliseconds) / self.seconds
 
     def quantile(self, share: float) -> float:
-        """The time that this share of the answers did not exceed."""
+        """Quantile of the latency."""
         ordered = sorted(self.milliseconds)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def form_request(path: str, field_name: str, content: bytes) -> bytes:
-    """A request with an image in a form."""
+    """Make a request with an image in a form."""
     head = (
         f"--{BOUNDARY}\r\n"
         f'Content-Disposition: form-data; name="{field_name}"; filename="image.jpg"\r\n'
@@ -56,7 +55,7 @@ def form_request(path: str, field_name: str, content: bytes) -> bytes:
 
 
 def raw_request(path: str, content: bytes) -> bytes:
-    """A request that is an image."""
+    """Make a request whose body is an image."""
     return _request(path, "image/jpeg", content)
 
 
@@ -69,13 +68,13 @@ def _request(path: str, kind: str, body: bytes) -> bytes:
 
 
 def ask(port: int, requests: list[bytes], clients: int, seconds: float) -> Load:
-    """Let several clients ask for some seconds.
+    """Run several clients for some seconds.
 
     Args:
-        port: Where the server listens.
-        requests: Sent in turn, over and over.
-        clients: How many ask at a time, each over a connection of its own.
-        seconds: For how long requests are begun.
+        port: Port of the server.
+        requests: Requests, sent in turn and repeated.
+        clients: Number of clients, each with its own connection.
+        seconds: Time during which requests start.
     """
     return asyncio.run(_ask(port, requests, clients, seconds))
 
@@ -110,7 +109,7 @@ async def _client(
 
 
 async def _read_answer(reader: asyncio.StreamReader) -> int:
-    """Read one answer to its end; its status."""
+    """Read one answer completely and return its status."""
     head = await reader.readuntil(b"\r\n\r\n")
     lower = head.lower()
     start = lower.index(b"content-length:") + len(b"content-length:")

@@ -1,7 +1,7 @@
-"""From the bytes of an image to the answer's JSON, with no server around it: the yardstick.
+"""From the bytes of an image to the answer's JSON without a server: the baseline.
 
-Decoding, letterboxing, inference and the answer are the service's own functions, so contenders
-differ in how they serve and in nothing else.
+Decoding, letterboxing, inference and the answer are functions of the service, so that contenders
+differ only in how they serve.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from service.images.decode import decode, prepare
 
 
 class Pipeline:
-    """A detector that answers for the bytes of an image.
+    """A detector that takes the bytes of an image.
 
     Args:
-        path: The detector.
-        threads: Of one inference.
+        path: The detector's file.
+        threads: Threads of one inference.
     """
 
     def __init__(self, path: Path, threads: int) -> None:
@@ -37,16 +37,16 @@ class Pipeline:
         self.model.warm_up()
 
     def __call__(self, content: bytes) -> dict[str, Any]:
-        """The answer's object for one image."""
+        """Return the answer for one image."""
         row, geometry = self.prepare(content)
         return self.infer(row, geometry)
 
     def prepare(self, content: bytes) -> tuple[np.ndarray, Any]:
-        """A row of the model's input, and how the image came to lie in it."""
+        """Return a row of the model's input and its geometry."""
         return prepare(decode(content, MOST_PIXELS), self.model.card)
 
     def infer(self, row: np.ndarray, geometry: Any) -> dict[str, Any]:
-        """The answer's object for a row."""
+        """Return the answer for a row."""
         found = self.model.detect(
             row[None], self.wanted.class_thresholds, self.wanted.iou_threshold
         )[0]
@@ -54,7 +54,7 @@ class Pipeline:
 
 
 def main() -> None:
-    """Measure whenever a number of seconds comes in on stdin; answer with images a second."""
+    """Read numbers of seconds from stdin; for each, measure and print images per second."""
     import orjson
 
     parser = argparse.ArgumentParser()

@@ -1,4 +1,4 @@
-"""Starting processes on chosen cores, and what they use of processor and memory."""
+"""Start processes on chosen cores and measure their processor time and memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def resident_bytes() -> int:
-    """What this process holds in memory now, pages shared with others counted in part."""
+    """Proportional set size of this process."""
     return _proportional(os.getpid())
 
 
@@ -24,13 +24,13 @@ def resident_bytes() -> int:
 def running(
     command: Sequence[str], cores: Sequence[int], *, speaks: bool = False, **environment: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """A process with its children, pinned to cores; killed at the end. Its stderr goes to ours.
+    """Run a process and its children pinned to cores; kill them at the end.
 
     Args:
-        command: What to run.
-        cores: The processors that it may use.
-        speaks: Whether its stdout is read. One that is not would fill its pipe and stop there.
-        **environment: Added to ours.
+        command: The command.
+        cores: Cores that it may use.
+        speaks: Whether its stdout is read; otherwise it is discarded.
+        **environment: Additional environment variables.
     """
     pinned = ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
     process = subprocess.Popen(
@@ -51,16 +51,16 @@ def running(
 
 
 def free_port() -> int:
-    """A port that nobody listens at just now."""
+    """Return a free port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 def wait_for_port(port: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    """Wait until somebody listens.
+    """Wait until a process listens on a port.
 
     Raises:
-        RuntimeError: The process ended before, or the time is up.
+        RuntimeError: The process ended, or the time is up.
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -69,14 +69,14 @@ def wait_for_port(port: int, process: subprocess.Popen[str], seconds: float = 12
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
         except OSError:
-            time.sleep(0.05)  # a foreign process does not say when it listens
+            time.sleep(0.05)  # other servers do not signal readiness
         else:
             return
     raise RuntimeError(f"{process.args} does not listen at {port} after {seconds} s")
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all that descend from it."""
+    """List a process and its descendants."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -91,7 +91,7 @@ def tree(pid: int) -> list[int]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time that a process and its descendants have used."""
+    """Processor time of a process and its descendants."""
     total = 0
     for each in tree(pid):
         try:
@@ -103,7 +103,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def memory_bytes(pid: int) -> int:
-    """Memory of a process and its descendants; what they share is counted once."""
+    """Memory of a process and its descendants, shared pages counted once."""
     return sum(_proportional(each) for each in tree(pid))
 
 

@@ -1,1 +1,1 @@
-"""The study: methods, detectors, seeds and data sets of a grid, each trained and measured."""
+"""Train and measure every method, detector, seed and data set of a grid."""

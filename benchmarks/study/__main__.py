@@ -1,7 +1,7 @@
-r"""Every method, side by side: train and measure what a grid asks for.
+r"""Train and measure the runs of a grid.
 
-One JSON line a run, with provenance. Runs already in the file are not repeated, those that failed
-are tried again, and a training that several sections want is done once.
+One JSON line per run, with provenance. Recorded runs are not repeated, failed ones are tried again,
+and a training that several sections share is done once.
 
     python -m benchmarks.study benchmarks/study/grids/cpu.yaml
     python -m benchmarks.study benchmarks/study/grids/gpu.yaml --seconds 440 --only methods bins
@@ -35,11 +35,11 @@ RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
 
 
 def main(words: Sequence[str] | None = None, work: Callable[[Run], Row] = measure) -> int:
-    """The command.
+    """Run the command.
 
     Returns:
-        0; 1 if a run failed, or if nothing was trained because it cannot fit into the time; 2 if
-        nothing could be started at all.
+        0; 1 if a run failed, or nothing was trained because no run fits into the time; 2 if
+        nothing could be started.
     """
     arguments = parser().parse_args(words)
     try:
@@ -72,21 +72,21 @@ def parser() -> argparse.ArgumentParser:
         "--seconds",
         type=float,
         default=float("inf"),
-        help="start no run that would, by those before it, end later than this",
+        help="start no run that is expected to end later than this",
     )
-    parser.add_argument("--list", action="store_true", help="print what is done and what is not")
-    parser.add_argument("--again", action="store_true", help="repeat what is done")
+    parser.add_argument("--list", action="store_true", help="print the runs and their state")
+    parser.add_argument("--again", action="store_true", help="repeat recorded runs")
     return parser
 
 
 class Study:
-    """The trainings of some runs, and how far they have come.
+    """The trainings of some runs and their progress.
 
     Args:
-        runs: What is asked for.
-        ledger: Where results go.
-        jobs: Runs side by side; None for what suits the machine.
-        seconds: From now, after which nothing is to run.
+        runs: The runs.
+        ledger: The result file.
+        jobs: Concurrent runs; None for the default of the machine.
+        seconds: Time limit from now.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Study:
         self.jobs = max(1, min(wanted, self.total))
 
     def go(self, work: Callable[[Run], Row]) -> int:
-        """Work off what is waiting. Returns 1 if something failed or nothing can ever fit."""
+        """Work off the waiting trainings. Returns 1 if one failed or none can ever fit."""
         origin = provenance()
         pending = {id(places[0]): places for places in self.waiting}
         print(f"{self.total} to train, {self.jobs} at a time", flush=True)
@@ -126,7 +126,7 @@ class Study:
         return int(self.failed > 0 or (too_long and self.finished == 0))
 
     def _tell_rest(self, room: float) -> bool:
-        """Say what was not begun; returns whether some would not be in another such call either.
+        """Print the trainings not started; return whether some would never fit.
 
         Args:
             room: Seconds that this call had.
@@ -141,7 +141,7 @@ class Study:
         return bool(too_long)
 
     def _following(self) -> Run | None:
-        """The first of those that wait which the time suffices for."""
+        """Return the first waiting training that fits into the remaining time."""
         left = self.end - time.monotonic()
         for places in self.waiting:
             if left > 0 and self.ledger.estimate(places[0]) <= left:
@@ -157,7 +157,7 @@ class Study:
 
 
 def print_list(runs: Sequence[Run], rows: Sequence[Row]) -> None:
-    """One line a training: whether it is done, and where it is wanted."""
+    """Print one line per training: its state, and the sections that use it."""
     trainings = distinct(runs)
     sound = [row for row in rows if "error" not in row]
     done = 0
@@ -172,7 +172,7 @@ def print_list(runs: Sequence[Run], rows: Sequence[Row]) -> None:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -189,7 +189,7 @@ def _positive(text: str) -> int:
 
 @contextmanager
 def _interrupted_by(kind: signal.Signals) -> Iterator[None]:
-    """Take a signal for Ctrl-C."""
+    """Handle a signal like Ctrl-C."""
 
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt

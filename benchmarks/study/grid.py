@@ -1,9 +1,9 @@
-"""From a YAML file to the runs that it asks for; every mistake is found before anything trains.
+"""Read the runs of a YAML grid; every mistake is found before anything trains.
 
 ```yaml
 data:                               # name: source, network input, and options of training
   cells: {source: "voc:${BCCD_ROOT}", image_size: [256, 320], channels: 64, batch_size: 8}
-methods:                            # name: options of training that differ from the defaults
+methods:                            # name: options of training other than the defaults
   focal: {cls_loss: focal, reg_loss: sl1, fcos: {reg_loss: giou}}  # for fcos, other ones
   clean: {config: {assigner: cleanliness}}                         # the detector's configuration
 sections:
@@ -46,23 +46,23 @@ VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 class GridError(ValueError):
-    """The grid asks for something that there is not; the message says what and where."""
+    """The grid is invalid; the message names the value and its place."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of training and of the detector's configuration, as a part of the file gives them."""
+    """Options of training and of the detector's configuration."""
 
     options: Mapping
     config: Mapping
 
     def over(self, other: Settings) -> Settings:
-        """These, and what they leave open from others."""
+        """Merge with others, which these take precedence over."""
         return Settings({**other.options, **self.options}, {**other.config, **self.config})
 
 
 class Grid:
-    """A grid, read and checked.
+    """A validated grid.
 
     Args:
         path: The YAML file; its name without suffix is the grid's.
@@ -75,7 +75,7 @@ class Grid:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.stem
         top = dict(self._mapping(_read(path), "", ("data", "methods", "sections")))
-        if isinstance(top.get("methods"), str):  # a file beside this one, which grids share
+        if isinstance(top.get("methods"), str):  # a file next to this one, shared by grids
             top["methods"] = _read(path.parent / top["methods"])
         for name in ("data", "methods", "sections"):
             self._mapping(top.get(name), name)
@@ -86,18 +86,18 @@ class Grid:
             self._check_section(name)
 
     def sections(self) -> list[str]:
-        """Their names, in the file's order."""
+        """Names of the sections, in the file's order."""
         return list(self._sections)
 
     def runs(self, only: Iterable[str] | None = None) -> list[Run]:
-        """Every run of the sections, in the file's order; seed by seed.
+        """List the runs of the sections, in the file's order, seed by seed.
 
         Args:
-            only: The sections; None for all.
+            only: Names of sections; None for all.
 
         Raises:
-            GridError: There is no such section, a variable of the environment is not set, or a
-                method does not fit a detector.
+            GridError: A section is unknown, an environment variable is not set, or a method is
+                incompatible with a detector.
         """
         chosen = list(self._sections) if only is None else list(only)
         for name in chosen:
@@ -125,7 +125,7 @@ class Grid:
         try:
             config = DetectorConfig(ANY_CLASSES, architecture=detector, **settings.config)
             training = TrainOptions(**options)
-            # Refuses what does not fit: a loss that the detector cannot learn by, and the like.
+            # Refuses incompatible options, such as a loss that the detector cannot train with.
             build_losses(
                 training,
                 architecture=detector,
@@ -238,7 +238,7 @@ class Grid:
         return value
 
     def _value(self, kind: Any, value: Any, where: str) -> Any:
-        """A value of the field's type; whole numbers are numbers, lists are tuples."""
+        """Validate a value against the field's type; integers are numbers, lists are tuples."""
         if isinstance(value, list):
             value = tuple(value)
         try:
@@ -257,7 +257,7 @@ class Grid:
         return VARIABLE.sub(value_of, text)
 
     def _refuse_confusion(self, runs: list[Run]) -> None:
-        """Folders of one name in two places would pass for one data set."""
+        """Refuse two folders of one name, which rows could not tell apart."""
         sources: dict[str, str] = {}
         for run in runs:
             label, source = data_label(run.options.data), run.options.data
@@ -276,10 +276,10 @@ def _read(path: Path) -> Any:
 
 
 class StrictLoader(yaml.SafeLoader):  # type: ignore[misc]
-    """PyYAML's safe loader, which lets the second of two equal keys win; this one refuses."""
+    """A safe loader that refuses duplicate keys, of which PyYAML's keeps the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        """A mapping with each key once."""
+        """Construct a mapping; refuse duplicate keys."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
         for key in keys:
             if keys.count(key) > 1:
@@ -293,7 +293,7 @@ MERGE = "tag:yaml.org,2002:merge"
 
 
 def distinct(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The trainings that runs come to: key to the places that want it."""
+    """Group runs by training: key to the runs that share it."""
     trainings: dict[str, list[Run]] = {}
     for run in runs:
         trainings.setdefault(key_of(run.key()), []).append(run)

@@ -1,4 +1,4 @@
-"""The study's result file: what is done, what failed, and how long the rest may take."""
+"""The study's result file: finished and failed trainings, and estimates of time."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any, Self
 from benchmarks.result_file import Row, Rows, matches, read
 from benchmarks.study.plan import SETTING, Run, key_of
 
-RECENT = 10  # runs that an estimate is made of
-MARGIN = 1.2  # runs that share a machine do not all take the same time
+RECENT = 10  # runs per estimate
+MARGIN = 1.2  # runs that share a machine vary in time
 
 
 class BusyError(RuntimeError):
-    """Another study is writing to the file."""
+    """Another study has the file open."""
 
 
 class Ledger:
     """A result file, locked while it is open.
 
     Args:
-        path: Made, with its folder, where missing.
-        machine: `cpu` and `gpu` as provenance names them: estimates are of runs on this one.
-        again: Whether runs that were there before count for nothing.
+        path: Created with its folder if missing.
+        machine: `cpu` and `gpu` of the provenance; estimates are of runs on this machine.
+        again: Whether to ignore recorded runs.
 
     Raises:
         BusyError: Another process has it open.
@@ -43,7 +43,7 @@ class Ledger:
         self._machine = {name: machine.get(name) for name in ("cpu", "gpu")}
         self._all = read(path)
         self._done = [] if again else [row for row in self._all if "error" not in row]
-        self._rows = Rows(path, {})  # rows bring their origin along
+        self._rows = Rows(path, {})  # rows have their own origin
 
     def __enter__(self) -> Self:
         return self
@@ -57,14 +57,14 @@ class Ledger:
         self._lock.close()
 
     def found(self, run: Run) -> Row | None:
-        """The last sound row of the training that a run comes to, wherever it was asked for."""
+        """Return the last successful row of a run's training, of any section."""
         return lookup(self._done, run)
 
     def settle(self, places: Sequence[Run], row: Row) -> None:
-        """Write a training's row under every place that wants it, unless it stands last there.
+        """Write a training's row for every place in the grid, unless it is the last one there.
 
-        The last row of a place counts: where a default was changed and changed back, the row that
-        is wanted again must come after the other.
+        The last row of a place counts: if a default was changed and changed back, the row must be
+        repeated after the other.
         """
         for run in places:
             last = self._last(run)
@@ -74,18 +74,18 @@ class Ledger:
                 self._done.append(added)
 
     def _last(self, run: Run) -> Row | None:
-        """The last sound row of a place in the grid, whatever it was trained with."""
+        """Return the last successful row of a place in the grid, whatever its options."""
         key = run.key()
         place = {**run.place(), **{name: key[name] for name in SETTING}}
         return next((row for row in reversed(self._done) if matches(row, place)), None)
 
     def fail(self, places: Sequence[Run], error: str, origin: Mapping[str, Any]) -> None:
-        """Write down that a training failed; it is tried again by the next call."""
+        """Record that a training failed; the next call tries it again."""
         for run in places:
             self._rows.add({**run.head(), "error": error, **origin})
 
     def estimate(self, run: Run) -> float:
-        """Seconds that a run will take, by the recent ones on this machine; 0 if unknown."""
+        """Estimate the seconds of a run from recent ones on this machine; 0 if unknown."""
         key = run.key()
         rows = [
             row for row in self._all if row.get("total_seconds") and matches(row, self._machine)
@@ -99,6 +99,6 @@ class Ledger:
 
 
 def lookup(rows: Sequence[Row], run: Run) -> Row | None:
-    """The last of the rows that a run's training has."""
+    """Return the last row of a run's training."""
     key = key_of(run.key())
     return next((row for row in reversed(rows) if key_of(row) == key), None)

@@ -1,4 +1,4 @@
-"""What one run of the study is, and what tells it from another."""
+"""A run of the study and its key."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from benchmarks.result_file import Row
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.training.config import TrainOptions
 
-# A configuration needs classes, and a data set's are known only once it is opened.
+# Placeholder: the classes of a data set are known only once it is opened.
 ANY_CLASSES = ("object",)
-# Have fields of their own in a row, or do not change what is learnt.
+# Fields of their own in a row, or without effect on the result.
 APART = ("data", "seed", "steps", "batch_size", "workers", "checkpoint_every")
 CONFIG_APART = ("class_names", "architecture", "image_size", "channels")
 DENSITY_LOSSES = ("ghm", "ghm-softmax")
@@ -24,11 +24,11 @@ class Run:
     """One training, in its place in a grid.
 
     Attributes:
-        grid: The grid's name.
-        section: The section's.
-        method: The method's.
-        options: How to train.
-        config: What; of `ANY_CLASSES` until the data set is opened.
+        grid: Name of the grid.
+        section: Name of the section.
+        method: Name of the method.
+        options: Options of training.
+        config: The detector's configuration, with `ANY_CLASSES` until the data set is opened.
     """
 
     grid: str
@@ -38,7 +38,7 @@ class Run:
     config: DetectorConfig
 
     def key(self) -> Row:
-        """What decides the outcome: runs of one grid with equal keys are one training."""
+        """Return the fields that determine the result: equal keys are one training."""
         return {
             "grid": self.grid,
             "data": data_label(self.options.data),
@@ -56,7 +56,7 @@ class Run:
         }
 
     def recipe(self) -> str:
-        """A digest of every option and setting: it tells runs apart when a default has changed."""
+        """Return a digest of every option, which changes if a default changes."""
         options = asdict(self.options.settled(self.config.architecture))
         whole = {
             "options": {k: v for k, v in options.items() if k not in (*APART, "data")},
@@ -65,11 +65,11 @@ class Run:
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
 
     def place(self) -> Row:
-        """Where in the grid the run stands."""
+        """Section and method of the run."""
         return {"section": self.section, "method": self.method}
 
     def head(self) -> Row:
-        """The fields of its row that are known before it is trained."""
+        """Return the fields of its row that are known before training."""
         harmonized = self.options.cls_loss in DENSITY_LOSSES
         return {
             **self.place(),
@@ -89,18 +89,18 @@ KEY = (*SETTING, "options", "config", "recipe")
 
 
 def key_of(row: Row) -> str:
-    """A row's or a run's key as one string."""
+    """Return the key of a row or run as one string."""
     return json.dumps([row.get(name) for name in KEY], sort_keys=True)
 
 
 def data_label(source: str) -> str:
-    """A data set without its folder's path, which differs between machines."""
+    """Name a data set without the path of its folder, which differs between machines."""
     kind, colon, details = source.partition(":")
     return kind + colon + details.rstrip("/").rsplit("/", 1)[-1]
 
 
 def changed(values: Any, defaults: Any, apart: tuple[str, ...]) -> Row:
-    """The fields of a dataclass that differ from its defaults, as JSON has them."""
+    """Return the fields of a dataclass that differ from its defaults, as JSON values."""
     pairs = {f.name: (getattr(values, f.name), getattr(defaults, f.name)) for f in fields(values)}
     return {
         name: list(value) if isinstance(value, tuple) else value

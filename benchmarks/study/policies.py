@@ -1,4 +1,4 @@
-"""Are class-adaptive thresholds worth it? F1 of each policy, against one threshold for all."""
+"""F1 of each policy of class-adaptive thresholds, and of one threshold for all classes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ghm_triton.detection.evaluate import Detections, observe
 from ghm_triton.evidence import SCORE_BINS, ClassStatistics, ClassThresholds, ThresholdWarning
 
 POLICIES = ("f1", "prior", "precision=0.9", "fixed=0.5")
-SINGLE = "single"  # the yardstick: one threshold, the best there is on the held-out split
+SINGLE = "single"  # the best one threshold on the held-out split
 
 
 def choose(held_out: ClassStatistics) -> dict[str, Tensor]:
-    """The thresholds of every policy and of `SINGLE`, float32 `[C]`, from held-out statistics."""
+    """Choose thresholds, float32 `[C]`, by every policy and `SINGLE` from held-out statistics."""
     with warnings.catch_warnings():
-        # A class without evidence is to be expected of a method that has not learnt it.
+        # A method that has not learnt a class has no evidence for it.
         warnings.simplefilter("ignore", ThresholdWarning)
         chosen = {
             policy: torch.from_numpy(ClassThresholds.from_statistics(held_out, policy).as_array())
@@ -31,9 +31,9 @@ def choose(held_out: ClassStatistics) -> dict[str, Tensor]:
 
 
 def best_single(held_out: ClassStatistics) -> float:
-    """The lowest threshold for all classes that maximises their mean F1 on held-out images.
+    """Choose the lowest threshold for all classes that maximises their mean held-out F1.
 
-    Like the `f1` policy it chooses from the edges of the score histograms, the first excepted.
+    Like the `f1` policy it chooses from the edges of the score histograms except the first.
     """
     curves = []
     for label, truths in enumerate(held_out.ground_truths):
@@ -49,8 +49,8 @@ def score(
     """Macro-F1 of detections at class thresholds: `2 TP / (2 TP + FP + FN)` at IoU 0.5.
 
     Args:
-        thresholds: `[C]`; what scores less does not stand.
-        results: Images with all their detections, down to the lowest threshold.
+        thresholds: `[C]`.
+        results: Images with all their detections down to the lowest threshold.
         class_names: The classes.
 
     Returns:
@@ -77,7 +77,7 @@ def score(
 def standing(
     results: Sequence[tuple[Sample, Detections]], thresholds: Tensor
 ) -> list[tuple[Sample, Detections]]:
-    """The detections whose score reaches their class's threshold."""
+    """Keep the detections whose score reaches the threshold of their class."""
     kept = []
     for sample, found in results:
         stands = found.scores >= thresholds[found.labels]

@@ -1,4 +1,4 @@
-"""One run: train, and measure all that the study's tables and figures are made of."""
+"""Train one run and measure everything that the study's tables and figures need."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ from ghm_triton.evidence import SCORE_FLOOR, ClassStatistics
 TEST = "test"
 DENSE = ("retinanet", "fcos")
 CURVES = ("classification", "unguided_classification", "bbox_regression", "grad_norm")
-POINTS = 60  # of a curve, at most
-BINS = 30  # of a histogram of gradient norms
-IMAGES = 128  # that gradient norms are taken of
+POINTS = 60  # maximum per curve
+BINS = 30  # per histogram of gradient norms
+IMAGES = 128  # per histogram
 
 
 def measure(run: Run) -> Row:
-    """Train a run and measure it: the row of a result file, but for what the pool knows.
+    """Train and measure a run; return the row of the result file.
 
     Raises:
-        ValueError: The data set cannot be opened, or an option does not fit it.
-        TrainingError: The loss or the gradient is no longer finite.
+        ValueError: The data set cannot be opened, or an option is incompatible with it.
+        TrainingError: The loss or the gradient is not finite.
     """
     origin, started = _origin(), time.perf_counter()
     options = run.options
@@ -69,18 +69,18 @@ def measure(run: Run) -> Row:
         "gradient_norms": _gradient_norms(run, detector),
         "total_seconds": round(time.perf_counter() - started, 1),
     }
-    # The head as it is: it is what the row is found by.
+    # The head is not rounded: the row is looked up by it.
     return {**run.head(), **{name: plain(value) for name, value in results.items()}, **origin}
 
 
 @cache
 def _origin() -> Row:
-    # Of the code that this process runs, whatever becomes of the files while it does.
+    # Cached: the code of this process, even if the files change meanwhile.
     return provenance()
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: NaN and infinities as None, numbers to 6 digits."""
+    """Convert to JSON values: NaN and infinities to None, numbers to 6 digits."""
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -103,8 +103,8 @@ def _tested(run: Run, detector: Detector, held_out: ClassStatistics) -> Row:
     """Average precision on the test split, and macro-F1 of every policy."""
     names = detector.config.class_names
     thresholds = choose(held_out)
-    # One pass serves all: what scores less neither suppresses nor displaces what scores more, but
-    # where an image has `max_detections` of them.
+    # One pass is enough for all: lower scores neither suppress nor displace higher ones, unless an
+    # image has `max_detections`.
     floor = torch.stack([torch.full((len(names),), SCORE_FLOOR), *thresholds.values()]).amin(0)
     test = open_split(run.options, TEST, names)
     predict = torch_predictor(DeployedDetector(detector), floor)
@@ -126,9 +126,9 @@ def _precision(found: MeanAveragePrecision) -> Row:
 
 
 def _curves(metrics: Path) -> Row:
-    """Means over equal stretches of steps; `step` is how many were done at a stretch's end.
+    """Means over equal stretches of steps; `step` is the number of steps at a stretch's end.
 
-    A guide makes the classification as large as the boxes: how it was before has its own curve.
+    The classification loss before the guide scales it has its own curve.
     """
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     ends = stretches(len(lines))
@@ -145,7 +145,7 @@ def _curves(metrics: Path) -> Row:
 
 
 def stretches(steps: int, points: int = POINTS) -> list[int]:
-    """Where equal stretches of steps end; as many as there are steps, or points."""
+    """Ends of equal stretches of steps, at most `points`."""
     count = min(steps, points)
     return [round((i + 1) * steps / count) for i in range(count)]
 
@@ -163,9 +163,9 @@ def _gradient_norms(run: Run, detector: Detector) -> Row | None:
 
 
 def gradients(positives: Tensor, negatives: Tensor, bins: int = BINS) -> dict[str, list[float]]:
-    """The sum of the logits' gradients in each of equal bins of the norm, by loss.
+    """Sum the logits' gradients in equal bins of the norm, by loss.
 
-    Most entries lie in the first bin, far below its middle: counts alone do not tell it.
+    Counts are not enough: most entries of the first bin are far below its middle.
     """
     sides = [norms.double() for norms in (positives, negatives)]
     regions = torch.cat([_region(norms, bins) for norms in sides])
@@ -189,6 +189,6 @@ def _region(norms: Tensor, bins: int) -> Tensor:
 
 
 def histogram(norms: Tensor, bins: int = BINS) -> Sequence[int]:
-    """How many norms lie in each of equal bins of [0, 1], the last one closed."""
+    """Count the norms in equal bins of [0, 1], the last one closed."""
     counts: list[int] = torch.bincount(_region(norms, bins), minlength=bins).tolist()
     return counts

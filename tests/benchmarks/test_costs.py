@@ -30,11 +30,11 @@ def test_nothing_is_worse_than_itself():
 
 WORSE = {
     "registers": {"registers": 45},
-    "instructions an element": {"instructions": 22.1},
-    "special functions an element": {"special": 2.25},
-    "conversions an element": {"conversions": 1.125},
-    "loads an element": {"loads": {"16": 2, "8": 3}},
-    "stores an element": {"stores": {"16": 3}},
+    "instructions per element": {"instructions": 22.1},
+    "special functions per element": {"special": 2.25},
+    "conversions per element": {"conversions": 1.125},
+    "loads per element": {"loads": {"16": 2, "8": 3}},
+    "stores per element": {"stores": {"16": 3}},
 }
 
 
@@ -53,7 +53,7 @@ def test_what_was_zero_may_not_appear():
 
 @pytest.mark.parametrize(
     ("metric", "change"),
-    [("bytes a load", {"loads": {"8": 4}}), ("bytes a store", {"stores": {"4": 2}})],
+    [("bytes per load", {"loads": {"8": 4}}), ("bytes per store", {"stores": {"4": 2}})],
 )
 def test_narrower_is_worse(metric, change):
     (complaint,) = complaints(OLD, replace(OLD, **change))
@@ -77,7 +77,7 @@ def test_of_another_compiler_only_spills_and_widths_count():
     found = complaints(other, replace(heavy, spilled_bytes=4, loads={"4": 8}))
     assert len(found) == 2
     assert "spills" in found[0]
-    assert "bytes a load" in found[1]
+    assert "bytes per load" in found[1]
 
 
 def test_the_roofline_by_hand():

@@ -116,7 +116,7 @@ def test_it_is_measured_once(tmp_path, monkeypatch, capsys):
     path = tmp_path / "step.jsonl"
     step.run(options(), Rows(path, ORIGIN))
     said = " ".join(capsys.readouterr().out.split())
-    assert said == "ghm 1.00 ms a step 1.0100 x bce"
+    assert said == "ghm 1.00 ms per step 1.0100 x bce"
     step.run(options(), Rows(path, ORIGIN))
     assert len(read(path)) == 1
     step.run(options(), Rows(path, {**ORIGIN, "source": "new"}))

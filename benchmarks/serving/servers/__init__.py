@@ -1,5 +1,5 @@
-"""The contenders that are not ours, each as its own documentation would have it written.
+"""Contenders that are not ours, each written as its documentation recommends.
 
-Each is told its model, port and threads by `MODEL`, `PORT` and `THREADS` in the environment, and
-runs in any Python that has it and what `benchmarks.serving.pipeline` needs.
+Model, port and threads are the environment variables `MODEL`, `PORT` and `THREADS`. Each runs in
+any Python that has it and the requirements of `benchmarks.serving.pipeline`.
 """

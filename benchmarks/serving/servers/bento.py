@@ -12,14 +12,14 @@ from benchmarks.serving.pipeline import Pipeline
 
 @bentoml.service(workers=1, traffic={"timeout": 60})
 class Detector:
-    """Takes a file, answers with an object."""
+    """Answers a file with a JSON object."""
 
     def __init__(self) -> None:
         self.pipeline = Pipeline(Path(os.environ["MODEL"]), int(os.environ["THREADS"]))
 
     @bentoml.api
     def detect(self, file: Annotated[Path, ContentType("image/*")]) -> dict[str, Any]:
-        """An image becomes an answer."""
+        """Answer one image."""
         return self.pipeline(file.read_bytes())
 
 

@@ -1,4 +1,4 @@
-"""LitServe with its defaults: one worker process beside one that speaks HTTP."""
+"""LitServe with its defaults: one worker process and one HTTP process."""
 
 import os
 from pathlib import Path
@@ -14,19 +14,19 @@ class Detector(litserve.LitAPI):
     """Decodes in `decode_request`, infers in `predict`."""
 
     def setup(self, device: str) -> None:  # noqa: ARG002
-        """Load the model, in the worker."""
+        """Load the model in the worker."""
         self.pipeline = Pipeline(Path(os.environ["MODEL"]), int(os.environ["THREADS"]))
 
     def decode_request(self, request: UploadFile) -> Any:
-        """An image becomes a row."""
+        """Decode an image to a row."""
         return self.pipeline.prepare(request.file.read())
 
     def predict(self, prepared: Any) -> dict[str, Any]:
-        """A row becomes an answer."""
+        """Run the model on a row."""
         return self.pipeline.infer(*prepared)
 
     def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
-        """The answer as it is."""
+        """Return the answer unchanged."""
         return output
 
 

@@ -1,4 +1,4 @@
-"""FastAPI as one writes it by hand in an afternoon: a plain function, which runs in a thread."""
+"""A minimal FastAPI application: a plain function, which runs in a thread."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ pipeline = Pipeline(Path(os.environ["MODEL"]), int(os.environ["THREADS"]))
 
 @app.post("/detect")
 def detect(file: UploadFile) -> dict[str, Any]:
-    """An image becomes an answer."""
+    """Answer one image."""
     return pipeline(file.file.read())
 
 

@@ -85,7 +85,7 @@ def _methods(part: DataFrame, everything: DataFrame, baseline: str) -> str:
         "baseline" if method == baseline else difference(paired[rows.index], len(rows))
         for method, rows in groups
     ]
-    table["ms a step"] = spread(part.step_ms, part.method, 1)
+    table["ms per step"] = spread(part.step_ms, part.method, 1)
     sharing = sorted(part.parallel.fillna(1).unique())
     if sharing != [1]:
         notes.append(f"Runs that shared the machine while steps were timed: {_listed(sharing)}.")
@@ -215,7 +215,7 @@ def _origin(rows: DataFrame) -> Run:
     first = rows.iloc[0]
     machine = [str(first[name]) for name in ("gpu", "cpu", "system") if first[name]]
     if first.cpu_threads:
-        machine.append(f"CPU threads a run: {first.cpu_threads}")
+        machine.append(f"CPU threads per run: {first.cpu_threads}")
     versions = {"Python": first.python, **(first.versions or {})}
     return {
         "grid": shown(first.grid),

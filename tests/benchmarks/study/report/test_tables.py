@@ -24,7 +24,7 @@ def test_methods_have_means_deviations_and_paired_differences(frame, make):
         text
     )
     found = cells(text)
-    names = ["seeds", "AP", "AP50", "AP75", "AP against focal", "ms a step"]
+    names = ["seeds", "AP", "AP50", "AP75", "AP against focal", "ms per step"]
     assert found["method"] == names
     # Two values d apart deviate by d / sqrt(2).
     both = "**0.600 ± 0.000**"
@@ -111,7 +111,7 @@ def test_provenance_is_a_line_for_each_grid_and_machine(write, make):
     lines = tables.provenance(read_study([write(*rows)])).splitlines()
     found = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
     versions = "Python 3.11.7, torch 2.6.0"
-    threads = "CPU threads a run: 1"
+    threads = "CPU threads per run: 1"
     assert found == [
         ["cpu", "2", f"A CPU, Linux x86_64, {threads}", versions, "aaa, bbb", "111",
          "yes: trained without a GPU"],
