@@ -19,6 +19,7 @@ import onnx
 from export.card import INPUT, OUTPUTS
 from export.file import DetectorFile, set_default
 from export.session import open_session
+from ghm_triton.extras import how_to_install
 
 Array = npt.NDArray[Any]
 Overrides = Mapping[str, npt.NDArray[np.float32]]
@@ -94,7 +95,7 @@ class Runtime(ABC):
     @classmethod
     def how_to_install(cls) -> str:
         """The command that installs the runtime."""
-        return f"pip install 'ghm-triton[{cls.extra}]'"
+        return how_to_install(cls.extra)
 
     @abstractmethod
     def _load(self, content: bytes) -> None: ...

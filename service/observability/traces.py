@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
+from ghm_triton.extras import how_to_install
 from service.core.settings import SettingsError
 from service.observability import logs
 
@@ -64,7 +65,7 @@ def instrument(app: FastAPI, exporter: SpanExporter | None = None) -> TracerProv
     except ModuleNotFoundError as error:
         raise SettingsError(
             f"{variable} is set, but traces need the package {error.name!r}:"
-            " pip install 'ghm-triton[otel]'"
+            f" {how_to_install('otel')}"
         ) from error
     name = os.environ.get("OTEL_SERVICE_NAME", "ghm")
     provider = TracerProvider(resource=Resource.create({SERVICE_NAME: name}))

@@ -24,6 +24,7 @@ from ghm_triton.detection.training.build import REPORT_EVERY, Run
 from ghm_triton.detection.training.checkpoint import CHECKPOINT, save_run
 from ghm_triton.diagnosis import warn_of
 from ghm_triton.evidence import ClassStatistics
+from ghm_triton.extras import how_to_install
 from ghm_triton.losses.density import GradientDensity
 from ghm_triton.monitor import DensityMonitor, PositivesMonitor, find_densities
 
@@ -311,4 +312,4 @@ def _labels_of(statistics: ClassStatistics) -> Tensor:
 def require_tensorboard() -> None:
     """Raise ValueError, with the extra to install, if TensorBoard is not installed."""
     if find_spec("tensorboard") is None:
-        raise ValueError("TensorBoard is not installed: pip install 'ghm-triton[tensorboard]'")
+        raise ValueError(f"TensorBoard is not installed: {how_to_install('tensorboard')}")

@@ -168,3 +168,17 @@ def test_bad_detections_change_nothing(match, scores, labels, ground_truths):
 def test_bad_label_counts():
     with pytest.raises(ValueError, match=r"counts must be \[3\], got \[2\]"):
         ClassStatistics(("cat", "dog")).add_labels(torch.tensor([1, 2]))
+
+
+def test_tensors_of_every_kind_are_accepted_and_copied():
+    positives = torch.tensor([3, 4], dtype=torch.uint8)
+    statistics = ClassStatistics(("cat", "dog"), 10, positives)
+    scores = torch.tensor([0.25, 0.5], dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.tensor([0, 1], dtype=torch.int32)
+    statistics.observe_detections(scores, labels, torch.tensor([1, 0]), labels[:1])
+    statistics.add_labels(torch.tensor([1, 1, 1]))
+    assert positives.tolist() == [3, 4]
+    assert statistics.positives.tolist() == [4, 5]
+    quarter, half = SCORE_BINS // 4, SCORE_BINS // 2
+    assert np.argwhere(statistics.positive_scores).tolist() == [[0, quarter]]
+    assert np.argwhere(statistics.negative_scores).tolist() == [[1, half]]
