@@ -71,6 +71,7 @@ with TestClient(app) as client:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_bombs_are_refused_and_take_less_than_50_megabytes(detector: Path):
     done = subprocess.run(

@@ -60,6 +60,7 @@ def test_beyond_capacity_some_are_refused_and_the_others_served_in_time(
     assert scheduler.in_flight == 0
 
 
+@pytest.mark.slow
 def test_models_are_replaced_under_load_without_an_error_or_a_mixture(
     settings, serve, write_detector, png, tmp_path
 ):

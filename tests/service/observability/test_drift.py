@@ -135,19 +135,20 @@ def test_scores_of_the_same_kind_are_stable(trained, seed):
         assert one.scores.psi_by_chance < CHANCE
 
 
-@pytest.mark.parametrize(("power", "word"), [(4.3, "moderate"), (12.0, "major")])
-def test_scores_of_another_kind_are_not(trained, power, word):
-    # The index of the distributions themselves: 0.17 and 1.83.
+@pytest.mark.parametrize(
+    ("scores", "word"),
+    [
+        # The index of the distributions themselves: 0.17 and 1.83.
+        (sample(7, 4000, 4.3), "moderate"),
+        (sample(7, 4000, 12.0), "major"),
+        ((0.5 + 0.5 * sample(0, 2000, 1 / 3)).astype(np.float32), "major"),  # at the threshold
+    ],
+)
+def test_scores_of_another_kind_are_not(trained, scores, word):
     monitor = Monitor(trained)
-    seen(monitor, 0, sample(7, 4000, power))
+    seen(monitor, 0, scores)
     assert monitor.classes()[0].scores.word == word
     assert monitor.classes()[1].scores.word == "unknown"
-
-
-def test_scores_that_crowd_at_the_threshold_drift_too(trained):
-    monitor = Monitor(trained)
-    seen(monitor, 0, (0.5 + 0.5 * np.random.default_rng(0).random(2000) ** 3).astype(np.float32))
-    assert monitor.classes()[0].scores.word == "major"
 
 
 def test_no_value_before_there_are_enough(trained):
@@ -188,14 +189,8 @@ def test_the_mix_of_classes(trained):
 def test_many_classes_need_more_detections_for_their_mix(shifted, card):
     names = [f"class {i}" for i in range(80)]
     judged = [replace(card.thresholds[0], name=name) for name in names]
-    flat = ClassStatistics(
-        names,
-        anchors=1,
-        positives=[1] * 80,
-        ground_truths=[1] * 80,
-        positive_scores=[[0, 400]] * 80,
-        negative_scores=[[0, 0]] * 80,
-    )
+    scores = {"positive_scores": [[0, 400]] * 80, "negative_scores": [[0, 0]] * 80}
+    flat = ClassStatistics(names, 1, [1] * 80, [1] * 80, **scores)
     monitor = Monitor(
         card.model_copy(update={"class_names": names, "thresholds": judged, "statistics": flat})
     )
@@ -219,16 +214,13 @@ def test_the_past_fades(trained):
     assert sum(monitor.classes()[0].scores.live) == pytest.approx(CLASS_WINDOW, rel=0.01)
 
 
-def test_one_class_does_not_fade_by_anothers_detections(trained):
+def test_a_class_fades_by_its_own_detections_and_the_mix_by_all(trained):
     monitor = Monitor(trained)
     seen(monitor, 0, sample(1, 1000))
     before, mix_before = monitor.classes()[0].scores.live, monitor.mix().live[0]
     seen(monitor, 1, sample(2, 1000))
     assert monitor.classes()[0].scores.live == before
     assert monitor.mix().live[0] < mix_before
-
-
-def test_the_mix_fades_by_all(trained):
     monitor = Monitor(trained)
     for _ in range(2):
         monitor.observe(np.full(100, 0.9, np.float32), np.zeros(100, np.int64))
@@ -238,14 +230,9 @@ def test_the_mix_fades_by_all(trained):
 
 def test_scores_below_the_threshold_do_not_count(trained):
     monitor = Monitor(trained)
+    monitor.observe(np.zeros(0, np.float32), np.zeros(0, np.int64))
     monitor.observe(np.array([0.1, 0.59, 0.61], np.float32), np.array([0, 1, 1]))
     assert monitor.mix().live == [0, 1, 0]
-
-
-def test_nothing_seen_is_nothing_counted(trained):
-    monitor = Monitor(trained)
-    monitor.observe(np.zeros(0, np.float32), np.zeros(0, np.int64))
-    assert monitor.live.sum() == 0
 
 
 def test_workers_counts_add_up(trained):

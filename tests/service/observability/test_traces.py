@@ -184,6 +184,7 @@ def collector():
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_stop_sends_what_is_left_to_the_collector(collector, detector):
     url, got = collector
     code = f"""
