@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +16,7 @@ router = APIRouter(include_in_schema=False)
 
 STATIC = Path(__file__).parents[2] / "static"
 
-_KINDS = {
+_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -37,56 +36,44 @@ _HEADERS = {
 }
 
 
-@dataclass(frozen=True)
-class _Asset:
-    """A file of the page, plain and compressed."""
-
-    kind: str
-    content: bytes
-    compressed: bytes
-    digest: str
-
-
 @cache
-def _assets() -> dict[str, _Asset]:
-    return {path.name: _asset(path) for path in STATIC.iterdir() if path.suffix in _KINDS}
-
-
-def _asset(path: Path) -> _Asset:
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()[:16]
-    return _Asset(_KINDS[path.suffix], content, gzip.compress(content, mtime=0), digest)
+def _assets() -> dict[str, tuple[str, bytes, bytes, str]]:
+    """Return the type, content, compressed content and digest of each file of the page."""
+    assets = {}
+    for path in STATIC.iterdir():
+        if path.suffix in _TYPES:
+            content = path.read_bytes()
+            digest = hashlib.sha256(content).hexdigest()[:16]
+            compressed = gzip.compress(content, mtime=0)
+            assets[path.name] = (_TYPES[path.suffix], content, compressed, digest)
+    return assets
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
 async def page(request: Request) -> Response:
     """The page."""
-    return _answer(request, "index.html")
+    return await static(request, "index.html")
 
 
 @router.api_route("/favicon.ico", methods=["GET", "HEAD"])
 async def favicon(request: Request) -> Response:
     """The icon, at the path that browsers try for pages that name none, such as `/docs`."""
-    return _answer(request, "icon.svg")
+    return await static(request, "icon.svg")
 
 
 @router.api_route("/static/{name}", methods=["GET", "HEAD"])
 async def static(request: Request, name: str) -> Response:
-    """One of the page's files."""
-    return _answer(request, name)
-
-
-def _answer(request: Request, name: str) -> Response:
+    """A file of the page."""
     asset = _assets().get(name) if service_state(request).settings.page else None
     if asset is None:
         path = short(request.url.path)
         raise ProblemError(404, f"there is nothing at {path}; /docs lists what there is")
-    zipped = "gzip" in request.headers.get("accept-encoding", "")
-    tag = f'"{asset.digest}{"-gzip" if zipped else ""}"'
-    headers = {**_HEADERS, "ETag": tag}
-    if tag in request.headers.get("if-none-match", ""):
+    media_type, content, compressed, digest = asset
+    headers = {**_HEADERS, "ETag": f'"{digest}"'}
+    if "gzip" in request.headers.get("accept-encoding", ""):
+        content = compressed
+        headers |= {"ETag": f'"{digest}-gzip"', "Content-Encoding": "gzip"}
+    if headers["ETag"] in request.headers.get("if-none-match", ""):
+        headers.pop("Content-Encoding", None)
         return Response(status_code=304, headers=headers)
-    if zipped:
-        headers["Content-Encoding"] = "gzip"
-    body = asset.compressed if zipped else asset.content
-    return Response(body, media_type=asset.kind, headers=headers)
+    return Response(content, media_type=media_type, headers=headers)

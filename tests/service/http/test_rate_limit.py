@@ -2,6 +2,7 @@ import asyncio
 import subprocess
 import sys
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -159,3 +160,16 @@ def test_openapi_knows_the_429_where_there_is_a_limit(limited, client):
     assert (
         "429" not in client.get("/openapi.json").json()["paths"]["/v1/models"]["get"]["responses"]
     )
+
+
+def test_a_trusted_proxy_names_the_client(serve, detector, model, monkeypatch):
+    """As the README says of uvicorn's variable: other proxies share one rate."""
+    settings = Settings(model=detector, provider="cpu", threads=1, rate_limit=1e-3, rate_burst=1)
+    for trusted, statuses in (("127.0.0.1", [200, 200]), ("10.0.0.1", [200, 429])):
+        monkeypatch.setenv("FORWARDED_ALLOW_IPS", trusted)
+        with serve(create_app(settings, model)) as url:
+            answers = [
+                httpx.get(f"{url}/v1/models", headers={"X-Forwarded-For": f"203.0.113.{n}"})
+                for n in (1, 2)
+            ]
+        assert [answer.status_code for answer in answers] == statuses
