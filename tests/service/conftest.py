@@ -40,7 +40,7 @@ from service.app import create_app, load_model
 from service.core.errors import ProblemError
 from service.core.schema import ProblemDetails
 from service.core.settings import Settings
-from service.engine.session import ServedModel
+from service.engine.session import ModelError, ServedModel
 
 HEIGHT, WIDTH, CELL, STRIDE = 64, 96, 16, 8
 CLASSES = ["red", "green", "blue"]
@@ -392,3 +392,23 @@ def refused():
         return caught.value.detail
 
     return run
+
+
+class BrokenModel(ServedModel):
+    """Loads and does not run."""
+
+    def run(self, *inputs):
+        raise ModelError("broken")
+
+
+@pytest.fixture
+def in_trouble(settings, model, detector):
+    """Clients of services that answer a good request with each status from 429 on."""
+    broken = BrokenModel(read_detector(detector), provider="cpu")
+    broken.warm = True
+    busy = create_app(settings, model)
+    busy.state.service.scheduler.in_flight = 1000
+    late = create_app(settings.model_copy(update={"deadline_ms": 1e-6}), model)
+    unloaded = create_app(settings)  # without its start, no model is loaded
+    apps = {429: busy, 500: create_app(settings, broken), 503: unloaded, 504: late}
+    return {status: TestClient(app) for status, app in apps.items()}
