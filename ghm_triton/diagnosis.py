@@ -1,4 +1,4 @@
-"""What a gradient density has come to: its regions in figures, a picture, and what ails it."""
+"""Diagnosis of a gradient density: its regions, a figure, and problems with remedies."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ if TYPE_CHECKING:
 
     from ghm_triton.losses.density import GradientDensity
 
-FORGOTTEN = 0.01  # entries a batch; a region with fewer was not hit for long, and weighs on nobody
-UNSURE = 0.5  # standard deviation of a weight, in shares of it, from which its region is too thin
-LOUD = 1000.0  # weight from which half precision and the gradient's norm are in danger
+FORGOTTEN = 0.01  # entries per batch; a region with fewer has not been hit for long
+UNSURE = 0.5  # relative standard deviation of a weight from which its region is too thin
+LOUD = 1000.0  # weight from which half precision overflows and gradients are clipped
 COUNTS, WEIGHTS, PAPER = "#7f7f7f", "#1f77b4", "#d62728"
 
 
 class DensityWarning(UserWarning):
-    """A gradient density that does not suit the batches it counts."""
+    """The options of a gradient density do not suit the batches it counts."""
 
 
 class Regions(NamedTuple):
-    """The regions of a density, as its moving average stands; all float64 `[regions]`.
+    """The regions of a density by its moving average; all float64 `[regions]`.
 
-    `N` is the average's sum, as the batches themselves are gone; with `ema="mmdet"` that is less
-    than their entries in the first steps. For `n`, the regions occupied in a batch, stand those in
-    use, with at least 0.01 entries a batch; under `ema="mmdet"`, where none decays, these are all
-    that were ever hit, and the weights may be too low.
+    `N` is the sum of the average; with `ema="mmdet"` it is less than the entries of a batch in the
+    first steps. `n` is the number of regions in use, with at least 0.01 entries per batch; with
+    `ema="mmdet"`, where no region decays, these are all regions ever hit, and the weights may be
+    too low.
 
     Attributes:
-        centres: Of the gradient norm, in (0, 1).
-        entries: In a batch, on average.
-        betas: `N / (S_j n)`, the paper's weight; 0 for regions that are not in use.
-        weights: What an entry weighs at the present strength, and at most `max_weight`.
-        shares: Of the sum of all weighted gradient norms, with sum 1.
+        centres: Gradient norm at the centre of the region, in (0, 1).
+        entries: Average entries per batch.
+        betas: `N / (S_j n)`, the paper's weight; 0 for regions not in use.
+        weights: Weight of an entry at the current strength, at most `max_weight`.
+        shares: Share of the sum of all weighted gradient norms, with sum 1.
     """
 
     centres: Tensor
@@ -50,7 +50,7 @@ class Regions(NamedTuple):
 
 @torch.no_grad()
 def regions_of(density: GradientDensity) -> Regions:
-    """The regions of a density, on the CPU; waits for a GPU.
+    """Compute the regions of a density, on the CPU; synchronises with a GPU.
 
     Raises:
         ValueError: The density is exact, which keeps no average, or has counted nothing yet.
@@ -74,10 +74,10 @@ def regions_of(density: GradientDensity) -> Regions:
 
 
 def _in_use(density: GradientDensity, entries: Tensor) -> tuple[Tensor, Tensor]:
-    """Which regions are in use, and what `N` is divided by for the weight of each.
+    """Find the regions in use, and the divisor of `N` in the weight of each.
 
-    One that is not would seem to take as much of the gradient as the others: the fewer its entries,
-    the larger its weight.
+    A region not in use would seem to have as large a share of the gradient as the others: the fewer
+    its entries, the larger its weight.
     """
     if density.method == "streaming":
         spread = stream_density(entries, density.bins)
@@ -90,29 +90,29 @@ def _in_use(density: GradientDensity, entries: Tensor) -> tuple[Tensor, Tensor]:
 
 def _not_forgotten(held: Tensor) -> Tensor:
     used = held >= FORGOTTEN
-    # Very few entries in very many regions: each has less than that, and none is forgotten.
+    # With very few entries in very many regions each has less, and all stay in use.
     return used if bool(used.any()) else held > 0
 
 
 def problems_of(density: GradientDensity) -> list[str]:
-    """What ails a density, in words with the remedy; nothing for one that is well.
+    """List the problems of a density, with remedies.
 
-    - Bins are too thin: a region of `S_j` entries a batch knows its count to `1 / sqrt(S_j)` and
-      its weight to `strength / sqrt(S_j)`, relatively. More than half of the regions that are in
-      use know theirs no better than to a half.
-    - Weights explode: an entry weighs more than 1,000.
+    - Bins are too thin: the relative standard deviation of the count of a region with `S_j` entries
+      per batch is `1 / sqrt(S_j)`, and that of its weight `strength / sqrt(S_j)`. Reported if it
+      exceeds a half in more than half of the regions in use.
+    - Weights explode: the weight of an entry exceeds 1,000.
 
-    Waits for a GPU. A density that has counted nothing is well.
+    Synchronises with a GPU. A density that has counted nothing has no problems.
     """
     if density.method == "exact" or int(density.updates) == 0:
         return []
-    found = regions_of(density)
-    used = found.entries >= FORGOTTEN
+    regions = regions_of(density)
+    used = regions.entries >= FORGOTTEN
     if not bool(used.any()):
         return []
     strength = float(density.current_strength())
     problems = []
-    thin = used & (strength > UNSURE * found.entries.sqrt())
+    thin = used & (strength > UNSURE * regions.entries.sqrt())
     if 2 * int(thin.sum()) > int(used.sum()):
         problems.append(
             f"bins are too thin for the batch: {int(thin.sum())} of {int(used.sum())} regions of"
@@ -120,23 +120,23 @@ def problems_of(density: GradientDensity) -> list[str]:
             f" Use fewer bins than {density.bins}, larger batches, more momentum than"
             f" {density.momentum:g}, or less strength"
         )
-    weights = torch.where(used, found.weights, 0.0)
+    weights = torch.where(used, regions.weights, 0.0)
     if float(weights.max()) > LOUD:
-        place = int(weights.argmax())
+        largest = int(weights.argmax())
         problems.append(
-            f"weights explode: an entry of gradient norm {float(found.centres[place]):.3f} weighs"
-            f" {float(weights[place]):.3g}. Use less strength than {strength:g}, or max_weight"
+            "weights explode: an entry of gradient norm"
+            f" {float(regions.centres[largest]):.3f} weighs {float(weights[largest]):.3g}. Use less strength than {strength:g}, or max_weight"
             + (", or ema='debiased'" if density.ema == "mmdet" else "")
         )
     return problems
 
 
 def warn_of(density: GradientDensity, already: set[str]) -> None:
-    """Warn of what ails a density, of each kind once.
+    """Warn of the problems of a density, once per kind.
 
     Args:
-        density: Which.
-        already: The kinds that were warned of; added to.
+        density: The density.
+        already: The kinds already warned of; updated.
     """
     for problem in problems_of(density):
         kind = problem.partition(":")[0]
@@ -151,29 +151,29 @@ def plot_density(density: GradientDensity) -> Figure:
     Needs matplotlib (`ghm-triton[train]`).
 
     Returns:
-        A figure of its own, which a notebook shows and `savefig` writes.
+        A new matplotlib figure.
 
     Raises:
-        ValueError: As `regions_of`.
+        ValueError: The density is exact, or has counted nothing yet.
     """
     from matplotlib.figure import Figure
 
-    found = regions_of(density)
-    centres, used = found.centres.numpy(), found.betas > 0
+    regions = regions_of(density)
+    centres, used = regions.centres.numpy(), regions.betas > 0
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     counts, weights, shares = figure.subplots(1, 3)
-    counts.bar(centres, found.entries.numpy(), 0.9 / len(centres), color=COUNTS)
-    counts.set(title="entries a batch, on average")
+    counts.bar(centres, regions.entries.numpy(), 0.9 / len(centres), color=COUNTS)
+    counts.set(title="entries per batch, on average")
     strength = float(density.current_strength())
     for name, colour, line in (
-        (f"strength {strength:g}", WEIGHTS, found.weights),
-        ("strength 1 (paper)", PAPER, found.betas),
+        (f"strength {strength:g}", WEIGHTS, regions.weights),
+        ("strength 1 (paper)", PAPER, regions.betas),
     ):
         seen = torch.where(used, line, torch.nan).numpy()
         weights.plot(centres, seen, color=colour, marker=".", label=name)
     weights.set(title="weight of an entry")
     weights.legend(frameon=False)
-    shares.bar(centres, found.shares.numpy(), 0.9 / len(centres), color=WEIGHTS)
+    shares.bar(centres, regions.shares.numpy(), 0.9 / len(centres), color=WEIGHTS)
     shares.set(title="share of the gradient")
     for axes in (counts, weights):
         axes.set(yscale="log")

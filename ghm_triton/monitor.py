@@ -1,4 +1,4 @@
-"""What GHM is doing, on TensorBoard, from any training loop."""
+"""TensorBoard logging of gradient densities and positives, for any training loop."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from torch import Tensor, nn
 from ghm_triton.diagnosis import FORGOTTEN, Regions, problems_of, regions_of
 from ghm_triton.losses.density import GradientDensity
 
-# Of the gradient norm: what was learnt long ago, what is being learnt, what contradicts its label.
+# Of the gradient norm: entries already learnt, being learnt, and contradicting their labels.
 BANDS = {"easy": (0.0, 0.1), "middle": (0.1, 0.9), "hard": (0.9, 1.0)}
 WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel, torch.compile
 
 
 class Writer(Protocol):
-    """What is used of a TensorBoard `SummaryWriter`, PyTorch's or tensorboardX's."""
+    """The methods of a TensorBoard `SummaryWriter` that are used, PyTorch's or tensorboardX's."""
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: Any, /) -> Any:
-        """Write one number down."""
+        """Write a scalar."""
 
     def add_text(self, tag: str, text_string: str, global_step: Any, /) -> Any:
-        """Write Markdown down."""
+        """Write Markdown."""
 
     def add_histogram_raw(self, *args: Any, **kwargs: Any) -> Any:
-        """Write a histogram down that was counted already."""
+        """Write a histogram from its counts."""
 
 
 class DensityMonitor:
-    """Logs every gradient density of a model, as its moving average stands.
+    """Logs the moving average of every gradient density of a model.
 
     For each, under `TAG.NAME/`, where `NAME` is the path of its loss in the model:
 
     - scalars `share_of_gradient/easy` (gradient norm below 0.1), `/middle` and `/hard` (above 0.9),
-      each in [0, 1], with sum 1: who is heard; `share_of_entries/...`: who is there;
-    - scalars `strength` and `largest_weight`, of a region that holds 0.01 entries a batch or more;
-    - histograms over the gradient norm, one bar a region: `share_of_gradient`, `weights` and
-      `entries_log10`, whose bars are as high as `log10(1 + entries a batch)`;
-    - text `problems`: what `GradientDensity.problems()` says, each kind once.
+      each in [0, 1], with sum 1; likewise `share_of_entries/...`;
+    - scalars `strength` and `largest_weight` (of regions with at least 0.01 entries per batch);
+    - histograms over the gradient norm, one bar per region: `share_of_gradient`, `weights` and
+      `entries_log10`, with bars of height `log10(1 + entries per batch)`;
+    - text `problems`: those of `GradientDensity.problems()`, each kind once.
 
-    Reading waits for a GPU: log every 20 steps or more rarely. Of several processes let the one
-    log that writes; the others need nothing. An exact density keeps no average: of it the
-    strength alone is logged. Of one that has counted nothing yet, nothing is.
+    Logging synchronises with a GPU: log every 20 steps or more rarely, and in one process only. For
+    an exact density, which keeps no average, and for one that has counted nothing yet, only the
+    strength is logged.
 
     Example:
         >>> from torch.utils.tensorboard import SummaryWriter  # doctest: +SKIP
@@ -51,14 +51,14 @@ class DensityMonitor:
         >>> monitor.log(step)  # in the loop, every so many steps  # doctest: +SKIP
 
     Args:
-        writer: A `SummaryWriter`, or what has its `add_scalar`, `add_text` and
+        writer: A `SummaryWriter`, or an object with its `add_scalar`, `add_text` and
             `add_histogram_raw`.
-        watched: The model, if its losses are in it; else the loss, or several by name.
-        tag: What every tag starts with.
+        watched: The model, if it contains its losses; else the loss, or several by name.
+        tag: Prefix of every tag.
 
     Raises:
         TypeError: `watched` is neither a module nor modules by name.
-        ValueError: There is no gradient density in it.
+        ValueError: It contains no gradient density.
     """
 
     def __init__(
@@ -71,15 +71,14 @@ class DensityMonitor:
                 f"there is no GradientDensity in {_kind(watched)}: pass the losses, as in"
                 " DensityMonitor(writer, {'classify': classify})"
             )
-        self._told: set[tuple[str, str]] = set()
+        self._reported: set[tuple[str, str]] = set()
 
     def log(self, step: int, *, problems: bool = True) -> None:
-        """Write down what every density has come to.
+        """Write the state of every density.
 
         Args:
-            step: Of training.
-            problems: Whether to look for problems too; in the first steps there are some that
-                pass.
+            step: Training step.
+            problems: Whether to diagnose problems too; in the first steps some are transient.
         """
         for name, density in self.densities.items():
             group = f"{self.tag}.{name}" if name else self.tag
@@ -91,17 +90,17 @@ class DensityMonitor:
             if problems:
                 self._log_problems(group, density, step)
 
-    def _log_regions(self, group: str, found: Regions, step: int) -> None:
-        # A region that was not hit for long has a weight, and nobody to give it to.
-        weights = torch.where(found.entries >= FORGOTTEN, found.weights, 0.0)
+    def _log_regions(self, group: str, regions: Regions, step: int) -> None:
+        # A region that has not been hit for long has a weight, but no entries.
+        weights = torch.where(regions.entries >= FORGOTTEN, regions.weights, 0.0)
         self.writer.add_scalar(f"{group}/largest_weight", float(weights.max()), step)
-        for what, amounts in (("gradient", found.shares), ("entries", found.entries)):
+        for what, amounts in (("gradient", regions.shares), ("entries", regions.entries)):
             for band, share in shares_by_band(amounts).items():
                 self.writer.add_scalar(f"{group}/share_of_{what}/{band}", share, step)
         bars = {
-            "share_of_gradient": found.shares,
+            "share_of_gradient": regions.shares,
             "weights": weights,
-            "entries_log10": torch.log10(1 + found.entries),
+            "entries_log10": torch.log10(1 + regions.entries),
         }
         for name, heights in bars.items():
             self._log_bars(f"{group}/{name}", heights, step)
@@ -114,7 +113,7 @@ class DensityMonitor:
         centres = (edges[:-1] + edges[1:]) / 2
         self.writer.add_histogram_raw(
             tag=tag,
-            # TensorBoard takes these for the outer edges of the outermost bars that are not empty.
+            # To TensorBoard these are the outer edges of the outermost bars that are not empty.
             min=float(edges[occupied[0]]),
             max=float(edges[occupied[-1] + 1]),
             num=float(heights.sum()),
@@ -128,25 +127,31 @@ class DensityMonitor:
     def _log_problems(self, group: str, density: GradientDensity, step: int) -> None:
         for problem in problems_of(density):
             kind = group, problem.partition(":")[0]
-            if kind not in self._told:
-                self._told.add(kind)
+            if kind not in self._reported:
+                self._reported.add(kind)
                 self.writer.add_text(f"{group}/problems", problem, step)
 
 
 class PositivesMonitor:
-    """Logs how the positives of training are spread over the classes.
+    """Logs the distribution of the positives over the classes.
 
-    Scalars, each of what was counted since the last `log`: `TAG/foreground`, the share of positives
-    in all that counts, `N_f / N`; and `TAG/CLASS`, the share of every class in the positives,
+    Scalars of the counts since the last `log`: `TAG/foreground`, the share of positives among all
+    valid labels, `N_f / N`; and `TAG/CLASS`, the share of each class among the positives,
     `N_j / N_f`. Their product is the threshold of policy `prior` (arXiv 1909.04868).
 
     Args:
-        writer: As of `DensityMonitor`.
+        writer: A `SummaryWriter`, or an object with its `add_scalar`.
         class_names: In label order, `0..C-1`.
-        tag: What every tag starts with.
+        tag: Prefix of every tag.
 
     Raises:
         ValueError: There are no classes.
+
+    Example:
+        >>> from torch.utils.tensorboard import SummaryWriter  # doctest: +SKIP
+        >>> monitor = PositivesMonitor(SummaryWriter("runs/a"), ["cat", "dog"])  # doctest: +SKIP
+        >>> monitor.count(labels)  # in every step  # doctest: +SKIP
+        >>> monitor.log(step)  # every so many steps  # doctest: +SKIP
     """
 
     def __init__(
@@ -158,18 +163,18 @@ class PositivesMonitor:
         self._slots: Tensor | None = None
 
     def count(self, labels: Tensor) -> None:
-        """Count the labels of a batch, on their device and without waiting for it.
+        """Count the labels of a batch on their device, without synchronising.
 
         Args:
-            labels: Class indices as the losses take them, any integer type and shape: `C` is
-                background, negative is ignored.
+            labels: Class indices of any integer dtype and shape: `0..C-1` foreground, `C`
+                background, negative ignored.
 
         Raises:
-            TypeError: They are no indices.
+            TypeError: The dtype is not an integer.
         """
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"labels must be class indices, got {labels.dtype}")
-        # Ignored, the classes, background, and what is above: that is refused when it is read.
+        # Ignored, the classes, background, and labels above, which `log` refuses.
         classes = len(self.class_names)
         slots = labels.detach().long().clamp(-1, classes + 1).flatten() + 1
         if self._slots is None:
@@ -177,7 +182,7 @@ class PositivesMonitor:
         self._slots.scatter_add_(0, slots, torch.ones_like(slots))
 
     def log(self, step: int) -> None:
-        """Write down what was counted since the last call, and start anew; waits for a GPU.
+        """Write the counts since the last call and reset them; synchronises with a GPU.
 
         Raises:
             ValueError: A label was above `C`.
@@ -195,14 +200,15 @@ class PositivesMonitor:
         self.log_counts(counted[1:-1], step)
 
     def log_counts(self, counts: Tensor, step: int) -> None:
-        """Write counts down that were made elsewhere, as on several processes.
+        """Write counts made elsewhere, as on several processes.
 
         Args:
-            counts: int64 `[C + 1]`: of every class, then of background. All 0: nothing is written.
-            step: Of training.
+            counts: int64 `[C + 1]`: of each class, then of background. Nothing is written if all
+                are 0.
+            step: Training step.
 
         Raises:
-            ValueError: They have another shape.
+            ValueError: The shape is different.
         """
         if tuple(counts.shape) != (len(self.class_names) + 1,):
             expected = len(self.class_names) + 1
@@ -218,10 +224,10 @@ class PositivesMonitor:
 
 
 def find_densities(watched: nn.Module | Mapping[str, nn.Module]) -> dict[str, GradientDensity]:
-    """Every gradient density in a module, or in several by name, by the path of its loss.
+    """Find every gradient density in a module, or in several by name, by the path of its loss.
 
     Raises:
-        TypeError: `watched` is neither.
+        TypeError: `watched` is neither a module nor modules by name.
     """
     roots: Mapping[str, nn.Module]
     roots = {"": watched} if isinstance(watched, nn.Module) else watched
@@ -229,23 +235,23 @@ def find_densities(watched: nn.Module | Mapping[str, nn.Module]) -> dict[str, Gr
         isinstance(root, nn.Module) for root in roots.values()
     ):
         raise TypeError(f"expected a module, or modules by name, got {_kind(watched)}")
-    found: dict[str, GradientDensity] = {}
+    densities: dict[str, GradientDensity] = {}
     for name, root in roots.items():
         for path, module in root.named_modules(prefix=name):
-            # A density that several losses share is one density.
-            if isinstance(module, GradientDensity) and module not in found.values():
+            # A density shared by several losses is listed once.
+            if isinstance(module, GradientDensity) and module not in densities.values():
                 short = _shorten(path)
-                found[path if short in found else short] = module
-    return found
+                densities[path if short in densities else short] = module
+    return densities
 
 
 def shares_by_band(amounts: Tensor) -> dict[str, float]:
-    """The share of every band of `BANDS` in amounts by region.
+    """Compute the share of each band of `BANDS` in amounts by region.
 
-    A region that straddles the border of two bands is split in proportion.
+    A region across the border of two bands is split in proportion.
 
     Args:
-        amounts: Not negative, of a positive sum, `[regions]`: of equal regions over [0, 1].
+        amounts: `[regions]`, not negative, with a positive sum; the regions divide [0, 1] equally.
     """
     edges = torch.linspace(0, 1, len(amounts) + 1, dtype=torch.float64)
     shares = {}
@@ -261,7 +267,7 @@ def _has_counted(density: GradientDensity) -> bool:
 
 def _shorten(path: str) -> str:
     parts = [part for part in path.split(".") if part not in WRAPPERS]
-    # `head.classification_loss.loss.density` is known by what comes before the general words.
+    # `head.classification_loss.loss.density` is named by the part before the generic words.
     for word in ("density", "loss"):
         if parts[-1:] == [word] and (word == "density" or len(parts) > 1):
             parts.pop()

@@ -1,1 +1,1 @@
-"""Other answers to imbalance: hard examples, clean anchors, adversaries, no sampling."""
+"""Other methods against imbalance: hard examples, cleanliness, adversaries, no sampling."""

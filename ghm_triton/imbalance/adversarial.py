@@ -1,9 +1,9 @@
-"""A-Fast-RCNN: objects made harder while a detector learns them.
+"""A-Fast-RCNN: adversaries that make the features of objects harder to classify.
 
 Wang, Shrivastava and Gupta, 'A-Fast-RCNN: Hard Positive Generation via Adversary for Object
 Detection' (CVPR 2017; arXiv 1704.03414). One network (ASDN) learns which cells of an object's
-pooled features to hide, another (ASTN) how to turn them, so that the detector errs. Both are for
-training alone; no detector needs them to detect.
+pooled features to drop, another (ASTN) how to rotate them, so that the detector fails. Both are
+used in training only.
 """
 
 from __future__ import annotations
@@ -16,29 +16,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 KINDS = ("none", "asdn", "astn", "asdn+astn")
-CELLS = 7  # of a side of the pooled features, d
-WINDOW = CELLS // 3  # of a side of the window that is hidden, d/3
-TOP, DROPPED = 20, 15  # cells: the likeliest, and how many of them are hidden
-LEAST_FALL = 0.1  # of the true class's probability, for a mask to be learnt from
+CELLS = 7  # along a side of the pooled features, d
+WINDOW = CELLS // 3  # cells along a side of the dropped window, d/3
+TOP, DROPPED = 20, 15  # cells: the likeliest, and how many of them are dropped
+LEAST_FALL = 0.1  # of the true class's probability, for a mask to be a training target
 JOINT_WEIGHT = 0.0025
-MET = 0.5  # of the objects meet the adversary
+MET = 0.5  # share of the objects that are made harder
 MOST_DEGREES = 10.0
-GROUPS = 4  # of channels, each turned by its own angle
+GROUPS = 4  # of channels, each rotated by an angle of its own
 
-# Pooled features [R, channels, 7, 7] to the probability of each region's true class, [R].
+# Maps pooled features [R, channels, 7, 7] to the probability of the true classes, [R].
 Probability = Callable[[Tensor], Tensor]
 
 
 class ASDN(nn.Module):
-    """Adversarial Spatial Dropout Network: how much hiding each cell would hurt.
+    """Adversarial Spatial Dropout Network: predicts which cells to drop.
 
     Four 3x3 convolutions with ReLU, as wide as the features (256 for a ResNet's pyramid, as in
-    the paper), and a 3x3 convolution to one map.
+    the paper), and a 3x3 convolution to one map: `[R, channels, 7, 7]` to logits `[R, 7, 7]`.
 
     Args:
         channels: Of the pooled features.
-
-    Shape: `[R, channels, 7, 7]` to logits `[R, 7, 7]`.
     """
 
     def __init__(self, channels: int) -> None:
@@ -49,25 +47,23 @@ class ASDN(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 3, padding=1))
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Logits of hiding each cell."""
+        """Compute the logits of dropping each cell."""
         logits: Tensor = self.layers(pooled).float().squeeze(1)
         return logits
 
 
 class ASTN(nn.Module):
-    """Adversarial Spatial Transformer Network: turns groups of channels by angles of their own.
+    """Adversarial Spatial Transformer Network: rotates groups of channels.
 
-    A localisation network of three fully connected layers gives each of the four groups an angle
-    of at most 10 degrees either way. Its gradient is reversed: where the detector learns to err
-    less, it learns to have it err more. It starts at angles of 0.
+    A localisation network of three fully connected layers predicts an angle of at most 10 degrees
+    in either direction for each of four groups, from `[R, channels, 7, 7]`. Its gradient is
+    reversed, so that it maximises the loss that the detector minimises. Initial angles are 0.
 
     Args:
         channels: Of the pooled features, a multiple of 4.
 
     Raises:
         ValueError: `channels` is not a multiple of 4.
-
-    Shape: `[R, channels, 7, 7]` to the same.
     """
 
     def __init__(self, channels: int) -> None:
@@ -87,33 +83,33 @@ class ASTN(nn.Module):
         )
 
     def angles(self, pooled: Tensor) -> Tensor:
-        """Radians, `[R, 4]`; the features themselves are not asked to look other ways."""
-        turned: Tensor = self.localisation(pooled.detach()).float()
-        return math.radians(MOST_DEGREES) * torch.tanh(turned)
+        """Compute the angles in radians, `[R, 4]`; no gradient reaches the features."""
+        logits: Tensor = self.localisation(pooled.detach()).float()
+        return math.radians(MOST_DEGREES) * torch.tanh(logits)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """The features, turned."""
+        """Rotate the features."""
         return rotate_groups(pooled, reverse_gradient(self.angles(pooled)))
 
 
 class Adversary(nn.Module):
-    """ASDN, ASTN or one after the other, between a detector's pooling and its head.
+    """ASDN, ASTN or both in sequence, between a detector's pooling and its head.
 
-    For its first `start` batches ASDN learns by binary cross entropy which window of `d/3 x d/3`
-    cells the true class's probability suffers most without, and the detector sees its features
-    as they are. Then both learn jointly: 15 cells drawn from ASDN's 20 likeliest are zeroed, and
-    ASDN learns, with a weight of 0.0025, from those masks that lower the probability by more
-    than 0.1; ASTN turns what is left.
+    In the first `start` batches ASDN learns by binary cross entropy which window of `d/3 x d/3`
+    cells most lowers the true class's probability when dropped, and the detector sees unchanged
+    features. Then both are trained jointly: 15 cells drawn from ASDN's 20 likeliest are zeroed, and
+    ASDN learns, with a weight of 0.0025, from the masks that lower the probability by more than
+    0.1; ASTN rotates the result.
 
-    Half of the objects are spared, drawn anew each time. Background is never made harder: if every
-    object were, the detector would learn that what has holes is an object, and miss those that have
-    none. (The released code spares every other image, for the same end.)
+    Half of the objects, drawn anew for each batch, are left unchanged. Background is never changed:
+    if every object were, the detector would learn that holes indicate an object, and miss objects
+    without any. (The released code leaves every other image unchanged, for the same reason.)
 
     Args:
         channels: Of the pooled features.
         kind: `asdn`, `astn` or `asdn+astn`.
-        start: Batches before the detector meets its adversary, at least 0.
-        share: Of the objects that meet it, in (0, 1].
+        start: Batches before joint training, at least 0.
+        share: Share of the objects that are made harder, in (0, 1].
 
     Raises:
         ValueError: `kind` is unknown, `start` is negative, `share` is not in (0, 1], or `channels`
@@ -138,19 +134,19 @@ class Adversary(nn.Module):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, pooled: Tensor, probability: Probability) -> tuple[Tensor, Tensor]:
-        """Make a batch harder.
+        """Make the features of a batch harder.
 
         Args:
             pooled: Features of the positive regions, `[R, channels, 7, 7]`.
-            probability: The detector's own; called without gradient.
+            probability: The detector's probability of the true classes; called without gradient.
 
         Returns:
-            What the detector is to learn from, of the shape of `pooled`, and ASDN's loss, a
+            The features for the detector to train on, of the shape of `pooled`; and ASDN's loss, a
             scalar whose gradient reaches neither the detector nor the features.
         """
         joint = int(self.batches) >= self.start
         self.batches += 1
-        # All ranks of a distributed run must have a gradient of every parameter.
+        # Every rank of a distributed run needs a gradient of every parameter.
         loss = torch.stack([p.sum() for p in self.parameters()]).sum().float() * 0.0
         if not len(pooled):
             return pooled, loss
@@ -180,9 +176,9 @@ class Adversary(nn.Module):
 def _joint_loss(
     logits: Tensor, hidden: Tensor, pooled: Tensor, harder: Tensor, probability: Probability
 ) -> Tensor:
-    """BCE of the masks that hurt, over all their cells; 0 where none did.
+    """BCE of the masks that lower the probability enough, over all their cells; 0 without any.
 
-    An empty mask, of an object that was spared, hurts nobody.
+    The empty mask of an unchanged object never does.
     """
     with torch.no_grad():
         hurt = probability(pooled) - probability(harder) > LEAST_FALL
@@ -192,26 +188,26 @@ def _joint_loss(
 
 
 def hide(pooled: Tensor, hidden: Tensor) -> Tensor:
-    """Features `[R, channels, 7, 7]` with the cells `[R, 7, 7]` that are hidden at zero."""
+    """Zero the cells `hidden`, bool `[R, 7, 7]`, of features `[R, channels, 7, 7]`."""
     return pooled.masked_fill(hidden.unsqueeze(1), 0.0)
 
 
 @torch.no_grad()
 def hardest_windows(pooled: Tensor, probability: Probability, side: int = WINDOW) -> Tensor:
-    """The window of each region whose removal most lowers its true class's probability.
+    """Find the window of each region whose removal most lowers its true class's probability.
 
     Args:
         pooled: `[R, channels, d, d]`.
-        probability: Called once for each place of the window.
+        probability: Called once for each position of the window.
         side: Of the window, in cells.
 
     Returns:
-        bool `[R, d, d]`: true in that window (of equals, the first in rows, then columns).
+        bool `[R, d, d]`: true in that window (of equals, the first by rows, then columns).
     """
     height, width = pooled.shape[-2:]
-    places = [(y, x) for y in range(height - side + 1) for x in range(width - side + 1)]
-    windows = torch.zeros(len(places), height, width, dtype=torch.bool, device=pooled.device)
-    for mask, (y, x) in zip(windows, places, strict=True):
+    positions = [(y, x) for y in range(height - side + 1) for x in range(width - side + 1)]
+    windows = torch.zeros(len(positions), height, width, dtype=torch.bool, device=pooled.device)
+    for mask, (y, x) in zip(windows, positions, strict=True):
         mask[y : y + side, x : x + side] = True
     left = torch.stack(
         [probability(hide(pooled, mask.expand(len(pooled), -1, -1))) for mask in windows]
@@ -221,10 +217,10 @@ def hardest_windows(pooled: Tensor, probability: Probability, side: int = WINDOW
 
 @torch.no_grad()
 def draw_cells(heat: Tensor, top: int = TOP, dropped: int = DROPPED) -> Tensor:
-    """Hide `dropped` cells of each region, drawn from the `top` hottest.
+    """Draw `dropped` cells of each region from the `top` with the largest values.
 
     Args:
-        heat: `[R, d, d]`, the higher the likelier.
+        heat: `[R, d, d]`, logits of dropping each cell.
         top: Cells to draw from, at most `d * d`.
         dropped: Cells to draw, without replacement, at most `top`.
 
@@ -244,14 +240,14 @@ def draw_cells(heat: Tensor, top: int = TOP, dropped: int = DROPPED) -> Tensor:
 
 
 def rotate_groups(pooled: Tensor, angles: Tensor) -> Tensor:
-    """Turn each group of channels about the middle of its region.
+    """Rotate each group of channels about the centre of its region.
 
-    Bilinear; what comes from outside the region is 0.
+    Bilinear, with zeros outside the region.
 
     Args:
         pooled: `[R, channels, d, d]`.
-        angles: Radians, `[R, groups]`, with `groups` a divisor of `channels`; positive turns the
-            picture counter-clockwise, as one sees it with the first row at the top.
+        angles: Radians, `[R, groups]`, with `groups` a divisor of `channels`; a positive angle
+            rotates counter-clockwise, with the first row at the top.
 
     Returns:
         Of the shape of `pooled`.
@@ -261,7 +257,7 @@ def rotate_groups(pooled: Tensor, angles: Tensor) -> Tensor:
     features = pooled.float().reshape(rows * groups, channels // groups, height, width)
     angle = angles.flatten()
     cos, sin, none = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
-    # Where each cell of the answer comes from: turned back.
+    # The source of each output cell: the inverse rotation.
     theta = torch.stack([cos, -sin, none, sin, cos, none], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(features.shape), align_corners=False)
     turned = F.grid_sample(features, grid, padding_mode="zeros", align_corners=False)
@@ -281,6 +277,6 @@ class _ReverseGradient(torch.autograd.Function):
 
 
 def reverse_gradient(x: Tensor) -> Tensor:
-    """`x` itself, whose gradient changes its sign."""
+    """Return `x`, with the sign of its gradient reversed."""
     result: Tensor = _ReverseGradient.apply(x)
     return result

@@ -1,8 +1,8 @@
-"""Noisy anchors: how clean each positive is, and labels and weights made of it.
+"""Cleanliness of positive anchors, with the labels and weights derived from it.
 
 Li et al., 'Learning from Noisy Anchors for One-stage Object Detection' (CVPR 2020;
-arXiv 1912.05086). A positive anchor is only as good a label as the box that the network makes of
-it, so its target is not 1 but its *cleanliness*.
+arXiv 1912.05086). The target of a positive anchor is not 1 but its *cleanliness*: how well the
+network classifies and localises the object from it.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ TOP = 100
 ALPHA = 0.5
 BACKGROUND = -1
 SMOOTH_L1_DELTA = 1 / 9
-LEAST_GAP = 1e-3  # of f's argument from its pole, so that no anchor weighs more than 1,000
+LEAST_GAP = 1e-3  # between the argument of f and its pole: no anchor weighs more than 1,000
 
 
 def assign_top_anchors(boxes: Tensor, anchors: Tensor, top: int = TOP) -> Tensor:
-    """The `top` anchors of every ground truth by IoU, whatever that IoU is.
+    """Assign to each ground truth the `top` anchors by IoU, whatever that IoU is.
 
-    An anchor that several ground truths claim goes to the one it overlaps most (of equals, the
-    first). Anchors that touch no box are never claimed, so a small box may have fewer.
+    An anchor claimed by several ground truths goes to the one that it overlaps most (of equals,
+    the first). Anchors that overlap no box are never assigned, so a small box may have fewer.
 
     Args:
         boxes: Ground truth, float `[G, 4]`, x1 y1 x2 y2 in pixels.
         anchors: Float `[A, 4]`, likewise.
-        top: Positives of a ground truth, `N`, at least 1.
+        top: Number of positives per ground truth, `N`, at least 1.
 
     Returns:
         int64 `[A]`: the ground truth of each anchor, or `BACKGROUND` (-1).
@@ -49,14 +49,14 @@ def assign_top_anchors(boxes: Tensor, anchors: Tensor, top: int = TOP) -> Tensor
         return matches
     overlap = box_iou(boxes.to(anchors.dtype), anchors)
     best, index = overlap.topk(min(top, len(anchors)), dim=1)
-    # Among the claims only: an anchor may overlap a box more that has no need of it.
+    # Among the claims only: an anchor may overlap a box more that does not claim it.
     claims = torch.zeros_like(overlap).scatter(1, index, best)
     most, owner = claims.max(dim=0)
     return torch.where(most > 0, owner, matches)
 
 
 def paired_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of boxes one by one, `[..., 4]` and `[..., 4]` to `[...]` in [0, 1]; 0 for no area."""
+    """Compute the IoU of pairs of boxes, both `[..., 4]`: `[...]` in [0, 1], 0 without area."""
     corner = torch.maximum(a[..., :2], b[..., :2])
     opposite = torch.minimum(a[..., 2:], b[..., 2:])
     shared = (opposite - corner).clamp(min=0).prod(dim=-1)
@@ -67,7 +67,7 @@ def paired_iou(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def cleanliness(loc: Tensor, cls: Tensor, alpha: float = ALPHA) -> Tensor:
-    """`c = alpha * loc + (1 - alpha) * cls`: the soft label of a positive anchor.
+    """Compute the soft label of each positive anchor: `c = alpha * loc + (1 - alpha) * cls`.
 
     Args:
         loc: IoU of each positive's predicted box with its ground truth, `[P]` in [0, 1].
@@ -75,7 +75,7 @@ def cleanliness(loc: Tensor, cls: Tensor, alpha: float = ALPHA) -> Tensor:
         alpha: Share of the localisation, in [0, 1].
 
     Returns:
-        `[P]` in [0, 1]. A constant to the optimiser.
+        `[P]` in [0, 1], without gradient.
 
     Raises:
         ValueError: `alpha` lies outside [0, 1].
@@ -97,17 +97,17 @@ def reweighting(
     gamma: float = 1.0,
     least_gap: float = LEAST_GAP,
 ) -> Tensor:
-    """`r = (alpha * f(loc) + (1 - alpha) * f(cls)) ** gamma` with `f(x) = 1 / (1 - x)`.
+    """Compute `r = (alpha * f(loc) + (1 - alpha) * f(cls)) ** gamma` with `f(x) = 1 / (1 - x)`.
 
     Args:
-        loc: As in `cleanliness`.
-        cls: As in `cleanliness`.
-        alpha: As in `cleanliness`.
-        gamma: How much the cleanest stand out; 0 weighs all alike.
-        least_gap: `1 - x` counts as at least this, because `f` is infinite at 1.
+        loc: IoU of each positive's predicted box with its ground truth, `[P]` in [0, 1].
+        cls: Its predicted score for the class of that ground truth, `[P]` in [0, 1].
+        alpha: Share of the localisation, in [0, 1].
+        gamma: Emphasis of the cleanest; 0 weights all equally.
+        least_gap: Lower bound of `1 - x`, because `f` is infinite at 1.
 
     Returns:
-        `[P]` in [1, least_gap ** -gamma]. A constant to the optimiser.
+        `[P]` in [1, least_gap ** -gamma], without gradient.
 
     Raises:
         ValueError: `alpha` lies outside [0, 1], `gamma` is negative or `least_gap` not positive.
@@ -117,12 +117,12 @@ def reweighting(
         raise ValueError(f"gamma must be at least 0, got {gamma}")
     if not least_gap > 0:
         raise ValueError(f"least_gap must be positive, got {least_gap}")
-    loud_loc, loud_cls = (1 / (1 - x).clamp(min=least_gap) for x in (loc, cls))
-    return torch.pow(alpha * loud_loc + (1 - alpha) * loud_cls, gamma)
+    f_loc, f_cls = (1 / (1 - x).clamp(min=least_gap) for x in (loc, cls))
+    return torch.pow(alpha * f_loc + (1 - alpha) * f_cls, gamma)
 
 
 def soft_targets(positive: Tensor, clean: Tensor) -> Tensor:
-    """Labels of all anchors: a positive's cleanliness, and 0 for the others.
+    """Build the labels of all anchors: the cleanliness of positives, 0 for the others.
 
     Args:
         positive: bool, any shape, with `P` true entries.
@@ -137,13 +137,16 @@ def soft_targets(positive: Tensor, clean: Tensor) -> Tensor:
 
 
 def classification_loss(logits: Tensor, target: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
-    """`L_cls = sum_pos r * BCE(p, c) + sum_neg BCE(p, 0)`, a sum.
+    """Compute `L_cls = sum_pos r * BCE(p, c) + sum_neg BCE(p, 0)`.
 
     Args:
         logits: Float, any shape.
-        target: Soft labels of that shape, as `soft_targets` makes them.
+        target: Soft labels of that shape, from `soft_targets`.
         positive: bool of that shape.
         weight: `r` of the positives, `[P]`, in their order.
+
+    Returns:
+        Scalar, a sum.
     """
     weights = torch.ones_like(logits).masked_scatter(positive, weight.to(logits.dtype))
     return F.binary_cross_entropy_with_logits(logits, target, weights, reduction="sum")
@@ -152,13 +155,16 @@ def classification_loss(logits: Tensor, target: Tensor, positive: Tensor, weight
 def regression_loss(
     pred: Tensor, target: Tensor, weight: Tensor, delta: float = SMOOTH_L1_DELTA
 ) -> Tensor:
-    """`L_reg = sum_pos r * SL1`, a sum over boxes and their coordinates.
+    """Compute `L_reg = sum_pos r * SL1`, summed over boxes and coordinates.
 
     Args:
         pred: Predicted deltas of the positives, `[P, 4]`.
-        target: What they should be, likewise.
+        target: Target deltas, `[P, 4]`.
         weight: `r` of each, `[P]`.
         delta: Where smooth L1 turns from quadratic to linear.
+
+    Returns:
+        Scalar, a sum.
     """
     entries = F.smooth_l1_loss(pred, target, beta=delta, reduction="none")
     return (weight.unsqueeze(-1) * entries).sum()

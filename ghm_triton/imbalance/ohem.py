@@ -1,14 +1,46 @@
-"""OHEM: learn from the samples with the largest losses alone (arXiv 1604.03540)."""
+"""OHEM: training on the samples with the largest losses (arXiv 1604.03540)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
-from ghm_triton.imbalance.samples import require_keep, require_samples
+from ghm_triton.reference.bce import EXACT_UNTIL
 
 KEEP = 64  # 128 for two images
-SAME_REGION = 0.7  # IoU from which two regions see the same
+SAME_REGION = 0.7  # IoU from which two regions count as the same
+
+
+def cross_entropy_of_samples(logits: Tensor, labels: Tensor) -> Tensor:
+    r"""Binary cross entropy of each sample, summed over its classes.
+
+    $$ L_i = \sum_c \log(1 + e^{u_{ic}}), \quad u_{ic} = (1 - 2 p^*_{ic}) x_{ic} $$
+
+    Args:
+        logits: `[..., C]`, floating; arithmetic in float32 (float64 for float64).
+        labels: Integer `[...]`: `0..C-1` foreground, `C` background, negative ignored.
+
+    Returns:
+        `[...]`, 0 where ignored.
+
+    Raises:
+        ValueError: The shapes do not agree.
+
+    Example:
+        >>> import torch
+        >>> cross_entropy_of_samples(torch.zeros(3, 2), torch.tensor([0, 2, -1]))
+        tensor([1.3863, 1.3863, 0.0000])
+    """
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels are {list(labels.shape)}, logits {list(logits.shape)}")
+    classes = logits.shape[-1]
+    u = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    column = labels.clamp(0, classes - 1).unsqueeze(-1)
+    foreground = ((labels >= 0) & (labels < classes)).unsqueeze(-1)
+    logit = u.gather(-1, column)
+    u = u.scatter(-1, column, torch.where(foreground, -logit, logit))
+    return torch.where(labels >= 0, softplus(u, threshold=EXACT_UNTIL).sum(dim=-1), 0.0)
 
 
 def hard_examples(
@@ -19,27 +51,29 @@ def hard_examples(
     boxes: Tensor | None = None,
     iou_threshold: float = SAME_REGION,
 ) -> Tensor:
-    """The `keep` samples of each image with the largest losses (arXiv 1604.03540, section 4).
+    """Select the `keep` samples of each image with the largest losses.
 
-    There is no ratio of foreground to background. No gradient flows through the choice.
+    Section 4 of arXiv 1604.03540. There is no ratio of foreground to background. No gradient flows
+    through the selection.
 
     Args:
-        losses: `[..., A]`, one loss a sample; each row is an image with samples of its own. A NaN
-            counts as the largest, so that it is not hidden.
-        keep: Samples kept of a row, `B / N` of the paper.
+        losses: `[..., A]`, one loss per sample; each row is an image. A NaN counts as the largest,
+            so that it is not hidden.
+        keep: Samples kept per row, `B / N` in the paper.
         valid: bool `[..., A]`: samples that may be kept; None for all.
-        boxes: `[..., A, 4]`, x1 y1 x2 y2. Given, samples that overlap one of a larger loss are
-            left out first, by NMS with the loss as score: regions that see the same thing would
-            otherwise be learnt from several times. Waits for a GPU.
+        boxes: `[..., A, 4]`, x1 y1 x2 y2, or None. With boxes, samples that overlap one with a
+            larger loss are left out first, by NMS with the loss as score, so that a region is not
+            counted several times. Synchronises with a GPU.
         iou_threshold: Overlap from which they are left out, in [0, 1].
 
     Returns:
-        bool `[..., A]`, at most `keep` a row: fewer where fewer are valid.
+        bool `[..., A]`, at most `keep` per row: fewer where fewer are valid.
 
     Raises:
-        ValueError: A shape does not fit, or a number is out of range.
+        ValueError: A shape does not agree, or a number is out of range.
 
     Example:
+        >>> import torch
         >>> hard_examples(torch.tensor([[0.1, 3.0, 0.5, 2.0]]), keep=2)
         tensor([[False,  True, False,  True]])
     """
@@ -57,19 +91,19 @@ def hard_examples(
 def distinct(
     losses: Tensor, boxes: Tensor, valid: Tensor, iou_threshold: float = SAME_REGION
 ) -> Tensor:
-    """The samples that overlap none of a larger loss: NMS with the loss as score.
+    """Select the samples that overlap none with a larger loss: NMS with the loss as score.
 
     Args:
-        losses: `[..., A]`, one loss a sample; each row is an image with samples of its own.
+        losses: `[..., A]`, one loss per sample; each row is an image.
         boxes: `[..., A, 4]`, x1 y1 x2 y2.
-        valid: bool `[..., A]`: samples that take part.
+        valid: bool `[..., A]`: samples to select from.
         iou_threshold: Overlap from which a sample is left out, in [0, 1].
 
     Returns:
         bool `[..., A]`, false where not `valid`.
 
     Raises:
-        ValueError: A shape does not fit, or the threshold is out of range.
+        ValueError: A shape does not agree, or the threshold is out of range.
     """
     from torchvision.ops import nms  # of the extra `train`
 
@@ -78,27 +112,29 @@ def distinct(
     if not 0.0 <= iou_threshold <= 1.0:
         raise ValueError(f"iou_threshold must lie in [0, 1], got {iou_threshold}")
     shape = (losses.shape[:-1].numel(), losses.shape[-1])
-    left = torch.zeros(shape, dtype=torch.bool, device=losses.device)
-    rows = zip(
-        left, losses.reshape(shape), boxes.reshape(*shape, 4), valid.reshape(shape), strict=True
-    )
-    for kept, loss, box, own_valid in rows:
-        own = torch.nonzero(own_valid).squeeze(1)
-        kept[own[nms(box[own].float(), loss[own].float(), iou_threshold)]] = True
-    return left.view(losses.shape)
+    selected = torch.zeros(shape, dtype=torch.bool, device=losses.device)
+    rows = (losses.reshape(shape), boxes.reshape(*shape, 4), valid.reshape(shape))
+    for kept, loss, box, row_valid in zip(selected, *rows, strict=True):
+        index = torch.nonzero(row_valid).squeeze(1)
+        kept[index[nms(box[index].float(), loss[index].float(), iou_threshold)]] = True
+    return selected.view(losses.shape)
 
 
 class OHEM(nn.Module):
-    """OHEM as a module: the losses of samples in, which of them to learn from out.
+    """OHEM as a module: selects samples by their losses.
 
     Args:
-        keep: Samples kept of an image.
+        keep: Samples kept per image.
         iou_threshold: Leave out samples that overlap a harder one by this much (the paper: 0.7,
-            for regions); None keeps them, and `boxes` are not needed.
+            for regions); None keeps them, and needs no `boxes`.
+
+    Raises:
+        ValueError: `keep` is not a positive integer.
 
     Example:
+        >>> import torch
         >>> from ghm_triton import FocalLoss
-        >>> from ghm_triton.imbalance.samples import cross_entropy_of_samples
+        >>> from ghm_triton.imbalance.ohem import cross_entropy_of_samples
         >>> logits, labels = torch.randn(2, 100, 80), torch.randint(0, 81, (2, 100))
         >>> hard = OHEM(keep=16)(cross_entropy_of_samples(logits, labels), valid=labels >= 0)
         >>> loss = FocalLoss()(logits, labels.masked_fill(~hard, -1))  # negative is ignored
@@ -116,28 +152,55 @@ class OHEM(nn.Module):
         valid: Tensor | None = None,
         boxes: Tensor | None = None,
     ) -> Tensor:
-        """Choose by the sum of both losses.
+        """Select by the sum of both losses.
 
         Args:
             classification: `[..., A]`.
             localization: `[..., A]`, 0 for background; or None.
             valid: bool `[..., A]`, or None.
-            boxes: `[..., A, 4]` where `iou_threshold` is given.
+            boxes: `[..., A, 4]`; required with `iou_threshold`.
 
         Returns:
             bool `[..., A]`; see `hard_examples`.
 
         Raises:
-            ValueError: As `hard_examples`; or an `iou_threshold` without boxes.
+            ValueError: A shape does not agree, or `boxes` are missing.
         """
         losses = classification.detach()
         if localization is not None:
             require_samples("localization", localization, losses)
             losses = losses + localization.detach()
-        if self.iou_threshold is None:
-            return hard_examples(losses, self.keep, valid)
-        if boxes is None:
-            raise ValueError(f"iou_threshold={self.iou_threshold} needs boxes, got None")
-        return hard_examples(
-            losses, self.keep, valid, boxes=boxes, iou_threshold=self.iou_threshold
+        valid = distinct_if_required(losses, boxes, valid, self.iou_threshold)
+        return hard_examples(losses, self.keep, valid)
+
+
+def distinct_if_required(
+    losses: Tensor, boxes: Tensor | None, valid: Tensor | None, iou_threshold: float | None
+) -> Tensor | None:
+    """Apply `distinct` unless `iou_threshold` is None.
+
+    Raises:
+        ValueError: There is an `iou_threshold` but no boxes.
+    """
+    if iou_threshold is None:
+        return valid
+    if boxes is None:
+        raise ValueError(f"iou_threshold={iou_threshold} needs boxes, got None")
+    allowed = torch.ones_like(losses, dtype=torch.bool) if valid is None else valid
+    require_samples("valid", allowed, losses)
+    return distinct(losses, boxes, allowed, iou_threshold)
+
+
+def require_keep(keep: int) -> int:
+    """Return `keep` if it is a positive integer, or raise ValueError."""
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise ValueError(f"keep must be an integer of at least 1, got {keep!r}")
+    return keep
+
+
+def require_samples(name: str, values: Tensor, like: Tensor) -> None:
+    """Raise ValueError unless `values` has one number for each sample of `like`."""
+    if values.shape != like.shape:
+        raise ValueError(
+            f"{name} must be {list(like.shape)}, one for each sample; got {list(values.shape)}"
         )

@@ -1,4 +1,4 @@
-"""Training without sampling: the optimal prior, and guided loss (arXiv 1909.04868)."""
+"""Training without sampling: optimal prior and guided loss (arXiv 1909.04868)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ghm_triton.evidence import ClassStatistics
 from ghm_triton.state import SharedState
 
 Target = dict[str, Tensor]
-MEMORY = 0.9  # of the guide, for a batch without positives
+MEMORY = 0.9  # momentum of the ratio that is used for a batch without positives
 
 
 @runtime_checkable
 class Assigner(Protocol):
-    """What says which place learns which class, as dense detectors do."""
+    """A detector that assigns labels to its anchors, as dense detectors do."""
 
     def labels(self, targets: list[Target]) -> Tensor:
         """int64 `[B, A]`: `C` is background, negative is ignored."""
@@ -29,17 +29,17 @@ class Assigner(Protocol):
 def count_priors(
     detector: Assigner, targets: Iterable[list[Target]], class_names: Sequence[str]
 ) -> ClassStatistics:
-    """What a detector's assigner makes of some images, counted without its network.
+    """Count the labels that a detector assigns to images, without running its network.
 
     Args:
-        detector: Gives labels to targets.
+        detector: Assigns labels to targets.
         targets: Batches of targets: `boxes` `[N, 4]` in input pixels, `labels` int64 `[N]`, and
             optionally `ignore` bool `[N]`.
         class_names: The classes in label order.
 
     Returns:
-        Statistics with `anchors` (`N`: positive and negative ones) and `positives` by class (whose
-        sum is `N_f`).
+        Statistics with `anchors` (`N`: positive and negative ones) and `positives` per class (with
+        sum `N_f`).
     """
     statistics = ClassStatistics(tuple(class_names))
     with torch.no_grad():
@@ -51,15 +51,15 @@ def count_priors(
 
 
 def optimal_prior(positives: int, counted: int, classes: int) -> float:
-    r"""The foreground probability to start from: `pi* = N_f / (N C)`.
+    r"""Compute the foreground probability to initialise with: `pi* = N_f / (N C)`.
 
-    It minimises the loss at the start, a positive's `-log(pi)` and its share of all negatives'
-    `-(N C / N_f - 1) log(1 - pi)`.
+    It minimises the initial loss per positive,
+    $$ -\log \pi - \left( \frac{N C}{N_f} - 1 \right) \log(1 - \pi) $$
 
     Args:
-        positives: `N_f`, anchors assigned to a class.
-        counted: `N`, anchors that are positive or negative; not the ignored ones.
-        classes: `C`.
+        positives: `N_f`, the number of anchors assigned to a class.
+        counted: `N`, the number of anchors that are positive or negative, not ignored.
+        classes: `C`, the number of classes.
 
     Returns:
         In (0, 1).
@@ -81,7 +81,7 @@ def optimal_prior(positives: int, counted: int, classes: int) -> float:
 
 
 def prior_bias(prior: float) -> float:
-    """The bias at which a sigmoid says `prior`: `-log(1 / pi - 1)`.
+    """Compute the bias for which a sigmoid is `prior`: `-log(1 / pi - 1)`.
 
     Raises:
         ValueError: The prior does not lie in (0, 1).
@@ -90,26 +90,30 @@ def prior_bias(prior: float) -> float:
 
 
 class InitialLoss(NamedTuple):
-    """Cross entropy a positive at the start, of itself and of the negatives that come with it."""
+    """Initial cross entropy per positive: its own and that of its share of the negatives."""
 
     foreground: float
     background: float
 
 
 def initial_loss(prior: float, *, positives: int, counted: int, classes: int) -> InitialLoss:
-    """What a detector that says `prior` everywhere loses, divided by its positives.
+    """Compute the loss per positive of a detector that predicts `prior` everywhere.
 
     Args:
         prior: In (0, 1).
-        positives: As in `optimal_prior`.
-        counted: As in `optimal_prior`.
-        classes: As in `optimal_prior`.
+        positives: `N_f`, the number of anchors assigned to a class.
+        counted: `N`, the number of anchors that are positive or negative, not ignored.
+        classes: `C`, the number of classes.
 
     Returns:
         `-log(pi)` and `-(N C / N_f - 1) log(1 - pi)`.
 
     Raises:
-        ValueError: As `optimal_prior`.
+        ValueError: The prior or a count is out of range.
+
+    Example:
+        >>> initial_loss(0.01, positives=1, counted=1000, classes=80).foreground
+        4.605170185988091
     """
     negatives = 1 / optimal_prior(positives, counted, classes) - 1
     return InitialLoss(-math.log(_require_prior(prior)), -negatives * math.log1p(-prior))
@@ -122,7 +126,7 @@ def _require_prior(prior: float) -> float:
 
 
 class GuidedTerms(NamedTuple):
-    """`w_cls r L_cls` and `w_reg L_reg`, scalars; their sum is the guided loss."""
+    """The terms `w_cls r L_cls` and `w_reg L_reg`, scalars; their sum is the guided loss."""
 
     classification: Tensor
     regression: Tensor
@@ -138,13 +142,12 @@ def guided(
 ) -> GuidedTerms:
     r"""Scale the classification loss to the regression loss.
 
-    .. math:: L = w_{reg} L_{reg} + w_{cls} \, r \, L_{cls}, \quad
-              r = \frac{w_{reg} L_{reg}}{L_{cls}}
+    $$ L = w_{reg} L_{reg} + w_{cls} \, r \, L_{cls}, \quad r = \frac{w_{reg} L_{reg}}{L_{cls}} $$
 
-    No gradient flows through `r`. It is 1 where it would be meaningless: for `L_cls = 0`, where the
-    released code divides by 0, and for `L_reg = 0`, as in a batch without positives, where it
-    would take the gradient from every negative. Such a batch is louder than the others then:
-    `GuidedLoss` remembers what `r` was in those before.
+    No gradient flows through `r`. It is 1 where it is undefined or degenerate: for `L_cls = 0`,
+    where the released code divides by 0, and for `L_reg = 0`, as in a batch without positives,
+    where it would remove the gradient of every negative. Such a batch then weighs more than the
+    others; `GuidedLoss` uses the ratio of previous batches instead.
 
     Args:
         classification: `L_cls`, scalar, at least 0.
@@ -155,7 +158,7 @@ def guided(
             every rank must make the call.
 
     Returns:
-        Both terms. What is NaN or infinite stays so.
+        Both terms. NaN and infinity propagate.
 
     Raises:
         ValueError: A loss is not a scalar, or a weight is not positive.
@@ -168,11 +171,11 @@ def guided(
 
 
 class GuidedLoss(SharedState):
-    r"""Guided loss as a module; see `guided`.
+    """Guided loss as a module; see `guided` for the equation.
 
-    A batch without positives has no `L_reg` to be scaled to. It is scaled by
-    `r = \sum w_{reg} L_{reg} / \sum L_{cls}` over the batches before it, of which each counts nine
-    tenths of the next; by 1 before there was any. Only batches in training mode are remembered.
+    A batch without positives has no `L_reg` to scale to. It is scaled by the ratio of the moving
+    averages (momentum 0.9) of `w_reg L_reg` and `L_cls` over previous batches in training mode, or
+    by 1 before the first.
 
     Args:
         cls_weight: `w_cls`, positive.
@@ -183,7 +186,13 @@ class GuidedLoss(SharedState):
         ValueError: A weight is not positive.
 
     Attributes:
-        usual: float32 `[2]`, `L_cls` and `w_reg L_reg` of those batches; zeros before the first.
+        usual: float32 `[2]`, the averages of `L_cls` and `w_reg L_reg`; zeros before the first.
+
+    Example:
+        >>> import torch
+        >>> criterion = GuidedLoss()
+        >>> float(criterion(torch.tensor(2.0), torch.tensor(0.5)))
+        1.0
     """
 
     FLOAT32 = ("usual",)
@@ -201,7 +210,7 @@ class GuidedLoss(SharedState):
         self.register_buffer("usual", torch.zeros(2, dtype=torch.float32))
 
     def terms(self, classification: Tensor, regression: Tensor) -> GuidedTerms:
-        """Both terms of the loss."""
+        """Compute both terms of the loss."""
         _require_terms(classification, regression)
         place = self.reg_weight * regression
         both = _of_all_ranks(classification, place, self.process_group)
@@ -213,17 +222,17 @@ class GuidedLoss(SharedState):
 
     @torch.no_grad()
     def _remember(self, both: Tensor) -> None:
-        # Neither sum is divided by how many it is of: their ratio is what is asked for.
+        # Sums over ranks, not divided by their number: only the ratio is used.
         after = MEMORY * self.usual + (1 - MEMORY) * both.float()
         sound = torch.isfinite(after).all() & (both > 0).all()
         self.usual.copy_(torch.where(sound, after, self.usual))
 
     def reset_parameters(self) -> None:
-        """Forget every batch, as after `to_empty`."""
+        """Reset the averages, as needed after `to_empty`."""
         self.usual.zero_()
 
     def forward(self, classification: Tensor, regression: Tensor) -> Tensor:
-        """The guided loss, scalar."""
+        """Compute the guided loss, scalar."""
         return torch.add(*self.terms(classification, regression))
 
 
@@ -241,7 +250,7 @@ def _require_weights(cls_weight: float, reg_weight: float) -> None:
 
 @torch.no_grad()
 def _of_all_ranks(classification: Tensor, place: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`L_cls` and `w_reg L_reg`, summed over ranks: float64 `[2]`."""
+    """Sum `L_cls` and `w_reg L_reg` over ranks: float64 `[2]`."""
     both = torch.stack([classification.view(()).double(), place.view(()).double()])
     if group is not None:
         dist.all_reduce(both, group=group)  # a ratio of sums is one of means
@@ -250,13 +259,13 @@ def _of_all_ranks(classification: Tensor, place: Tensor, group: dist.ProcessGrou
 
 @torch.no_grad()
 def _ratio(both: Tensor, usual: Tensor) -> Tensor:
-    """`r`: of this batch; of the usual one where this has no `L_reg`; 1 where neither has."""
+    """Compute `r` of this batch, or of the averages where it has no `L_reg`, or 1."""
     here, before = both[1] / both[0], usual[1] / usual[0]
     before = torch.where((usual > 0).all(), before, 1.0)
     return torch.where((both > 0).all(), here, torch.where(both[1] == 0, before, 1.0))
 
 
 def _scaled(classification: Tensor, place: Tensor, ratio: Tensor, cls_weight: float) -> GuidedTerms:
-    # A classification loss as small as a denormal would make it infinite.
+    # A denormal classification loss would make the ratio infinite.
     ratio = ratio.clamp(max=torch.finfo(classification.dtype).max).to(classification.dtype)
     return GuidedTerms(cls_weight * ratio * classification, place)
