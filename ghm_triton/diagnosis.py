@@ -125,7 +125,8 @@ def problems_of(density: GradientDensity) -> list[str]:
         largest = int(weights.argmax())
         problems.append(
             "weights explode: an entry of gradient norm"
-            f" {float(regions.centres[largest]):.3f} weighs {float(weights[largest]):.3g}. Use less strength than {strength:g}, or max_weight"
+            f" {float(regions.centres[largest]):.3f} weighs {float(weights[largest]):.3g}."
+            f" Use less strength than {strength:g}, or max_weight"
             + (", or ema='debiased'" if density.ema == "mmdet" else "")
         )
     return problems
