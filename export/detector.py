@@ -1,10 +1,10 @@
-"""From a checkpoint to `detector.onnx`: the graph, its thresholds and the card behind them."""
+"""Export of a checkpoint as `detector.onnx`: graph, thresholds and card."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from onnx import ModelProto
 
@@ -12,26 +12,17 @@ from export.card import DetectorCard, Preprocessing, TrainingCard
 from export.file import refuse_output, write_detector
 from export.graph import build_graph
 from export.preprocess import accept_uint8
-from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.training.checkpoint import Checkpoint, CheckpointError, sha256_of
 from ghm_triton.evidence import ClassThresholds, as_float32
 
 INPUT_TYPES = ("float32", "uint8", "both")
-# Of the options that a checkpoint was trained with, those that say what was minimised.
+# The training options that define the loss.
 LOSS_OPTIONS = (
-    "cls_loss",
-    "reg_loss",
-    "cls_weight",
-    "reg_weight",
-    "bins",
-    "average",
-    "strength",
-    "strength_end",
-    "reg_strength",
-    "reg_strength_end",
+    *("cls_loss", "reg_loss", "cls_weight", "reg_weight", "bins", "average"),
+    *("strength", "strength_end", "reg_strength", "reg_strength_end"),
 )
-# What a run may learn by besides, and the value that stands for doing without it. The assigner is
-# the detector's, all others are the run's.
+# Options of further methods, with the value that switches each off. The assigner is an option of
+# the detector, all others are of the training.
 METHOD_OPTIONS = {
     "mining": "none",
     "sampling": True,
@@ -49,51 +40,49 @@ def export_detector(
     policy: str = "f1",
     iou_threshold: float | None = None,
     name: str | None = None,
-    input_type: Literal["float32", "uint8", "both"] = "float32",
+    input_type: str = "float32",
 ) -> DetectorCard:
-    """Write a checkpoint's detector as one ONNX file that carries its thresholds and its card.
+    """Write a checkpoint's detector as one ONNX file with its thresholds and its card.
 
-    The same checkpoint and arguments give the same bytes. A file that is there is replaced only
-    once the new one is complete.
+    The same checkpoint and arguments give the same bytes. An existing file is replaced once the
+    new one is complete.
 
     Args:
         checkpoint_path: A checkpoint that training wrote.
-        output_path: The `.onnx` file to write; its folder is made if it is missing.
-        policy: How the thresholds are derived from the checkpoint's statistics: `prior`, `f1`,
+        output_path: The `.onnx` file to write; its folder is created if it is missing.
+        policy: How thresholds are derived from the checkpoint's statistics: `prior`, `f1`,
             `precision=P`, `recall=R` or `fixed=T`, see `ClassThresholds.from_statistics`.
-        iou_threshold: NMS overlap written as the file's default, in [0, 1]; the checkpoint's own
-            where None.
-        name: What the detector calls itself; its architecture and backbone where None.
-        input_type: `float32`: the file takes images that its caller letterboxed and normalised;
-            `uint8`: it takes RGB images as they are, see `export.preprocess.accept_uint8`; `both`:
-            `output_path` takes float32, and a second file beside it, see `output_paths`, takes
-            uint8.
+        iou_threshold: The file's default overlap for NMS, in [0, 1]; the checkpoint's if None.
+        name: Name of the detector; its architecture and backbone if None.
+        input_type: `float32`: the file takes letterboxed and normalised images; `uint8`: it takes
+            RGB images of any size, see `export.preprocess.accept_uint8`; `both`: `output_path`
+            takes float32, and a second file beside it, see `output_paths`, takes uint8.
 
     Returns:
         The card in the file at `output_path`.
 
     Raises:
-        CheckpointError: The checkpoint is missing, damaged or does not say how it was trained.
+        CheckpointError: The checkpoint is missing, is damaged or lacks training options.
         ValueError: The policy, `iou_threshold`, `name` or `input_type` is not valid, or the output
             is the checkpoint or a folder.
         OSError: The file cannot be written.
+
+    Example:
+        ```python
+        card = export_detector("runs/digits/checkpoint.pt", "detector.onnx", policy="f1")
+        print(card.threshold_table())
+        ```
     """
     checkpoint_path, output_path = Path(checkpoint_path), Path(output_path)
     check_outputs(output_path, input_type, checkpoint_path)
-    checkpoint = Checkpoint.load(checkpoint_path)
-    card = make_card(
-        checkpoint,
-        sha256_of(checkpoint_path),
-        policy=policy,
-        iou_threshold=iou_threshold,
-        name=name,
-    )
+    checkpoint, digest = Checkpoint.load(checkpoint_path), sha256_of(checkpoint_path)
+    card = make_card(checkpoint, digest, policy=policy, iou_threshold=iou_threshold, name=name)
     model = build_graph(checkpoint.detector(), card.class_thresholds, card.iou_threshold)
     return write_variants(output_path, input_type, model, card)
 
 
 def output_paths(path: Path, input_type: str) -> list[Path]:
-    """The files that an export to `path` writes.
+    """Return the files that an export to `path` writes.
 
     Example:
         >>> [path.name for path in output_paths(Path("runs/detector.onnx"), "both")]
@@ -106,7 +95,7 @@ def output_paths(path: Path, input_type: str) -> list[Path]:
 def write_variants(
     path: Path, input_type: str, model: ModelProto, card: DetectorCard
 ) -> DetectorCard:
-    """Write a graph that takes float32 images as the files of an export to `path`.
+    """Write a graph with float32 images as the files of an export to `path`.
 
     Returns:
         The card in the file at `path`.
@@ -120,7 +109,7 @@ def write_variants(
 
 
 def check_outputs(path: Path, input_type: str, checkpoint_path: Path) -> None:
-    """Refuse, before any work is done, what an export to `path` could not write.
+    """Refuse an export to `path` that could not be written, before any work is done.
 
     Raises:
         ValueError: The input type is unknown, or an output is the checkpoint or a folder.
@@ -139,18 +128,18 @@ def make_card(
     iou_threshold: float | None = None,
     name: str | None = None,
 ) -> DetectorCard:
-    """The card of a checkpoint's detector under a threshold policy.
+    """Return the card of a checkpoint's detector under a threshold policy.
 
     Args:
-        checkpoint: What training left behind.
+        checkpoint: The checkpoint.
         checkpoint_sha256: The digest of its file, 64 hexadecimal digits.
         policy: As for `export_detector`.
         iou_threshold: As for `export_detector`.
         name: As for `export_detector`.
 
     Raises:
-        CheckpointError: The checkpoint does not say how it was trained, or its statistics are of
-            other classes than its detector.
+        CheckpointError: The checkpoint lacks training options, or its statistics are of other
+            classes than its detector.
         ValueError: The policy, `iou_threshold` or `name` is not valid.
     """
     config, statistics = checkpoint.config, checkpoint.statistics
@@ -164,35 +153,36 @@ def make_card(
         raise ValueError(f"iou_threshold must lie in [0, 1], got {iou_threshold}")
     if name is not None and not name.strip():
         raise ValueError(f"name must not be blank, got {name!r}")
-    chosen = ClassThresholds.from_statistics(statistics, policy)
+    thresholds = ClassThresholds.from_statistics(statistics, policy)
+    height, width = config.image_size
     return DetectorCard(
         name=name or f"{config.architecture}-{config.backbone}",
         architecture=config.architecture,
         backbone=config.backbone,
         class_names=list(config.class_names),
-        threshold_policy=chosen.policy,
-        thresholds=list(chosen.entries),
+        threshold_policy=policy,
+        thresholds=list(thresholds),
         iou_threshold=as_float32(iou),
         candidates=config.candidates,
         max_detections=config.max_detections,
-        preprocessing=_preprocessing(config),
+        preprocessing=Preprocessing(
+            height=height, width=width, pad_value=config.pad_value, mean=config.mean, std=config.std
+        ),
         statistics=statistics,
         training=_training({**checkpoint.training, "assigner": config.assigner}, checkpoint_sha256),
     )
 
 
-def _preprocessing(config: DetectorConfig) -> Preprocessing:
-    height, width = config.image_size
-    return Preprocessing(
-        height=height, width=width, pad_value=config.pad_value, mean=config.mean, std=config.std
-    )
-
-
 def _training(training: dict[str, Any], checkpoint_sha256: str) -> TrainingCard:
+    methods = {  # older checkpoints lack these options
+        option: training[option]
+        for option, off in METHOD_OPTIONS.items()
+        if training.get(option, off) != off
+    }
     try:
         return TrainingCard(
             data=without_folders(training["data"]),
-            losses={option: training[option] for option in LOSS_OPTIONS} | _methods(training),
+            losses={option: training[option] for option in LOSS_OPTIONS} | methods,
             seed=training["seed"],
             steps=training["step"],
             versions=training["versions"],
@@ -203,17 +193,8 @@ def _training(training: dict[str, Any], checkpoint_sha256: str) -> TrainingCard:
         raise CheckpointError(f"the checkpoint does not say its training's {missing}") from error
 
 
-def _methods(training: dict[str, Any]) -> dict[str, Any]:
-    """The options of the methods that were used; older checkpoints know of none."""
-    return {
-        option: training[option]
-        for option, without in METHOD_OPTIONS.items()
-        if training.get(option, without) != without
-    }
-
-
 def without_folders(data: str) -> str:
-    """A data set as `--data` names it, without folders: the file travels, the disk does not.
+    """Remove folders from a data set's name in `--data` syntax; they mean nothing elsewhere.
 
     Example:
         >>> without_folders("voc:/home/someone/data/bccd")

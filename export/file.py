@@ -1,7 +1,7 @@
-"""Reading and writing `detector.onnx`: the card, the digest, whether the graph keeps the contract.
+"""Reading and writing of `detector.onnx`, with checks of its digest, card and graph.
 
-This needs onnx and numpy, never torch. Reading executes nothing: the graph is looked at as data,
-and only then handed to a runtime. Writing refuses whatever reading would refuse.
+Needs onnx and numpy, never torch. Reading executes nothing. Writing refuses every file that reading
+would refuse.
 """
 
 from __future__ import annotations
@@ -54,27 +54,22 @@ _OUTPUT_TYPES = {
     "num_detections": (TensorProto.INT64, 1),
 }
 _ELEMENTS = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
-_ITEM_BYTES: dict[int, int] = {
-    TensorProto.FLOAT: 4,
-    TensorProto.FLOAT16: 2,
-    TensorProto.DOUBLE: 8,
-    TensorProto.INT8: 1,
-    TensorProto.UINT8: 1,
-    TensorProto.INT32: 4,
-    TensorProto.INT64: 8,
-    TensorProto.BOOL: 1,
+_PLAIN = ("FLOAT", "FLOAT16", "DOUBLE", "INT8", "UINT8", "INT32", "INT64", "BOOL")
+_ITEM_BYTES = {
+    kind: onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+    for kind in map(TensorProto.DataType.Value, _PLAIN)
 }
 
 
 @dataclass(frozen=True)
 class DetectorFile:
-    """A detector that keeps the contract.
+    """A detector's file that passed all checks.
 
     Attributes:
-        path: Where it was read.
-        card: What it says of itself.
+        path: The file's path.
+        card: Its card.
         sha256: The digest of its bytes, 64 hexadecimal digits.
-        content: Its bytes, so that what is run is what was checked and digested.
+        content: Its bytes, so that a runtime loads exactly the bytes that were checked.
     """
 
     path: Path
@@ -84,7 +79,7 @@ class DetectorFile:
 
 
 def read_detector(path: str | Path) -> DetectorFile:
-    """Read a detector and check it against the contract.
+    """Read a detector's file and check it against the contract.
 
     Args:
         path: A `.onnx` file as `ghm export` writes it.
@@ -95,8 +90,15 @@ def read_detector(path: str | Path) -> DetectorFile:
     Raises:
         CardError: The file is damaged, is not ONNX, has no card or one that this version cannot
             read, lacks an input, initializer or output of the contract, keeps data outside itself,
-            or its graph's thresholds are not those of its card. The message starts with the path.
+            or has thresholds in its graph that differ from those in its card. The message starts
+            with the path.
         OSError: The file cannot be read.
+
+    Example:
+        ```python
+        card = read_detector("detector.onnx").card
+        print(dict(zip(card.class_names, card.class_thresholds, strict=True)))
+        ```
     """
     path = Path(path)
     try:
@@ -113,18 +115,18 @@ def read_detector(path: str | Path) -> DetectorFile:
 
 
 def write_detector(path: str | Path, model: ModelProto, card: DetectorCard) -> None:
-    """Write a graph with its card as one file, once it has passed every check.
+    """Write a graph with its card as one file, after every check.
+
+    The same graph and card give the same bytes. An existing file is replaced once the new one is
+    complete.
 
     Args:
-        path: The `.onnx` file to write; its folder is made if it is missing. A file that is there
-            is replaced only once the new one is complete.
-        model: The graph, weights inside; a card that is in it is replaced.
-        card: What the file says of itself.
-
-    The same graph and card give the same bytes.
+        path: The `.onnx` file to write; its folder is created if it is missing.
+        model: The graph with its weights; a card in it is replaced.
+        card: The card.
 
     Raises:
-        CardError: The graph does not do what the card says, or the reader would refuse the file.
+        CardError: The graph contradicts the card, or `read_detector` would refuse the file.
         ValueError: onnx's checker or its strict shape inference refuses the graph.
         OSError: The file cannot be written.
     """
@@ -134,12 +136,7 @@ def write_detector(path: str | Path, model: ModelProto, card: DetectorCard) -> N
 
 
 def detector_bytes(model: ModelProto, card: DetectorCard) -> bytes:
-    """What `write_detector` would write.
-
-    Raises:
-        CardError: As for `write_detector`.
-        ValueError: As for `write_detector`.
-    """
+    """Return the bytes that `write_detector` writes; raises the same errors."""
     written = ModelProto()
     written.CopyFrom(model)
     others = [entry for entry in model.metadata_props if entry.key not in (CARD_KEY, SEAL_KEY)]
@@ -180,7 +177,7 @@ def set_default(model: ModelProto, name: str, values: Sequence[float]) -> None:
 
 
 def _check(model: ModelProto) -> None:
-    """Hold a model that will be written against the contract, and against onnx itself."""
+    """Check a model against the contract and with onnx's own checker."""
     _check_tensors(model)
     _check_graph(model.graph, _card(model))
     try:
@@ -207,7 +204,7 @@ def _parse(content: bytes) -> ModelProto:
         model = onnx.load_model_from_string(content)
     except DecodeError as error:
         raise CardError("not an ONNX file, or cut short") from error
-    # Protobuf reads many a text as an empty message of unknown fields.
+    # Protobuf reads many texts as an empty message with unknown fields.
     if model.ir_version <= 0 or not model.graph.node:
         raise CardError("not an ONNX file: it holds no graph")
     return model
@@ -238,36 +235,40 @@ def _check_image_input(graph: GraphProto, card: DetectorCard) -> None:
     if list(required) != [INPUT]:
         raise CardError(f"the graph's inputs are {_names(required)}; there must be one, {INPUT!r}")
     height, width = card.preprocessing.height, card.preprocessing.width
-    wanted = {
-        "float32": (TensorProto.FLOAT, [None, 3, height, width]),
-        "uint8": (TensorProto.UINT8, [None, None, None, 3]),
+    element, shape, text = {
+        "float32": (
+            TensorProto.FLOAT,
+            [None, 3, height, width],
+            f"float32 [batch, 3, {height}, {width}] with a batch of any size",
+        ),
+        "uint8": (
+            TensorProto.UINT8,
+            [None, None, None, 3],
+            "uint8 [batch, height, width, 3] with images of any size",
+        ),
     }[card.input]
-    found = required[INPUT]
-    if (found.type.tensor_type.elem_type, _shape(found)) != wanted:
-        sizes = f"3, {height}, {width}" if card.input == "float32" else "height, width, 3"
-        raise CardError(
-            f"input {INPUT!r} is {_describe(found)}, not {card.input} [batch, {sizes}]"
-            f" with {'a batch' if card.input == 'float32' else 'images'} of any size"
-        )
+    images = required[INPUT]
+    if images.type.tensor_type.elem_type != element or _shape(images) != shape:
+        raise CardError(f"input {INPUT!r} is {_describe(images)}, not {text}")
 
 
 def _check_outputs(graph: GraphProto) -> None:
-    found = {value.name: value for value in graph.output}
+    outputs = {value.name: value for value in graph.output}
     for name in OUTPUTS:
-        if name not in found:
-            raise CardError(f"the graph has no output {name!r}; it has {_names(found)}")
-        element, rank = _OUTPUT_TYPES[name]
-        shape = _shape(found[name])
-        right_type = found[name].type.tensor_type.elem_type == element
+        if name not in outputs:
+            raise CardError(f"the graph has no output {name!r}; it has {_names(outputs)}")
+        (element, rank), output = _OUTPUT_TYPES[name], outputs[name]
+        shape = _shape(output)
+        right_type = output.type.tensor_type.elem_type == element
         if not right_type or (shape is not None and len(shape) != rank):
             raise CardError(
-                f"output {name!r} is {_describe(found[name])},"
+                f"output {name!r} is {_describe(output)},"
                 f" not {_element(element)} of {rank} dimension{'s' if rank > 1 else ''}"
             )
 
 
 def _overridable(graph: GraphProto, name: str, length: int) -> npt.NDArray[np.float32]:
-    """The default of an input that a caller may override: float32 `[length]`."""
+    """Return the default of an input that callers may override, float32 `[length]`."""
     tensors = [tensor for tensor in graph.initializer if tensor.name == name]
     if len(tensors) != 1:
         raise CardError(f"the graph has {len(tensors)} initializers {name!r}; there must be one")
@@ -306,7 +307,7 @@ def _check_tensors(model: ModelProto) -> None:
 
 
 def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """Every tensor in a graph and in the graphs inside its nodes."""
+    """Iterate over the tensors in a graph and in the graphs inside its nodes."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
@@ -326,12 +327,12 @@ def _tensors_of_node(node: NodeProto) -> Iterator[TensorProto]:
 
 
 def _names(values: Iterable[object]) -> list[str]:
-    """Names in order. One that is not UTF-8 comes out of protobuf as bytes."""
+    """Sorted names. Protobuf returns one that is not UTF-8 as bytes."""
     return sorted(map(str, values))
 
 
 def _shape(value: ValueInfoProto) -> list[int | None] | None:
-    """The dimensions, None for one of any size; None when the file gives no shape."""
+    """Dimensions, None for one of any size; None if the file has no shape."""
     tensor = value.type.tensor_type
     if not tensor.HasField("shape"):
         return None
@@ -354,20 +355,17 @@ def _describe(value: ValueInfoProto) -> str:
 
 
 def seal(content: bytes, ir_version: int) -> bytes:
-    """A serialized model with its digest behind it.
+    """Append the digest of a serialized model.
 
     Args:
-        content: The model, serialized, without a seal.
-        ir_version: The model's, below 128.
+        content: The model, serialized, without a digest.
+        ir_version: The model's IR version, below 128.
     """
     return content + _tail(hashlib.sha256(content).hexdigest(), ir_version)
 
 
 def is_broken(content: bytes) -> bool:
-    """Whether a file ends in a digest, and that of something else than the file.
-
-    False for a file without one, as others write it.
-    """
+    """Whether a file ends in a digest of other bytes; False for a file without a digest."""
     length = len(_tail("0" * _DIGEST_DIGITS, 1))
     body, tail = content[:-length], content[-length:]
     try:

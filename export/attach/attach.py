@@ -70,8 +70,20 @@ def attach(
         OSError: A file cannot be read or written.
 
     Example:
-        >>> attach("yolo.onnx", "card.json", "detector.onnx")  # doctest: +SKIP
-        (DetectorCard(...), OutputLayout(layout='yolo', boxes='cxcywh', unit='pixels', ...))
+        >>> import json, tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> theirs = '''<ir_version: 10, opset_import: ["": 18]>
+        ... net (float[batch, 3, 32, 32] images) => (float[batch, 6, 512] rows) {
+        ...     shape = Constant <value_ints = [0, 6, -1]> ()
+        ...     rows = Reshape (images, shape)
+        ... }'''
+        >>> onnx.save(onnx.parser.parse_model(theirs), folder / "theirs.onnx")
+        >>> facts = {"name": "pets", "class_names": ["cat", "dog"], "thresholds": 0.5}
+        >>> _ = (folder / "card.json").write_text(json.dumps({**facts, "size": [32, 32]}))
+        >>> paths = (folder / name for name in ("theirs.onnx", "card.json", "detector.onnx"))
+        >>> card, layout = attach(*paths, unit="normalised")
+        >>> layout
+        OutputLayout(layout='yolo', boxes='cxcywh', unit='normalised', scores='probability')
     """
     model_path, output_path = Path(model_path), Path(output_path)
     refuse_output(output_path, model=model_path)

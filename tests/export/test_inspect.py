@@ -54,11 +54,11 @@ def test_the_file_itself(file: DetectorFile, facts: dict[str, str]) -> None:
 
 
 def test_what_it_takes_and_gives(facts: dict[str, str]) -> None:
-    assert facts["input"] == "images float32 [B, 3, 64, 96], which the caller prepares"
+    assert facts["input"] == "images float32 [B, 3, 64, 96], prepared by the caller"
     assert "RGB letterboxed to 64 x 96 (height x width)" in facts["prepared"]
     assert facts["normalised"].endswith("mean 0.4 0.5 0.6, std 0.229 0.224 0.225")
-    assert facts["output"].endswith("in pixels of `images`; at most 150 an image")
-    assert facts["NMS"] == "IoU 0.3, by class, over 400 candidates"
+    assert facts["output"].endswith("in pixels of `images`; at most 150 per image")
+    assert facts["NMS"] == "IoU 0.3, per class, over 400 candidates"
 
 
 def test_what_it_comes_from(file: DetectorFile, facts: dict[str, str]) -> None:
