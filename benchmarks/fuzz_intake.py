@@ -15,7 +15,7 @@ from service.core.errors import ProblemError
 from service.core.params import DetectOptions, read_options
 from service.http import uploads
 from service.images.decode import decode
-from service.images.headers.base import ImageError
+from service.images.header import ImageError
 
 MAX_PIXELS = 2**20
 _PNG = b"\x89PNG\r\n\x1a\n"

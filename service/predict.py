@@ -136,7 +136,7 @@ def _read_thresholds(text: str) -> dict[str, Any]:
 def _decode(path: Path) -> Image.Image:
     from service.core.settings import MOST_PIXELS
     from service.images.decode import decode
-    from service.images.headers.base import ImageError
+    from service.images.header import ImageError
 
     try:
         return decode(path.read_bytes(), MOST_PIXELS)

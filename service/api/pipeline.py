@@ -31,14 +31,14 @@ from service.engine.session import ServedModel
 from service.http.uploads import Upload, read_upload
 from service.images.decode import Geometry, prepare
 from service.images.decode import decode as decode_file
-from service.images.headers import measure
-from service.images.headers.base import (
+from service.images.header import (
     DamagedImageError,
     ImageError,
     ImageHeader,
     ImageTooLargeError,
     UnsupportedImageError,
 )
+from service.images.headers import measure
 from service.observability.metrics import Metrics
 
 T = TypeVar("T")

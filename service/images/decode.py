@@ -20,14 +20,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from export.card import DetectorCard, Preprocessing
-from service.images.headers import measure
-from service.images.headers.base import (
+from service.images.header import (
     ImageError,
     ImageHeader,
     UnsupportedImageError,
     damaged,
+    open_lazily,
+    short_reason,
 )
-from service.images.headers.pillow import open_lazily, short_reason
+from service.images.headers import measure
 
 _TIFF_BITS_PER_SAMPLE = 258
 _TIFF_PHOTOMETRIC = 262

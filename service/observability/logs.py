@@ -3,7 +3,7 @@
 All loggers share one handler, uvicorn's included. A record made during a request has the request's
 id. Headers, query strings and bodies are not logged, so neither are tokens and images.
 
-structlog needs as much configuration, and takes 28 us per line where this takes 10.
+structlog needs as much configuration, and takes twice as long per line.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import logging.config
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any, Literal
 
 import orjson
@@ -124,13 +123,8 @@ def _facts(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def _utc(created: float) -> str:
-    seconds = int(created)
-    return f"{_second(seconds)}.{int((created - seconds) * 1000):03d}Z"
-
-
-@lru_cache(maxsize=2)
-def _second(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    moment = datetime.fromtimestamp(created, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _json(line: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from export.card import Preprocessing
 from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.models.config import DetectorConfig
 from service.images.decode import Geometry, canvas, decode, letterbox, prepare
-from service.images.headers.base import (
+from service.images.header import (
     DamagedImageError,
     ImageError,
     ImageTooLargeError,

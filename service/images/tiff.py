@@ -11,8 +11,13 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from service.images.headers.base import ImageError, ImageHeader, ImageTooLargeError, damaged
-from service.images.headers.pillow import open_lazily
+from service.images.header import (
+    ImageError,
+    ImageHeader,
+    ImageTooLargeError,
+    damaged,
+    open_lazily,
+)
 
 _BITS, _COMPRESSION, _ORIENTATION, _SAMPLES, _ROWS_PER_STRIP = 258, 259, 274, 277, 278
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323

@@ -1,8 +1,15 @@
-"""The result of reading an image's header, and its errors."""
+"""The header of an image file, its errors, and opening a file without decoding it."""
 
 from __future__ import annotations
 
+import io
+import warnings
 from dataclasses import dataclass, field
+
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+# Pillow warns per broken entry of a file: a request could write a thousand lines into the log.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 FORMATS = ("JPEG", "PNG", "WebP", "BMP", "TIFF", "GIF")
 
@@ -59,3 +66,25 @@ def too_many_parts(kind: str) -> ImageTooLargeError:
     return ImageTooLargeError(
         f"the {kind} image has more than {MOST_PARTS} parts; no more are read"
     )
+
+
+def open_lazily(content: bytes, kind: str) -> ImageFile.ImageFile:
+    """Open an image file of a format without decoding it.
+
+    Raises:
+        DamagedImageError: The header is broken, or of a variant that Pillow does not read.
+        ImageTooLargeError: The image exceeds Pillow's own limit of pixels.
+    """
+    try:
+        return Image.open(io.BytesIO(content), formats=(kind.upper(),))
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError(f"the {kind} image is too large: {error}") from error
+    except UnidentifiedImageError as error:  # its own message shows the address of a buffer
+        raise damaged(kind, "its header is broken, or of a variant that is not read") from error
+    except Exception as error:  # decoders raise any exception on broken bytes
+        raise damaged(kind, short_reason(error)) from error
+
+
+def short_reason(error: Exception) -> str:
+    """Return the first line of an error, cut to 200 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

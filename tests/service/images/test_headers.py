@@ -1,4 +1,4 @@
-"""For service/intake/headers/__init__.py, and what all kinds have in common."""
+"""Headers of every format, and the corpus of hostile files."""
 
 import io
 import os
@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 
 from service.images.decode import decode
-from service.images.headers import measure
-from service.images.headers.base import (
+from service.images.header import (
     DamagedImageError,
     ImageError,
     ImageTooLargeError,
     UnsupportedImageError,
 )
+from service.images.headers import measure
 
-EVERYTHING = sorted((Path(__file__).parents[2] / "corpus").iterdir())
+EVERYTHING = sorted((Path(__file__).parents[1] / "corpus").iterdir())
 CORPUS = [path for path in EVERYTHING if path.name[0].isdigit()]  # the others are bodies
 STATUS = {DamagedImageError: 400, ImageTooLargeError: 413, UnsupportedImageError: 415}
 LIMIT = 40_000_000
@@ -69,7 +69,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from service.images.decode import decode
-from service.images.headers.base import ImageError
+from service.images.header import ImageError
 
 def kilobytes(key):
     lines = Path("/proc/self/status").read_text().splitlines()
