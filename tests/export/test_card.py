@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from export.card import FORMAT_VERSION, CardError, DetectorCard, Preprocessing
-from ghm_triton.evidence import ClassThreshold, as_float32
+from ghm_triton.evidence import ClassStatistics, ClassThreshold, as_float32
 
 
 def fields(**changes: object) -> dict:
-    """A card's fields, as JSON has them."""
+    """The fields of a card as in JSON."""
     thresholds = [
         {
             "name": name,
@@ -96,7 +96,7 @@ def test_any_text_is_a_card_or_a_card_error(text):
         DetectorCard.from_json(text)
 
 
-def test_a_newer_format_says_so_whatever_else_it_holds():
+def test_a_newer_format_is_refused_whatever_else_it_holds():
     with pytest.raises(CardError, match="format_version 3; this package reads up to 2"):
         DetectorCard.from_json('{"format_version": 3, "news": true}')
 
@@ -119,7 +119,7 @@ def test_images_are_of_a_known_type():
 
 
 @pytest.mark.parametrize("version", [0, "1", None])
-def test_a_format_that_never_was(version):
+def test_a_format_that_does_not_exist(version):
     with pytest.raises(CardError, match="not valid at format_version"):
         read(format_version=version)
 
@@ -148,10 +148,25 @@ def test_a_field_that_is_missing_is_named(missing):
         DetectorCard.from_json(json.dumps(rest))
 
 
-def test_statistics_have_one_row_a_class():
+def test_statistics_have_one_row_per_class():
     statistics = fields()["statistics"] | {"positives": [1]}
     with pytest.raises(CardError, match=r"statistics: .*positives must be \[2\], got \[1\]"):
         read(statistics=statistics)
+
+
+def test_statistics_are_of_the_classes_of_the_card_and_a_copy():
+    statistics = ClassStatistics(("dog", "cat"), 100, [1, 2])
+    card = DetectorCard.model_validate(fields(statistics=statistics))
+    statistics.add_labels([1, 1, 1])
+    assert card.statistics == ClassStatistics(("dog", "cat"), 100, [1, 2])
+    with pytest.raises(ValidationError, match=r"statistics are for \['cat', 'dog'\]"):
+        DetectorCard.model_validate(fields(statistics=ClassStatistics(("cat", "dog"))))
+
+
+def test_class_names_are_written_once():
+    card = read()
+    assert "class_names" not in json.loads(card.to_json())["statistics"]
+    assert card.statistics.class_names == ("dog", "cat")
 
 
 def threshold(value: float) -> ClassThreshold:

@@ -20,7 +20,7 @@ def test_writes_and_replaces(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_cannot_be_written_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "x.onnx"
     write_atomically(path, b"old")
 
@@ -41,7 +41,7 @@ def test_a_written_file_has_the_permissions_of_any_other(tmp_path):
     assert len(modes) == 1
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "none" / "x", b"")
 
@@ -62,7 +62,7 @@ write_atomically(sys.argv[1], b"new" * 1000)
     assert done.returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
     leftovers = [other.name for other in tmp_path.iterdir() if other != path]
-    # A file without a name goes with its process; one with a name is at least no detector's.
+    # A file without a name vanishes with its process; one with a name is hidden and no .onnx.
     assert len(leftovers) == (0 if unnamed and hasattr(os, "O_TMPFILE") else 1)
     assert not [name for name in leftovers if name.endswith(".onnx")]
 

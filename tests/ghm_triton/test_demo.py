@@ -1,16 +1,19 @@
 import subprocess
 import sys
 
+import pytest
 from PIL import Image
 
 from export.file import read_detector
 
 DATA = "digits:images=200,held_out_images=12"
+pytestmark = pytest.mark.slow
+
 PICTURES = ("held_out.png", "detections.png", "gradient_norms.png", "thresholds.png")
 
 
-def test_the_demo_goes_from_nothing_to_an_answer(tmp_path):
-    """The command itself, small: every step is a process that really runs."""
+def test_the_demo_trains_exports_and_serves(tmp_path):
+    """The command with little data: every step is a process of its own."""
     words = ["demo", "--out", str(tmp_path), "--data", DATA, "--steps", "25", "--policy", "prior"]
     done = subprocess.run(
         [sys.executable, "-m", "ghm_triton.cli", *words],

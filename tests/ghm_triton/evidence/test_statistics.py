@@ -1,4 +1,4 @@
-"""What training and evaluation count."""
+"""Counts of training and evaluation."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_an_image_without_anything():
     assert statistics.to_dict() == ClassStatistics(("cat", "dog")).to_dict()
 
 
-def test_a_score_on_an_edge_stands_at_the_threshold_of_that_edge():
+def test_a_score_on_an_edge_reaches_the_threshold_of_that_edge():
     """In float32, as detector, file and service compare them."""
     edges = score_edges()
     assert edges.dtype == np.float32

@@ -35,7 +35,7 @@ class Held:
             )
 
     def at(self, j, threshold):
-        """True and false positives of what stands at a threshold."""
+        """True and false positives among the detections that reach a threshold."""
         stands = self.scores[j] >= np.float32(threshold)
         return int((stands & self.matched[j]).sum()), int((stands & ~self.matched[j]).sum())
 
@@ -49,7 +49,7 @@ class Held:
 
 
 def drawn(seed, classes=3, detections=60):
-    """Scores that part the matched from the others, not cleanly."""
+    """Scores that separate the matched detections from the others imperfectly."""
     rng = np.random.default_rng(seed)
     matched = [rng.random(detections) < 0.4 for _ in range(classes)]
     scores = [np.clip(rng.normal(0.35 + 0.3 * m, 0.2), 0.005, 1) for m in matched]
@@ -59,7 +59,7 @@ def drawn(seed, classes=3, detections=60):
 
 @pytest.fixture
 def quiet():
-    """No class falls back."""
+    """Turn a fallback into an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -163,7 +163,7 @@ def test_a_lucky_bin_below_a_bad_stretch_is_no_operating_point(quiet):
 
 @pytest.mark.parametrize("policy", ["f1", "precision=0.9", "recall=0.0"])
 def test_a_faultless_class_does_not_let_everything_through(quiet, policy):
-    """Nothing below the first edge was looked at, so no policy reaches down there."""
+    """Detections below the first edge are not recorded, so no policy chooses a score below it."""
     held = Held([1], [[0.8, 0.9]], [[True, True]], [2])
     (entry,) = choose(held, policy)
     assert entry.threshold == (EDGES[-1] if policy == "recall=0.0" else EDGES[0])
@@ -214,7 +214,7 @@ class TestFallback:
 
 @given(seed=st.integers(0, 10**6), policy=st.sampled_from(["f1", "precision=0.7", "recall=0.6"]))
 @settings(max_examples=40, deadline=None)
-def test_every_threshold_is_a_probability_above_the_prior_or_what_was_asked(seed, policy):
+def test_every_threshold_is_a_float32_probability_not_below_the_prior(seed, policy):
     held = drawn(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ThresholdWarning)
@@ -245,7 +245,7 @@ def test_bad_policies(policy, match):
         ClassThresholds.from_statistics(drawn(0).statistics, policy)
 
 
-def test_a_policy_that_needs_anchors_says_so():
+def test_a_policy_that_needs_anchors_refuses_statistics_without():
     with pytest.raises(ValueError, match=r"no anchors were counted in training \(anchors=0\)"):
         ClassThresholds.from_statistics(ClassStatistics(("cat",)), "f1")
 
