@@ -111,8 +111,7 @@ class Network(nn.Module):
         """Return the outputs of the last layers for an image `[1, 3, H, W]`."""
         detector = self.detector
         if not isinstance(detector, FasterRCNNDetector):
-            output = detector.raw(images)  # type: ignore[operator]
-            return tuple(output.values()) if isinstance(output, dict) else output
+            return tuple(detector.outputs(images).values())  # type: ignore[operator]
         levels = detector.features(images)
         objectness, deltas = detector.rpn.head(list(levels.values()))
         pooled = detector.pool(levels, self.regions, self.exist)  # type: ignore[arg-type]

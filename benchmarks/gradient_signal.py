@@ -176,8 +176,8 @@ def look(arguments: argparse.Namespace, seed: int) -> dict[str, Row]:
         if number >= WARM:
             outputs = {"cls_logits": logits, "bbox_regression": deltas}
             matches = [detector.match(detector.anchors, target) for target in targets]
-            own = [detector.anchors] * len(targets)
-            value = SmoothL1()(*detector.head._positives(targets, outputs, own, matches))
+            anchors = [detector.anchors] * len(targets)
+            value = SmoothL1()(*detector.head.pairs(targets, outputs, anchors, matches)[:2])
             boxes.add(_flat(value, trunk))
     return {
         name: {

@@ -1,4 +1,4 @@
-"""Pictures of what training did: gradient norms and thresholds."""
+"""Figures of a trained detector: gradient norms and thresholds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from torch import Tensor
 
 from ghm_triton.detection.data import DetectionDataset
 from ghm_triton.detection.data.loader import TrainingView, collate
-from ghm_triton.detection.models.detector import Detector
-from ghm_triton.detection.models.fcos import FCOSDetector
-from ghm_triton.detection.models.retinanet import RetinaNetDetector
+from ghm_triton.detection.models.detector import DenseDetector, Detector
 from ghm_triton.evidence import SCORE_BINS, ClassStatistics, ClassThresholds
 from ghm_triton.losses import gradient_density
 
@@ -21,18 +19,18 @@ CROSS_ENTROPY, HARMONIZED, FULL = "#7f7f7f", "#1f77b4", "#d62728"
 
 
 def gradient_norms(detector: Detector, dataset: DetectionDataset, images: int = 64) -> Tensor:
-    """`g = |sigmoid(x) - p*|` of every place and class that counts, on images of a data set.
+    """Gradient norms `g = |sigmoid(x) - p*|` of all valid entries, on images of a data set.
 
     Args:
-        detector: A RetinaNet or an FCOS; run in evaluation mode, where it is.
+        detector: A RetinaNet or an FCOS, on any device; put into evaluation mode.
         dataset: Labelled images.
-        images: How many of them, from the first.
+        images: Number of images, from the first.
 
     Returns:
-        float32 `[N]` on the CPU, in [0, 1]: of positives first, then of negatives.
+        float32 `[N]` on the CPU, in [0, 1]: positives first, then negatives.
 
     Raises:
-        ValueError: The detector is another.
+        ValueError: The detector has other heads.
     """
     return torch.cat(gradient_norms_by_target(detector, dataset, images))
 
@@ -40,12 +38,12 @@ def gradient_norms(detector: Detector, dataset: DetectionDataset, images: int = 
 def gradient_norms_by_target(
     detector: Detector, dataset: DetectionDataset, images: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """`gradient_norms`, apart: of entries whose target `p*` is 1, and of those whose is 0.
+    """Gradient norms of the positives, `p* = 1`, and of the negatives, `p* = 0`, separately.
 
     An entry is an anchor (or point) and a class; its target is 1 at the class that the anchor is
-    assigned to, however clean it is.
+    assigned to, regardless of cleanliness. Arguments and errors are those of `gradient_norms`.
     """
-    if not isinstance(detector, RetinaNetDetector | FCOSDetector):
+    if not isinstance(detector, DenseDetector):
         raise ValueError(
             "gradient norms are of dense sigmoids, as retinanet and fcos have;"
             f" not of {detector.config.architecture}"
@@ -59,7 +57,7 @@ def gradient_norms_by_target(
         frame, targets = collate([view[draw] for draw in draws])
         targets = [{key: value.to(device) for key, value in target.items()} for target in targets]
         with torch.inference_mode():
-            logits = _logits(detector, frame.to(device)).float()
+            logits = detector.outputs(frame.to(device))["cls_logits"].float()
             labels = detector.labels(targets)
         counts = labels >= 0
         one_hot = torch.nn.functional.one_hot(labels[counts], logits.shape[2] + 1)[:, :-1]
@@ -69,20 +67,14 @@ def gradient_norms_by_target(
     return torch.cat(positives), torch.cat(negatives)
 
 
-def _logits(detector: RetinaNetDetector | FCOSDetector, images: Tensor) -> Tensor:
-    if isinstance(detector, FCOSDetector):
-        return detector.raw(images)["cls_logits"]
-    return detector.raw(images)[0]
-
-
 def plot_gradient_norms(norms: Tensor, strength: float, path: Path, bins: int = 30) -> None:
-    """The papers' figure: how many entries have which gradient norm, and what they add up to.
+    """Plot the distribution of gradient norms and their share of the gradient, as in the paper.
 
     Args:
         norms: `g`, `[N]` in [0, 1].
-        strength: Of the harmonizing that the detector was trained with, drawn beside the paper's.
-        path: PNG to write.
-        bins: Unit regions.
+        strength: Strength that the detector was trained with, drawn beside the paper's 1.
+        path: PNG file to write.
+        bins: Number of unit regions.
     """
     beta = len(norms) / gradient_density(norms, bins)
     centres = (np.arange(bins) + 0.5) / bins
@@ -98,9 +90,9 @@ def plot_gradient_norms(norms: Tensor, strength: float, path: Path, bins: int = 
         ("harmonized, strength 1 (paper)", FULL, beta),
     ):
         share = torch.zeros(bins).index_add_(0, region, weight * norms)
-        share = torch.where(share > 0, share / share.sum(), torch.nan)  # an empty region has no say
+        share = torch.where(share > 0, share / share.sum(), torch.nan)  # not of an empty region
         right.plot(centres, share.numpy(), color=colour, label=name, marker=".")
-    right.set(yscale="log", ylabel="share of the total gradient", title="after: who is heard")
+    right.set(yscale="log", ylabel="share of the total gradient", title="after: contributions")
     right.legend(frameon=False)
     for axes in (left, right):
         axes.set(xlim=(0, 1), xlabel="gradient norm  g = |p - p*|")
@@ -109,12 +101,12 @@ def plot_gradient_norms(norms: Tensor, strength: float, path: Path, bins: int = 
 
 
 def plot_thresholds(statistics: ClassStatistics, thresholds: ClassThresholds, path: Path) -> None:
-    """Held-out scores of right and wrong detections of every class, and where the line is drawn.
+    """Plot the held-out scores of true and false detections per class, with the thresholds.
 
     Args:
         statistics: The histograms.
-        thresholds: The lines.
-        path: PNG to write.
+        thresholds: The thresholds.
+        path: PNG file to write.
     """
     classes = len(statistics.class_names)
     columns = min(classes, 5)

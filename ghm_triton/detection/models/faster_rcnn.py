@@ -1,4 +1,4 @@
-"""Faster R-CNN: torchvision's, with losses that see all the batch's regions at once."""
+"""Faster R-CNN: torchvision's, with losses that see all regions of the batch at once."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from ghm_triton.detection.models.detector import Detector, Predictions
 from ghm_triton.detection.models.heads import HeadLosses, Learner
 from ghm_triton.detection.models.postprocess import OUT, decode_boxes
 from ghm_triton.detection.models.rpn import CleanProposalNetwork, ProposalNetwork
-from ghm_triton.imbalance.sampling_free import GuidedLoss
+from ghm_triton.imbalance.sampling_free import GuidedLoss, prior_bias
 
-COARSEST_STRIDE = 32  # that regions are pooled from
-CELLS, SAMPLES_A_CELL = 7, 2
-WIDTH = 4  # of the two hidden layers, in channels: 1024 for 256, as torchvision's
+COARSEST_STRIDE = 32  # of the levels that regions are pooled from
+CELLS, SAMPLES_PER_CELL = 7, 2
+WIDTH = 4  # of the two hidden layers, in channels: 1024 for 256, as in torchvision
 REGION_IOU, POSITIVE_SHARE = 0.5, 0.25
-# What torchvision calls the proposals' losses, and what they are called among others.
+# torchvision's names of the proposals' losses, and ours.
 RPN_LOSSES = {
     "loss_objectness": "rpn_objectness",
     "loss_rpn_box_reg": "rpn_box",
     "unguided_objectness": "unguided_rpn_objectness",
 }
-SMALLEST_SIDE = 0.01  # pixels: torchvision shows no box that is thinner
+SMALLEST_SIDE = 0.01  # pixels: torchvision drops thinner boxes
 
 
 class FasterRCNNDetector(Learner, Detector):
@@ -44,20 +44,20 @@ class FasterRCNNDetector(Learner, Detector):
     A softmax classifier has background as its first class; sigmoids have none. Every class has
     its own box.
 
-    What it learns from is up to the losses. As a rule that is torchvision's: `region_samples`
-    regions of an image, a quarter of them positive where there are as many, and a sample of
-    anchors. With `mining` (arXiv 1604.03540, 1705.02233) every region is looked at without
-    gradient, and the hardest are learnt from, whatever they are. A `guide` scales the regions'
-    classification loss to their regression loss. Without `samples` (arXiv 1909.04868) every anchor
-    and every region is learnt from, unless mining chooses among regions, and the proposals are
-    guided too; the released code doubles the regions' classification then, as a guide of
-    `cls_weight=2` does. An adversary meets those positives that were chosen.
+    The losses determine the training examples. By default they are torchvision's: per image
+    `region_samples` regions, up to a quarter of them positive, and a sample of anchors. With
+    `mining` (arXiv 1604.03540, 1705.02233) every region is classified without gradient, and the
+    hardest are trained on. A `guide` scales the regions' classification loss to their regression
+    loss. Without `samples` (arXiv 1909.04868) every anchor is trained on, and every region unless
+    mining selects some, and the proposals are guided too; the released code doubles the regions'
+    classification then, as a guide of `cls_weight=2` does. An adversary changes the selected
+    positives.
 
     Args:
-        config: What to build.
-        losses: The region head's losses, and its adversary if there is to be one; None for a
-            detector that will not be trained. The proposal network's are torchvision's (guided,
-            of every anchor), unless the configuration's `assigner` is `cleanliness`, which takes
+        config: The detector's description.
+        losses: The region head's losses, and its adversary if there is one; None for a detector
+            that will not be trained. The proposal network's are torchvision's (or guided, of every
+            anchor), unless the configuration's `assigner` is `cleanliness`, which takes
             `losses.objectness`.
     """
 
@@ -81,10 +81,10 @@ class FasterRCNNDetector(Learner, Detector):
             self.rpn = ProposalNetwork(channels, strides, config, guide, group)
         predictor = FastRCNNPredictor(WIDTH * channels, self.background + config.num_classes)
         if not self.background:
-            nn.init.constant_(predictor.cls_score.bias, math.log(config.prior / (1 - config.prior)))
+            nn.init.constant_(predictor.cls_score.bias, prior_bias(config.prior))
         self.roi_heads = RoIHeads(
             MultiScaleRoIAlign(
-                [str(level) for level in range(len(self.pooled_strides))], CELLS, SAMPLES_A_CELL
+                [str(level) for level in range(len(self.pooled_strides))], CELLS, SAMPLES_PER_CELL
             ),
             TwoMLPHead(channels * CELLS**2, WIDTH * channels),
             predictor,
@@ -100,7 +100,7 @@ class FasterRCNNDetector(Learner, Detector):
         self.hold(losses)
         if self.mining is not None or not samples:
             self.roi_heads.fg_bg_sampler = every_region
-        # The last to draw its weights: with or without, those of the detector start the same.
+        # Last, so that the detector's random weights do not depend on it.
         self.adversary = losses.adversary(channels) if losses and losses.adversary else None
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
@@ -119,9 +119,8 @@ class FasterRCNNDetector(Learner, Detector):
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The training losses: the regions', and `rpn_objectness` and `rpn_box` of the proposals.
 
-        And `adversary`, where there is one, who makes the positive regions harder. Guided losses
-        come with `unguided_classification` and `unguided_rpn_objectness`, as their guides found
-        them, which carry no gradient.
+        With an adversary, also its loss `adversary`. Guided losses come with
+        `unguided_classification` and `unguided_rpn_objectness`, without gradient.
 
         Raises:
             RuntimeError: The detector was built without losses, or is in evaluation mode, where
@@ -133,31 +132,31 @@ class FasterRCNNDetector(Learner, Detector):
             raise RuntimeError("this detector has losses in training mode only; call train()")
         features, sizes = self.features(images), [self.config.image_size] * len(images)
         proposals, rpn_losses = self.rpn(ImageList(images, sizes), features, targets)
-        regions, labels, goals = self._chosen(features, proposals, targets)
+        regions, labels, expected = self._training_regions(features, proposals, targets)
         pooled = self.roi_heads.box_roi_pool(features, regions, sizes)
-        own = torch.nonzero(labels < self.config.num_classes).squeeze(1)
+        positive = torch.nonzero(labels < self.config.num_classes).squeeze(1)
         adversarial = {}
         if self.adversary is not None:
             harder, adversarial["adversary"] = self.adversary(
-                pooled[own], partial(self._true_probability, labels=labels[own])
+                pooled[positive], partial(self._true_probability, labels=labels[positive])
             )
-            pooled = pooled.index_put((own,), harder)
+            pooled = pooled.index_put((positive,), harder)
         logits, deltas = self.classify(pooled)
-        predicted = deltas[own, labels[own]].float()
+        predicted = deltas[positive, labels[positive]].float()
         return {
-            **self.learn(logits, labels, predicted, goals[own]),
+            **self.learn(logits, labels, predicted, expected[positive]),
             **{RPN_LOSSES[name]: loss for name, loss in rpn_losses.items()},
             **adversarial,
         }
 
-    def _chosen(
+    def _training_regions(
         self,
         features: dict[str, Tensor],
         proposals: list[Tensor],
         targets: list[dict[str, Tensor]],
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The regions of each image that are learnt from, and all their labels and goals."""
-        regions, _, numbers, goals = self.roi_heads.select_training_samples(
+        """The regions to train on, per image, and the labels and target deltas of all."""
+        regions, _, numbers, expected = self.roi_heads.select_training_samples(
             proposals, [_background_first(target) for target in targets]
         )
         classes = self.config.num_classes
@@ -165,12 +164,12 @@ class FasterRCNNDetector(Learner, Detector):
         if self.observer is not None:
             self.observer(torch.cat(labels))
         if self.mining is not None:
-            kept = self._hardest(features, regions, labels, goals)
-            regions, labels, goals = (
-                [row[own] for row, own in zip(rows, kept, strict=True)]
-                for rows in (regions, labels, goals)
+            kept = self._hardest(features, regions, labels, expected)
+            regions, labels, expected = (
+                [row[mask] for row, mask in zip(rows, kept, strict=True)]
+                for rows in (regions, labels, expected)
             )
-        return regions, torch.cat(labels), torch.cat(goals)
+        return regions, torch.cat(labels), torch.cat(expected)
 
     @torch.no_grad()
     def _hardest(
@@ -178,18 +177,18 @@ class FasterRCNNDetector(Learner, Detector):
         features: dict[str, Tensor],
         regions: list[Tensor],
         labels: list[Tensor],
-        goals: list[Tensor],
+        expected: list[Tensor],
     ) -> list[Tensor]:
         """Which regions of each image mining keeps, bool `[R]`; image by image, to save memory."""
         mining: Any = self.mining  # a HardRegions
         lost = []
-        for image, (boxes, row, goal) in enumerate(zip(regions, labels, goals, strict=True)):
-            own = {name: level[image : image + 1] for name, level in features.items()}
-            pooled = self.roi_heads.box_roi_pool(own, [boxes], [self.config.image_size])
-            logits, deltas = self._look(pooled)
+        for image, (boxes, row, deltas) in enumerate(zip(regions, labels, expected, strict=True)):
+            levels = {name: level[image : image + 1] for name, level in features.items()}
+            pooled = self.roi_heads.box_roi_pool(levels, [boxes], [self.config.image_size])
+            logits, predicted = self._look(pooled)
             positive = row < self.config.num_classes
-            predicted = deltas[positive, row[positive]].float()
-            lost.append(mining.lost(logits, row, positive, predicted, goal[positive]))
+            boxed = predicted[positive, row[positive]].float()
+            lost.append(mining.lost(logits, row, positive, boxed, deltas[positive]))
         kept: list[Tensor] = mining(lost, regions)
         return kept
 
@@ -197,15 +196,15 @@ class FasterRCNNDetector(Learner, Detector):
     def _look(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """`classify` without gradient.
 
-        Older PyTorch's autocast would keep the weights that it rounds here, which have no
-        gradient, and learn nothing from the pass that is to learn.
+        Older PyTorch's autocast would cache the weights rounded here, which have no gradient, and
+        reuse them in the pass that is trained on.
         """
         kind = pooled.device.type
         with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
             return self.classify(pooled)
 
     def _true_probability(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """What positive regions `[R, channels, 7, 7]` are taken for, rightly: `[R]` in [0, 1]."""
+        """Predicted probability of each positive region's true class, `[R]` in [0, 1]."""
         logits, _ = self._look(pooled)
         scores = torch.softmax(logits, 1) if self.background else torch.sigmoid(logits)
         return scores.gather(1, (labels + self.background).unsqueeze(1)).squeeze(1).float()
@@ -223,7 +222,7 @@ class FasterRCNNDetector(Learner, Detector):
             scores, ranks = torch.softmax(logits, dim=2)[..., 1:], softmax_logits(logits)[..., 1:]
         else:
             scores, ranks = torch.sigmoid(logits), logits
-        # Where there is no proposal, there is no side either.
+        # Padding has no area.
         solid = (boxes[..., 2:] - boxes[..., :2]).amin(dim=3) >= SMALLEST_SIDE
         return Predictions(boxes, torch.where(solid, scores, 0.0), torch.where(solid, ranks, OUT))
 
@@ -246,10 +245,10 @@ class FasterRCNNDetector(Learner, Detector):
         channels = features["0"].shape[1]
         pooled = regions.new_zeros(batch * count, channels, CELLS, CELLS)
         for level, stride in enumerate(self.pooled_strides):
-            own = torch.nonzero(levels == level).squeeze(1)
+            here = torch.nonzero(levels == level).squeeze(1)
             level_features = features[str(level)].to(regions.dtype)
-            cells = roi_align(level_features, regions[own], CELLS, 1 / stride, SAMPLES_A_CELL)
-            pooled = pooled.index_put((own,), cells)
+            cells = roi_align(level_features, regions[here], CELLS, 1 / stride, SAMPLES_PER_CELL)
+            pooled = pooled.index_put((here,), cells)
         return pooled
 
     def pyramid_levels(self, boxes: Tensor) -> Tensor:
@@ -262,7 +261,7 @@ class FasterRCNNDetector(Learner, Detector):
         area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
         level = torch.zeros_like(area, dtype=torch.int64)
         for stride in self.pooled_strides[1:]:
-            # torchvision's mapper adds 1e-6, so that 224 itself is surely on its level.
+            # torchvision's mapper adds 1e-6, so that rounding does not move 224 itself.
             growth = 2 ** (math.log2(stride) - pooler.canonical_level - 1e-6)
             level = level + (area >= (pooler.canonical_scale * growth) ** 2)
         return level
@@ -273,7 +272,7 @@ class FasterRCNNDetector(Learner, Detector):
 
 
 def every_region(labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """In place of torchvision's sampler: all positives and all negatives, as masks `[R]`."""
+    """Replace torchvision's sampler: all positives and all negatives, as masks `[R]`."""
     return [row > 0 for row in labels], [row == 0 for row in labels]
 
 
@@ -285,17 +284,17 @@ def softmax_logits(logits: Tensor) -> Tensor:
     """
     classes = torch.arange(logits.shape[-1], device=logits.device)
     best = classes == logits.argmax(dim=-1, keepdim=True)
-    # Of the best class, 1 - p is what the others share ...
+    # 1 - p of the best class is the share of the others ...
     others = logits.masked_fill(best, OUT)
     most = others.amax(dim=-1, keepdim=True)
     against = most + torch.log(torch.exp(others - most).sum(dim=-1, keepdim=True))
-    # ... and of any other, p is at most a half.
+    # ... and p of any other is at most a half.
     log_p = torch.log_softmax(logits, dim=-1)
     return torch.where(best, logits - against, log_p - torch.log(1 - torch.exp(log_p)))
 
 
 def _background_first(target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A target as torchvision's region head wants it: 0 is background, -1 is never sampled."""
+    """A target for torchvision's region head: 0 is background, -1 is never sampled."""
     labels = target["labels"] + 1
     if "ignore" in target:
         labels = labels.masked_fill(target["ignore"], -1)

@@ -1,8 +1,8 @@
-"""Where to look: torchvision's proposal network, its proposals for a whole batch, and a clean one.
+"""Region proposal networks: torchvision's, with proposals for a whole batch, and a clean one.
 
 `ProposalNetwork` trains on a sample of the anchors that overlap enough or hardly at all, as
-torchvision does, or guided on all of those. `CleanProposalNetwork` trains on every anchor, by how
-clean each is.
+torchvision does, or guided on all of those. `CleanProposalNetwork` trains on every anchor with
+its cleanliness as a soft label.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from torchvision.models.detection.rpn import (
     concat_box_prediction_layers,
 )
 
-from ghm_triton.detection.models.anchors import ASPECT_RATIOS, level_sizes, make_anchors
+from ghm_triton.detection.models.anchors import (
+    ASPECT_RATIOS,
+    BETWEEN_THRESHOLDS,
+    level_sizes,
+    make_anchors,
+    without_ignored,
+)
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.heads import start_loud
 from ghm_triton.detection.models.losses import SmoothL1
@@ -38,10 +44,10 @@ NMS_IOU = 0.7
 
 
 class ProposalHead(RPNHead):  # type: ignore[misc]
-    """`RPNHead` in float32 whatever the autocast: half of its bits cannot say where a pixel is.
+    """`RPNHead` with float32 outputs: half precision has too few bits for pixel coordinates.
 
     Args:
-        channels: Of the pyramid.
+        channels: Channels of the pyramid.
         convs: 3x3 convolutions before the predictors.
     """
 
@@ -62,19 +68,19 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     for another assignment or loss, override `assign_targets_to_anchors` or `compute_loss`.
 
     A guided one samples nothing (arXiv 1909.04868): the objectness is a cross entropy over every
-    anchor that counts, scaled to the box loss, and that is a mean over the positives. Over a
-    sample, torchvision divides the box loss by what was sampled, positive or not; a scale taken
-    from that would tell how many positives there were, not how well they are placed.
+    anchor that is not ignored, scaled to the box loss, which is a mean over the positives.
+    torchvision divides the box loss of a sample by the sample's size, positive or not, so a scale
+    derived from it would depend on the number of positives rather than on their boxes.
 
     Args:
-        channels: Of the pyramid.
-        strides: Of its levels, finest first.
-        config: The detector's.
+        channels: Channels of the pyramid.
+        strides: Strides of its levels, finest first.
+        config: The detector's description.
         guide: Scales the objectness loss to the box loss; None samples.
         process_group: Ranks whose positives are counted together, where none are sampled.
 
     Attributes:
-        samples: Whether only a sample of the anchors is learnt from.
+        samples: Whether only a sample of the anchors is trained on.
     """
 
     anchors: Tensor
@@ -115,18 +121,18 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         self.register_buffer("same_level", same_level, persistent=False)
 
     def propose(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The regions to look into, without a loop over the batch.
+        """The proposals of a batch, without a loop over its images.
 
-        The best anchors of each level are moved, thinned out by NMS within their level, and the
-        best of all levels stay: what torchvision's `filter_proposals` does in evaluation mode,
-        ranked by logit.
+        The best anchors of each level are decoded, NMS is applied within each level, and the best
+        of all levels are kept: torchvision's `filter_proposals` in evaluation mode, ranked by
+        logit.
 
         Args:
             features: Pyramid levels `[B, channels, h, w]`, finest first.
 
         Returns:
-            Boxes `[B, K, 4]` in input pixels, zero where there are fewer, and whether each is a
-            proposal, bool `[B, K]`.
+            Boxes `[B, K, 4]` in input pixels, padded with zeros, and whether each is a proposal,
+            bool `[B, K]`.
         """
         objectness, deltas = concat_box_prediction_layers(*self.head(features))
         batch = features[0].shape[0]
@@ -140,23 +146,22 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         image = torch.arange(batch, device=picked.device).unsqueeze(1)
         boxes = decode_boxes(deltas[image, picked], self.anchors[picked], self.config.image_size)
         solid = (boxes[..., 2:] - boxes[..., :2]).amin(dim=2) >= self.min_size
-        own = solid.unsqueeze(1) & self.same_level
-        # A level is a class to NMS; entries of other levels take no part.
-        ranks = torch.where(own, ranks[image, picked].unsqueeze(1), OUT)
+        # NMS treats a level as a class; entries of other levels are excluded.
+        eligible = solid.unsqueeze(1) & self.same_level
+        ranks = torch.where(eligible, ranks[image, picked].unsqueeze(1), OUT)
         iou = torch.full((1,), self.nms_thresh, device=ranks.device)
-        found, _, levels, _ = suppress(
-            boxes.unsqueeze(1), ranks, ranks, iou, min(self.config.proposals, picked.shape[1])
-        )
-        return found, levels >= 0
+        most = min(self.config.proposals, picked.shape[1])
+        proposals, _, levels, _ = suppress(boxes.unsqueeze(1), ranks, ranks, iou, most)
+        return proposals, levels >= 0
 
     def start_at(self, prior: float) -> None:
         """Start at objectness `prior`: bias `-log(1 / prior - 1)`."""
         nn.init.constant_(self.head.cls_logits.bias, prior_bias(prior))
 
     def labels(self, targets: list[dict[str, Tensor]]) -> Tensor:
-        """What every anchor learns, int64 `[B, A]`: 0 an object, 1 background, -1 nothing.
+        """Label of every anchor, int64 `[B, A]`: 0 an object, 1 background, -1 ignored.
 
-        Where anchors are sampled, those that are not drawn learn nothing.
+        Where anchors are sampled, those that are not drawn are ignored.
         """
         rows, _ = self.assign_targets_to_anchors([self.anchors] * len(targets), targets)
         labels = torch.stack(rows).long()
@@ -173,8 +178,8 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Proposals and, in training, their losses, as torchvision names them.
 
-        Guided losses come with `unguided_objectness`, the objectness as the guide found it, which
-        carries no gradient.
+        Guided losses come with `unguided_objectness`, the objectness before it is scaled, without
+        gradient.
         """
         proposals, losses = super().forward(images, features, targets)
         if self.guide is not None and losses:
@@ -194,13 +199,13 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         labels: list[Tensor],
         regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Over a sample of the anchors, torchvision's losses; or over every anchor, to be guided.
+        """Torchvision's losses over a sample of the anchors, or losses over all, to be guided.
 
         Args:
             objectness: Logits `[B * A, 1]`.
             pred_bbox_deltas: `[B * A, 4]`.
-            labels: For each image 1, 0 or -1, `[A]`.
-            regression_targets: For each image `[A, 4]`; those of positives are read.
+            labels: Per image 1, 0 or -1, `[A]`.
+            regression_targets: Per image `[A, 4]`; those of positives are read.
         """
         if self.samples:
             sampled: tuple[Tensor, Tensor] = super().compute_loss(
@@ -212,8 +217,8 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         entries = nn.functional.binary_cross_entropy_with_logits(
             objectness.squeeze(1)[counted], label[counted], reduction="sum"
         )
-        goals = torch.cat(regression_targets)[positive]
-        box_loss = self.box_loss(pred_bbox_deltas[positive], goals)
+        expected = torch.cat(regression_targets)[positive]
+        box_loss = self.box_loss(pred_bbox_deltas[positive], expected)
         return entries / counted.sum().clamp(min=1), box_loss
 
     def assign_targets_to_anchors(
@@ -221,27 +226,27 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Which anchors are objects (1), background (0) or neither (-1), and their boxes."""
         labels, boxes = super().assign_targets_to_anchors(anchors, targets)
-        for row, own, target in zip(labels, anchors, targets, strict=True):
+        for row, places, target in zip(labels, anchors, targets, strict=True):
             if "ignore" in target and bool(target["ignore"].any()):
-                nearest = self.box_similarity(target["boxes"], own).argmax(dim=0)
+                nearest = self.box_similarity(target["boxes"], places).argmax(dim=0)
                 row[(row == 1) & target["ignore"][nearest]] = -1
         return labels, boxes
 
 
 class CleanProposalNetwork(ProposalNetwork):
-    """An RPN that learns from every anchor, each by how clean it is, and samples none.
+    """An RPN that trains on every anchor, with its cleanliness as a soft label.
 
     The `N = 100` anchors of a ground truth with the highest IoU are its positives, all others
     negatives. A positive's label is its cleanliness `c = 0.5 * loc + 0.5 * cls` (arXiv
     1912.05086), with `loc` the IoU of its predicted box and `cls` its predicted objectness; a
-    negative's is 0. `L_cls` is a loss that sees all anchors of the batch at once, as GHM-C (arXiv
-    1811.05181); `L_reg` is smooth L1 over the positives, divided by their number. Nothing is
-    weighted by cleanliness: harmonizing weighs already.
+    negative's is 0. `L_cls` is a loss over all anchors of the batch, such as GHM-C (arXiv
+    1811.05181); `L_reg` is smooth L1 over the positives, divided by their number. Losses are not
+    weighted by cleanliness, since harmonizing weights them already.
 
     Args:
-        channels: Of the pyramid.
-        strides: Of its levels, finest first.
-        config: The detector's.
+        channels: Channels of the pyramid.
+        strides: Strides of its levels, finest first.
+        config: The detector's description.
         classification_loss: Called with logits `[B * A, 1]`, soft labels and label weights of
             that shape; None for a network that will not be trained.
         guide: Scales the objectness loss to the box loss, or None.
@@ -267,16 +272,13 @@ class CleanProposalNetwork(ProposalNetwork):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Which anchors are objects (1), background (0) or neither (-1), and their boxes."""
         labels, matched = [], []
-        for own, target in zip(anchors, targets, strict=True):
+        for places, target in zip(anchors, targets, strict=True):
             boxes = target["boxes"]
-            matches = assign_top_anchors(boxes, own)
-            row, nearest = (matches >= 0).float(), torch.zeros_like(own)
-            if len(boxes):
-                nearest = boxes[matches.clamp(min=0)]
-                if "ignore" in target:
-                    row[(row == 1) & target["ignore"][matches.clamp(min=0)]] = -1
+            matches = without_ignored(assign_top_anchors(boxes, places), target)
+            row = (matches >= 0).float().masked_fill(matches == BETWEEN_THRESHOLDS, -1)
             labels.append(row)
-            matched.append(nearest)
+            empty = torch.zeros_like(places)
+            matched.append(boxes[matches.clamp(min=0)] if len(boxes) else empty)
         return labels, matched
 
     def compute_loss(
@@ -288,11 +290,7 @@ class CleanProposalNetwork(ProposalNetwork):
     ) -> tuple[Tensor, Tensor]:
         """Objectness over every anchor that is not ignored, boxes over the positives.
 
-        Args:
-            objectness: Logits `[B * A, 1]`.
-            pred_bbox_deltas: `[B * A, 4]`.
-            labels: For each image 1, 0 or -1, `[A]`.
-            regression_targets: For each image `[A, 4]`; those of positives are read.
+        Arguments as in `ProposalNetwork.compute_loss`.
 
         Raises:
             RuntimeError: The network was built without a loss.
@@ -301,14 +299,14 @@ class CleanProposalNetwork(ProposalNetwork):
             raise RuntimeError("this proposal network was built without a loss")
         label = torch.cat(labels)
         positive = label == 1
-        predicted, goals = pred_bbox_deltas[positive], torch.cat(regression_targets)[positive]
+        predicted, expected = pred_bbox_deltas[positive], torch.cat(regression_targets)[positive]
         with torch.no_grad():
-            own = self.anchors.repeat(len(labels), 1)[positive]
-            boxes, truth = (self.box_coder.decode_single(x, own) for x in (predicted, goals))
+            places = self.anchors.repeat(len(labels), 1)[positive]
+            boxes, truth = (self.box_coder.decode_single(x, places) for x in (predicted, expected))
             scores = torch.sigmoid(objectness[positive].squeeze(1))
             target = soft_targets(positive, cleanliness(paired_iou(boxes, truth), scores))
         counted = (label >= 0).float().unsqueeze(1)
         return (
             self.classification_loss(objectness, target.unsqueeze(1), counted),
-            self.box_loss(predicted, goals),
+            self.box_loss(predicted, expected),
         )

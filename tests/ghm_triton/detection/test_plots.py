@@ -8,7 +8,6 @@ from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.data.loader import TrainingView
 from ghm_triton.detection.models.registry import build_detector
 from ghm_triton.detection.plots import (
-    _logits,
     gradient_norms,
     gradient_norms_by_target,
     plot_gradient_norms,
@@ -43,7 +42,7 @@ def test_gradient_norms_of_positives_and_negatives(architecture, config):
     for i in range(9):
         image, target = TrainingView(dataset, detector.config, (0.0, 0.0))[i, 0]
         with torch.no_grad():
-            scores = torch.sigmoid(_logits(detector, image[None]))[0]
+            scores = torch.sigmoid(detector.outputs(image[None])["cls_logits"])[0]
         labels = detector.labels([target])[0]
         for label, row in zip(labels.tolist(), scores.tolist(), strict=True):
             for j, score in enumerate(row if label >= 0 else []):

@@ -57,7 +57,7 @@ def test_points_learn_the_boxes_that_torchvision_gives_them(config):
     generator = detector.anchor_generator
     theirs = FCOS(detector.backbone, 10, anchor_generator=generator, head=Recorder())
     theirs.compute_loss(targets, {}, [detector.anchors] * 3, detector.level_points)
-    ours = [detector.match(detector.anchors, t, detector.level_points) for t in targets]
+    ours = [detector.match(detector.anchors, t) for t in targets]
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs.head.matches, strict=True))
     matched = set(ours[0].tolist()) - {-1}
     levels = torch.split(ours[0], detector.level_points)
@@ -68,7 +68,7 @@ def test_points_learn_the_boxes_that_torchvision_gives_them(config):
 def test_points_of_an_ignored_box_take_no_part(config):
     detector = FCOSDetector(config)
     target = scene(0, 16)
-    seen = detector.match(detector.anchors, target, detector.level_points)
+    seen = detector.match(detector.anchors, target)
     hidden = torch.arange(16) % 3 == 0
     labels = detector.labels([{**target, "ignore": hidden}])[0]
     on_hidden = (seen >= 0) & hidden[seen.clamp(min=0)]
@@ -84,11 +84,11 @@ def test_the_losses_are_torchvisions_where_they_should_be(config):
     torch.manual_seed(0)
     detector = FCOSDetector(config, HeadLosses(FocalLoss(), GeneralizedIoU()))
     targets = [scene(0, 12), NO_BOXES, scene(1, 6)]
-    outputs = detector.raw(torch.randn(3, 3, *config.image_size))
+    outputs = detector.outputs(torch.randn(3, 3, *config.image_size))
     outputs["bbox_regression"] = outputs["bbox_regression"] + 2.0
     anchors = [detector.anchors] * 3
-    ours = detector.compute_loss(targets, outputs, anchors, detector.level_points)
-    matches = [detector.match(detector.anchors, t, detector.level_points) for t in targets]
+    matches = [detector.match(detector.anchors, t) for t in targets]
+    ours = detector.head.compute_loss(targets, outputs, anchors, matches)
     theirs = FCOSHead.compute_loss(detector.head, targets, outputs, anchors, matches)
     assert ours.keys() == theirs.keys()
     for name, loss in ours.items():
@@ -108,7 +108,7 @@ def test_the_box_loss_is_asked_for_predictions_and_then_truths(config):
     target = scene(0, 12)
     detector(torch.randn(1, 3, *config.image_size), [target])
     labels = detector.labels([target])[0]
-    own = detector.match(detector.anchors, target, detector.level_points)[labels < 10]
+    own = detector.match(detector.anchors, target)[labels < 10]
     predicted, true = losses.regression.arguments
     assert torch.equal(true, target["boxes"][own])
     assert predicted.shape == true.shape
@@ -122,7 +122,7 @@ def test_the_density_is_that_of_the_whole_batch(config, losses):
     detector.observe_labels(seen.append)
     images, targets = torch.randn(2, 3, *config.image_size), [scene(0, 12), NO_BOXES]
     joint = detector(images, targets)["classification"].detach()
-    logits = detector.raw(images)["cls_logits"].detach()
+    logits = detector.outputs(images)["cls_logits"].detach()
     whole = GHMCLoss(momentum=0.0)(logits, detector.labels(targets))
     assert float(joint) == pytest.approx(float(whole), rel=1e-6)
     assert torch.equal(seen[0], detector.labels(targets))
@@ -204,7 +204,7 @@ def test_a_head_without_losses_says_so(config):
 def test_the_prior_is_the_probability_at_the_start(config):
     detector = FCOSDetector(dataclasses.replace(config, prior=0.02)).eval()
     with torch.inference_mode():
-        logits = detector.raw(torch.zeros(1, 3, *config.image_size))["cls_logits"]
+        logits = detector.outputs(torch.zeros(1, 3, *config.image_size))["cls_logits"]
     # The weights add a little to the bias; the median point stays near the prior.
     assert float(torch.sigmoid(logits).median()) == pytest.approx(0.02, rel=0.2)
 
