@@ -1,6 +1,6 @@
-// The service, as the page asks it. Errors become sentences.
+// Requests to the service. Errors carry one sentence.
 
-// The folder that the page is in, so that it also works behind a proxy that adds a prefix.
+// Relative to the page, so that it also works behind a proxy that adds a prefix.
 const root = new URL("..", import.meta.url);
 
 const TOKEN = "ghm-token";
@@ -13,7 +13,7 @@ export const token = {
 
 export const address = (path) => new URL(path, root).href;
 
-/** An answer that is none: `status` is 0 where nothing answered. */
+/** A failed request: `status` is 0 if there was no answer. */
 export class ServiceError extends Error {
   constructor(status, message) {
     super(message);
@@ -34,7 +34,7 @@ async function ask(path, options = {}) {
   throw new ServiceError(response.status, await sentence(response));
 }
 
-/** What problem+json says, or what the status says where a proxy answered in its own words. */
+/** The detail of a problem, or a sentence for the status if a proxy answered. */
 async function sentence(response) {
   const problem = await response.json().catch(() => ({}));
   const detail = problem.detail ?? `the answer was ${response.status} ${response.statusText}`.trim();
@@ -56,10 +56,10 @@ function form(file, options) {
   return body;
 }
 
-/** Every box that scores at least a floor, whatever its class's threshold. */
+/** All boxes whose score reaches a floor, whatever the threshold of their class. */
 export const preview = (file, options, signal) =>
   ask("v1/thresholds/preview", { method: "POST", body: form(file, options), signal });
 
-/** The boxes that stand at these thresholds. */
+/** The boxes that pass these thresholds. */
 export const detect = (file, options, signal) =>
   ask("v1/detect", { method: "POST", body: form(file, options), signal });

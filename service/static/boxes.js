@@ -1,8 +1,8 @@
 // Boxes on a canvas over the picture.
 
-// Okabe and Ito's colours, which people with any kind of colour vision tell apart.
+// Okabe and Ito's colours, distinguishable with any kind of colour vision.
 const COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442"];
-// After seven classes the colours return, with other strokes.
+// After seven classes the colours repeat with another stroke.
 const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3]];
 
 const FONT = "600 12px system-ui, sans-serif";
@@ -13,7 +13,7 @@ const ROOMY = 48; // pixels that a caption may always take
 export const colourOf = (label) => COLOURS[label % COLOURS.length];
 const dashOf = (label) => DASHES[Math.floor(label / COLOURS.length) % DASHES.length];
 
-/** Black or white, whichever reads better on a colour (relative luminance of WCAG). */
+/** Black or white, whichever has more contrast on a colour (WCAG's relative luminance). */
 export function inkOn(colour) {
   const [r, g, b] = [1, 3, 5].map((at) => {
     const part = parseInt(colour.slice(at, at + 2), 16) / 255;
@@ -26,7 +26,7 @@ export function inkOn(colour) {
 export class Boxes {
   /**
    * @param {HTMLCanvasElement} canvas as large as the picture that it covers
-   * @param {(index: ?number) => void} onPoint told which shown box is under the pointer
+   * @param {(index: ?number) => void} onPoint called with the index of the box under the pointer
    */
   constructor(canvas, onPoint) {
     this.canvas = canvas;
@@ -64,7 +64,7 @@ export class Boxes {
     return [x1 * sx, y1 * sy, (x2 - x1) * sx, (y2 - y1) * sy];
   }
 
-  /** The smallest shown box at a point: the one that cannot be pointed at elsewhere. */
+  /** The smallest box at a point: larger ones can be pointed at elsewhere. */
   at(x, y) {
     let best = null;
     let least = Infinity;
@@ -101,7 +101,7 @@ export class Boxes {
     canvas.dataset.lit = this.lit ? this.shown.indexOf(this.lit) : "";
   }
 
-  /** A stroke in the class's colour on a dark one, so that it shows on any picture. */
+  /** A stroke in the class's colour over a dark one, visible on any picture. */
   outline(pen, detection, width) {
     const place = this.place(detection);
     pen.lineJoin = "round";
@@ -115,7 +115,7 @@ export class Boxes {
     pen.strokeRect(...place);
   }
 
-  /** Class and score; the score alone where that is wider than its box, whose colour says the rest. */
+  /** Class and score; the score alone if both are wider than the box, whose colour is the class. */
   caption(pen, detection) {
     const score = detection.score.toFixed(2);
     const text = `${detection.class} ${score}`;
@@ -123,7 +123,7 @@ export class Boxes {
     return pen.measureText(text).width + 2 * PAD <= Math.max(width, ROOMY) ? text : score;
   }
 
-  /** A caption above its box, or inside where there is no room; left out where one is already. */
+  /** Draw a caption above its box, or inside if there is no room; none over another caption. */
   label(pen, detection, text, taken) {
     const [left, top] = this.place(detection);
     const width = pen.measureText(text).width + 2 * PAD;

@@ -1,11 +1,11 @@
-// The command that answers what the page shows, for a POSIX shell.
+// The curl command with the same answer as the page, for a POSIX shell.
 
-/** A word that the shell takes literally. */
+/** Quote a word for the shell. */
 function quote(text) {
   return /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 }
 
-/** curl itself reads `;` and `,` in a file's name, unless it is in double quotes. */
+/** Quote a file name for curl, which splits at `;` and `,` outside of double quotes. */
 function upload(name) {
   const plain = /^[\w.-]+$/.test(name);
   return `file=@${plain ? name : `"${name.replace(/["\\]/g, "\\$&")}"`}`;
@@ -15,7 +15,7 @@ function upload(name) {
  * @param {string} url where to send it
  * @param {string} file the image's name
  * @param {Object<string, string>} options form fields
- * @param {boolean} withToken whether the service asks for one
+ * @param {boolean} withToken whether the service needs a token
  */
 export function command(url, file, options, withToken) {
   const parts = [`curl -F ${quote(upload(file))}`];

@@ -1,4 +1,4 @@
-// Small things that every part of the page uses.
+// Helpers of every part of the page.
 
 export const byId = (id) => document.getElementById(id);
 
@@ -11,7 +11,7 @@ export function make(tag, { data = {}, aria = {}, ...properties } = {}, ...child
   return element;
 }
 
-/** A score or threshold: three digits after the point, and small ones not as nothing. */
+/** A score or threshold with three decimals, or more if it would be shown as zero. */
 export function asScore(value) {
   return value !== 0 && value < 0.01 ? value.toPrecision(2) : value.toFixed(3);
 }
@@ -25,7 +25,7 @@ export function count(number, one, many = `${one}s`) {
   return `${words.format(number)} ${number === 1 ? one : many}`;
 }
 
-/** Calls `action` once it has not been asked for some milliseconds. */
+/** Debounce: call `action` after some milliseconds without another call. */
 export function settled(milliseconds, action) {
   let timer;
   return (...values) => {

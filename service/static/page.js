@@ -1,4 +1,4 @@
-// The page: takes an image, asks the service once, and lets its thresholds be moved.
+// The page: one request per image; thresholds then move without another.
 
 import { ServiceError, address, detect, listModels, preview, showModel, token } from "./api.js";
 import { Boxes } from "./boxes.js";
@@ -25,14 +25,14 @@ const panel = new Panel(() => {
   refine();
 });
 
-// ---------------------------------------------------------------- what is shown
+// ---------------------------------------------------------------- display
 
 function light(detection) {
   boxes.light(detection);
   table.light(detection);
 }
 
-/** The boxes that stand at the thresholds as they are now. */
+/** The boxes that pass the current thresholds. */
 function standing() {
   const found = state.exact ?? state.answer.detections;
   return found
@@ -63,7 +63,7 @@ function summarised(shown) {
   return `${count(shown.length, "box", "boxes")}: ${parts.join(", ")}`;
 }
 
-// Whoever listens hears where a slider came to rest, not every step of its way.
+// Screen readers announce where a slider stops, not every step.
 const announce = settled(500, (text) => { byId("announce").textContent = text; });
 
 function showCommand() {
@@ -72,7 +72,7 @@ function showCommand() {
   byId("command").hidden = false;
 }
 
-/** The model as form fields; nothing for what the service takes by itself. */
+/** The model as form fields; none for the service's default. */
 function which() {
   const { models, model } = state;
   const fields = models.some(({ name }) => name !== model.name) ? { model: model.name } : {};
@@ -87,9 +87,9 @@ function chosen() {
   return panel.moved.size ? { ...which(), thresholds: JSON.stringify(moved) } : which();
 }
 
-// ---------------------------------------------------------------- what is asked
+// ---------------------------------------------------------------- requests
 
-/** Carry out something that asks the service; what goes wrong becomes a sentence. */
+/** Run an action with requests, and show its error as a sentence. */
 async function attempt(action, again) {
   byId("problem").hidden = true;
   try {
@@ -157,7 +157,7 @@ async function show(model) {
   panel.use(card);
 }
 
-/** Show the model that an answer is of, if the service has put another in its place meanwhile. */
+/** Show the model of an answer, if the service has replaced it in the meantime. */
 async function follow({ model, version, classes }) {
   const own = panel.card.thresholds;
   const same = ({ class: name, threshold }, at) =>
@@ -179,7 +179,7 @@ const take = (files) => {
   lookAgain();
 };
 
-/** Look as soon as there is a model to look with; a start that is on its way looks by itself. */
+/** Detect once a model is known; a start in progress does so itself. */
 function lookAgain() {
   if (state.model) attempt(look, lookAgain);
   else start();
@@ -209,8 +209,8 @@ async function look() {
 }
 
 /**
- * Ask for the boxes at these very thresholds, where the preview may lack some: it holds no more
- * than the model gives at once, and none below its floor.
+ * Request the boxes at these thresholds if the preview may lack some: it has no more than the
+ * model returns at once, and none below its floor.
  */
 const refine = settled(250, () => {
   const { answer, asking } = state;
@@ -227,7 +227,7 @@ const refine = settled(250, () => {
   });
 });
 
-// ---------------------------------------------------------------- the picture
+// ---------------------------------------------------------------- picture
 
 function showPhoto(file) {
   const photo = byId("photo");
@@ -248,7 +248,7 @@ function fit({ width, height }) {
   byId("view").style.setProperty("--ratio", width / height);
 }
 
-// ---------------------------------------------------------------- what is done to the page
+// ---------------------------------------------------------------- events
 
 for (const id of ["file", "camera"]) {
   byId(id).addEventListener("change", (event) => {
@@ -295,7 +295,7 @@ byId("copy").addEventListener("click", async () => {
   try {
     await navigator.clipboard.writeText(text.textContent);
   } catch {
-    // Without https browsers keep the clipboard to themselves; a selection can be copied by hand.
+    // Without https browsers deny the clipboard; a selection can be copied by hand.
     getSelection().selectAllChildren(text);
     if (!document.execCommand("copy")) return;
   }

@@ -1,4 +1,4 @@
-// One slider a class, which starts at the model's threshold, with the evidence for it.
+// One slider per class, starting at the model's threshold, with the evidence for it.
 
 import { colourOf } from "./boxes.js";
 import { asPercent, asScore, byId, count, make } from "./dom.js";
@@ -13,7 +13,7 @@ const SOURCES = {
   manual: () => "set by hand",
 };
 
-/** Held-out precision and recall from a threshold on: of the bins wholly above it. */
+/** Held-out precision and recall at a threshold, from the bins wholly above it. */
 export function evidence(statistics, label, threshold) {
   const matched = statistics.positive_scores[label];
   const bins = matched.length;
@@ -33,7 +33,7 @@ function judged({ precision, recall }) {
   return parts.join(", ");
 }
 
-/** What the model says for its threshold: where it comes from, and how it did on held-out images. */
+/** The source of a model's threshold, and its precision and recall on held-out images. */
 function explained(entry, policy) {
   const lead = `Model: ${asScore(entry.threshold)}, ${SOURCES[entry.source](policy)}`;
   const known = judged(entry);
@@ -45,7 +45,7 @@ function explained(entry, policy) {
 }
 
 export class Panel {
-  /** @param {() => void} onMove told of every movement of a slider */
+  /** @param {() => void} onMove called at every movement of a slider */
   constructor(onMove) {
     this.onMove = onMove;
     this.rows = [];
@@ -68,7 +68,7 @@ export class Panel {
     this.rows.forEach((_, label) => this.tell(label));
   }
 
-  /** The threshold in force, a float32 as the service compares it. */
+  /** The threshold in force, as the float32 that the service compares. */
   threshold(label) {
     const own = this.card.thresholds[label];
     return Math.fround(this.moved.get(own.name) ?? own.threshold);
@@ -116,7 +116,7 @@ export class Panel {
     return parts;
   }
 
-  /** Write a row's threshold, and what held-out images say of it if it is not the model's. */
+  /** Show a row's threshold, with its held-out evidence if it is not the model's. */
   tell(label) {
     const { slider, value, now, item } = this.rows[label];
     const threshold = this.threshold(label);
@@ -160,7 +160,7 @@ export class Panel {
     }
   }
 
-  /** Of many classes, put those without a box in this image away. */
+  /** Fold classes without a box in this image, if there are many. */
   fold(detections) {
     if (this.rows.length <= MANY) return;
     const seen = new Set(detections.map((one) => one.label));

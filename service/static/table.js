@@ -1,4 +1,4 @@
-// The detections as a table: sorted by class or score, and each row lights its box up.
+// The table of detections, sorted by class or score; each row highlights its box.
 
 import { colourOf } from "./boxes.js";
 import { asScore, byId, make } from "./dom.js";
@@ -9,7 +9,7 @@ const ORDERS = {
 };
 
 export class Table {
-  /** @param {(detection: ?object) => void} onPoint told which row is pointed at or has the focus */
+  /** @param {(detection: ?object) => void} onPoint called with the row that is pointed at or focused */
   constructor(onPoint) {
     this.onPoint = onPoint;
     this.sort = "score";
@@ -37,7 +37,7 @@ export class Table {
     this.rows = new Map(sorted.map((detection) => [detection, this.row(detection)]));
     this.body.replaceChildren(...this.rows.values());
     if (this.body.firstChild) this.body.firstChild.tabIndex = 0;
-    // Scores fall at first, and names rise; ARIA names the direction of the values.
+    // Scores start descending, names ascending; ARIA names the direction of the values.
     const up = this.sort === "class" ? !this.flipped : this.flipped;
     for (const button of document.querySelectorAll("[data-sort]")) {
       const own = button.dataset.sort === this.sort;
@@ -60,12 +60,12 @@ export class Table {
     return row;
   }
 
-  /** Mark a row, as its box is pointed at in the picture. */
+  /** Highlight the row of the box that is pointed at. */
   light(detection) {
     for (const [one, row] of this.rows ?? []) row.classList.toggle("lit", one === detection);
   }
 
-  /** One stop of the tab key for the whole table; arrows, Home and End move inside. */
+  /** The table is one tab stop; arrows, Home and End move inside. */
   step(event) {
     const rows = [...this.body.children];
     const at = rows.indexOf(event.target);
