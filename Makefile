@@ -26,16 +26,20 @@ test-slow: $(READY)  ## the rest: fuzzing, a browser, long trainings, benchmark 
 
 test-all: test test-slow  ## every test
 
-# Two processes side by side; 5 is pytest's status if it selects no test.
+# Two lanes side by side, of about the same length; 5 is pytest's status if it selects no test.
+LIBRARY := tests/ghm_triton --doctest-modules ghm_triton export service
+OTHERS := tests/service tests/benchmarks
 define lanes
 @log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
 run() { $(PYTEST) "$$@" || [ $$? -eq 5 ] || status=1; }; \
 ( status=0; \
-  $(if $(INTERPRET),export $(INTERPRET);) run -m "kernels and $(SELECT)" tests/ghm_triton; unset TRITON_INTERPRET; \
-  run -m "not kernels and $(SELECT)" tests --ignore=tests/ghm_triton; \
+  $(if $(INTERPRET),export $(INTERPRET);) run -m "kernels and $(SELECT)" tests/ghm_triton; \
+  unset TRITON_INTERPRET; \
+  run -m "$(SELECT)" tests --ignore=tests/ghm_triton $(OTHERS:%=--ignore=%); \
   exit $$status ) > "$$log" 2>&1 & lane=$$!; \
 status=0; \
-run -m "not kernels and $(SELECT)" --doctest-modules tests/ghm_triton ghm_triton export service; \
+run -m "not kernels and $(SELECT)" $(LIBRARY); \
+run -m "$(SELECT)" $(OTHERS); \
 wait $$lane || status=1; \
 cat "$$log"; exit $$status
 endef

@@ -60,6 +60,7 @@ def detector(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Travelled(checkpoint, onnx, request.param)
 
 
+@pytest.mark.slow
 def test_the_file_passes_verify(detector, capsys):
     """On every held-out image, in batches of 1, 3 and 8."""
     words = ["verify", str(detector.onnx), "--checkpoint", str(detector.checkpoint)]

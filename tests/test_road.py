@@ -192,12 +192,14 @@ def assert_same(ours: list[Detections], theirs: list[Detections], threshold: flo
     return compared
 
 
+@pytest.mark.slow
 def test_checkpoint_file_and_service_detect_the_same_on_every_held_out_image(road):
     checkpoint, file, service = by_checkpoint(road), by_file(road), by_service(road)
     assert assert_same(checkpoint, file, 0.05) > 3 * len(road.dataset)
     assert assert_same(checkpoint, service, 0.05) > 3 * len(road.dataset)
 
 
+@pytest.mark.slow
 def test_the_service_detects_the_same_in_any_batch_and_any_crowd(road):
     assert assert_same(by_checkpoint(road), by_crowd(road), 0.05) > 3 * len(road.dataset)
 

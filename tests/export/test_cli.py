@@ -56,6 +56,7 @@ def test_export_then_verify(
     assert printed.endswith("the file does what the checkpoint does\n")
 
 
+@pytest.mark.slow
 def test_verify_exits_with_1_where_the_file_differs(
     detector_path: Path, digits_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -219,6 +219,7 @@ def test_empty_and_full_images_share_a_batch(
     assert [len(one) > 0 for one in found] == [i != int(best.indices[0]) for i in range(3)]
 
 
+@pytest.mark.slow
 def test_a_resnet_exports_even_if_it_was_left_training() -> None:
     config = DetectorConfig(("cat", "dog"), (64, 64), backbone="resnet18", head_convs=1, prior=0.2)
     torch.manual_seed(0)

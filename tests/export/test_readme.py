@@ -84,6 +84,7 @@ def run(block: str, names: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.slow
 def test_every_command_is_one_that_works(folder: Path) -> None:
     typed = commands()
     assert [words[1] for words in typed] == [

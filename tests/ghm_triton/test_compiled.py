@@ -38,6 +38,7 @@ def step(criterion, logits, target):
     return loss.detach(), x.grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_one_graph_and_the_same_numbers(device, backend, name):
     torch.compiler.reset()

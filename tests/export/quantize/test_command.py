@@ -49,6 +49,7 @@ def test_options_that_would_do_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_smaller_file_and_what_it_costs(
     digits_checkpoint: Path,
     tmp_path: Path,

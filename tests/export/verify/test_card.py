@@ -38,6 +38,7 @@ def test_thresholds_that_are_not_the_cards_are_refused(
         verify(path, checkpoint_path, samples)
 
 
+@pytest.mark.slow
 def test_thresholds_changed_in_card_and_graph_together_are_told(
     tampered: Tamper, checkpoint_path: Path, samples: list[Sample]
 ) -> None:
@@ -105,6 +106,7 @@ def test_another_checkpoint_of_the_same_weights_is_told(
     assert report.total().mismatches == []
 
 
+@pytest.mark.slow
 def test_another_checkpoint_of_other_weights_differs_in_detections_too(
     detector_path: Path, checkpoint: Checkpoint, samples: list[Sample], tmp_path: Path
 ) -> None:

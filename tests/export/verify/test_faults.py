@@ -111,6 +111,7 @@ TAMPERED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", TAMPERED)
 def test_a_changed_graph_fails(
     tampered: Tamper,

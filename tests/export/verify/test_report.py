@@ -73,6 +73,7 @@ def with_truth(path: Path, samples: list[Sample]) -> list[Sample]:
     return made
 
 
+@pytest.mark.slow
 def test_every_runtime_is_compared_and_those_that_can_are_given_a_map(
     detector_path: Path, checkpoint_path: Path, samples: list[Sample]
 ) -> None:
@@ -104,6 +105,7 @@ def test_without_ground_truth_there_is_no_map(
     assert "mAP" not in report.table()
 
 
+@pytest.mark.slow
 def test_a_file_that_takes_uint8_images_stands_for_its_checkpoint(
     checkpoint_path: Path, samples: list[Sample], tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ def test_every_setting_and_batch_size_is_run(pair: SideBySide, samples: list[Sam
     assert len({int(run.matched.sum()) for (*_, size), run in runs.items() if size == 1}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_the_file_is_given_whole_batches(
     pair: SideBySide, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, size: int

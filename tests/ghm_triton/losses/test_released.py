@@ -233,6 +233,7 @@ class TestTraining:
         precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
         return float((precision * hits).sum() / hits.sum())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("seed", [0, 1])
     def test_momentum_of_09_breaks_training(self, seed):
         released = self.train(GHMCLoss(10, 0.9, **RELEASED), seed, 0.1)
@@ -241,6 +242,7 @@ class TestTraining:
         assert math.isnan(released) or released < 0.2
         assert default > 0.7
 
+    @pytest.mark.slow
     def test_to_nan(self):
         # Of 16 seeds at this rate 7 end in NaN, these within 8 steps; by default none.
         seeds = (3, 9, 11, 12, 13)
@@ -248,6 +250,7 @@ class TestTraining:
         assert any(math.isnan(end) for end in ends)
         assert self.train(GHMCLoss(10, 0.9), seeds[0], 0.15) > 0.7
 
+    @pytest.mark.slow
     def test_the_paper_with_a_bound_trains(self):
         criterion = GHMCLoss(10, 0.9, strength=1.0, max_weight=10.0)
         assert self.train(criterion, 1, 0.1) > 0.7  # where the released loss is NaN at step 8

@@ -102,6 +102,7 @@ def test_seed_split_and_index_all_matter():
     assert len(seen) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_same_bytes_in_another_process(hash_seed):
     code = (

@@ -123,6 +123,7 @@ def test_statistics_count_the_anchors_that_were_trained_on(options, config, tmp_
     assert int(statistics.ground_truths.sum()) == boxes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -138,6 +139,7 @@ def test_every_method_learns(chosen, options, config, tmp_path):
     assert sum(total[-5:]) / 5 < 0.85 * sum(total[:2]) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chosen",
     [{"mining": "s-ohem"}, {"mining": "ohem", "guided_loss": True, "init": "optimal"}],
@@ -155,6 +157,7 @@ def test_a_two_stage_detector_learns_by_them_too(chosen, options, config, tmp_pa
     assert sum(last) / 5 < 0.8 * sum(first) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls_loss", ["ghm", "focal", "ce"])
 @pytest.mark.parametrize("reg_loss", ["ghm", "sl1"])
 def test_every_pair_of_losses_learns(cls_loss, reg_loss, options, config, tmp_path):
@@ -222,6 +225,7 @@ def test_asking_for_a_gpu_that_is_not_there_says_so(options, config, tmp_path):
         train(options, config, tmp_path, device="cuda", progress=False)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_share_the_density(tmp_path):
     """`torchrun` with two processes: one checkpoint, all anchors of the whole batch counted."""
     out = tmp_path / "two"
