@@ -48,7 +48,7 @@ def unit_region(norm: Tensor, bins: int) -> Tensor:
     Region `j` is `[j / M, (j + 1) / M)`; the last one is closed, so `g = 1` belongs to it. NaN
     goes to region 0: it is counted as invalid elsewhere.
     """
-    return (norm.nan_to_num(0.0) * bins).long().clamp_(0, bins - 1)
+    return (norm.nan_to_num(0.0) * bins).long().clamp(0, bins - 1)
 
 
 def gradient_norm(inputs: ClassificationInputs) -> Tensor:

@@ -3,17 +3,18 @@ import threading
 import pytest
 import torch
 
-from ghm_triton.cpu import blocks, scratch
+from ghm_triton.cpu import blocks, regions
 
 SMALL = 45  # odd, so that pairs of entries meet the end of a block; no multiple of a vector
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of few entries: what takes a large batch elsewhere takes a small one here."""
-    monkeypatch.setattr(blocks, "block_entries", lambda: SMALL)
-    monkeypatch.setattr(scratch, "block_entries", lambda: SMALL)
-    monkeypatch.setattr(scratch, "_here", threading.local())
+    """Blocks of few entries, so that small batches have many."""
+    for module in (blocks, regions):
+        monkeypatch.setattr(module, "block_entries", lambda: SMALL)
+    monkeypatch.setattr("ghm_triton.cpu.softmax.block_entries", lambda: SMALL)
+    monkeypatch.setattr(blocks, "_local", threading.local())
 
 
 @pytest.fixture
