@@ -96,7 +96,7 @@ def plant(fault: Fault, tree: Path, timeout: float) -> Outcome:
 
 def run_tests(fault: Fault, tree: Path, timeout: float) -> tuple[int | None, str]:
     """Run a fault's tests. Returns the exit status, None if out of time, and the last lines."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
     environment.pop("TRITON_INTERPRET", None)
     lane = ["-m", "kernels" if fault.interpret else "not kernels"]
     if fault.interpret:
