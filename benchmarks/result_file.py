@@ -65,10 +65,14 @@ def matches(row: Row, key: Mapping[str, Any]) -> bool:
 
 
 def markdown(rows: Iterable[Mapping[str, object]]) -> str:
-    """Rows of equal keys as a Markdown table, text as it is."""
-    from pandas import DataFrame  # here, as most readers need no table
+    """Format rows of equal keys as a Markdown table.
 
-    return str(DataFrame(list(rows)).to_markdown(index=False, disable_numparse=True))
+    Without pandas, which machines that only measure need not have.
+    """
+    rows = list(rows)
+    head = list(rows[0]) if rows else []
+    lines = [head, ["---"] * len(head), *(list(map(str, row.values())) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def latest(rows: Iterable[Row], names: Iterable[str]) -> list[Row]:
