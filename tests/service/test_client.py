@@ -1,6 +1,5 @@
 """The client, against a real service; only the timing of retries is told by a transport."""
 
-import functools
 import io
 import json
 import shutil
@@ -20,7 +19,7 @@ from PIL import Image
 from export.card import DetectorCard
 from export.file import read_detector
 from service.app import create_app
-from service.client import AsyncClient, Client, ServiceError
+from service.client import AsyncClient, Client, ServiceError, requests
 from service.core.settings import Settings
 from service.engine.session import ModelError, ServedModel
 
@@ -295,97 +294,73 @@ def test_a_prefix_of_the_address_is_kept(serve, settings, model):
     assert error.status in (400, 503)  # ours: a mounted application is not started, hence the 503
 
 
-class Busy:
-    """A transport that refuses with these answers, and then hands over to the real service."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_busy_service_is_asked_again_after_its_time(kind, live_service, png):
+    """A transport refuses three times, and then hands over to the real service."""
+    refusals = [(429, "2"), (503, "7"), (503, None)]
+    bodies, waits = [], []
 
-    def __init__(self, kind: str, url: str, *refusals: tuple[int, dict[str, str]], **options):
-        self.refusals = list(refusals)
-        self.bodies: list[bytes] = []
-        self.waits: list[float] = []
-        sleep = self.sleep if kind == "sync" else self.asleep
-        transport = httpx.MockTransport(self.refuse if kind == "sync" else self.arefuse)
-        self.ask = asker(kind, url, transport=transport, sleep=sleep, **options)
-
-    def answer(self, request: httpx.Request) -> httpx.Response:
-        # A form's boundary is drawn anew for each request.
-        boundary = request.headers.get("Content-Type", "").partition("boundary=")[2].encode()
-        self.bodies.append(request.content.replace(boundary, b"") if boundary else b"")
-        if self.refusals:
-            status, headers = self.refusals.pop(0)
+    def answer(request: httpx.Request) -> httpx.Response:
+        boundary = request.headers["Content-Type"].partition("boundary=")[2].encode()
+        bodies.append(request.content.replace(boundary, b""))  # drawn anew for each request
+        if len(bodies) <= len(refusals):
+            status, seconds = refusals[len(bodies) - 1]
+            headers = {} if seconds is None else {"Retry-After": seconds}
             return httpx.Response(status, headers=headers, json={"detail": "busy"})
-        answered = httpx.request(
-            request.method, request.url, content=request.content, headers=request.headers
-        )
-        return httpx.Response(answered.status_code, json=answered.json())
+        url = request.url
+        real = httpx.post(url, content=request.content, headers=request.headers)
+        return httpx.Response(real.status_code, json=real.json())
 
-    def refuse(self, request):
-        return self.answer(request)
+    async def answer_aside(request):
+        return await anyio.to_thread.run_sync(answer, request)
 
-    async def arefuse(self, request):
-        return await anyio.to_thread.run_sync(self.answer, request)
+    async def sleep(seconds):
+        waits.append(seconds)
 
-    def sleep(self, seconds):
-        self.waits.append(seconds)
-
-    async def asleep(self, seconds):
-        self.waits.append(seconds)
-
-
-@pytest.fixture(params=KINDS)
-def busy(request, live_service):
-    return functools.partial(Busy, request.param, live_service)
-
-
-def test_a_busy_service_is_asked_again_after_its_time(busy, png):
-    one = busy((429, {"Retry-After": "2"}), (503, {"Retry-After": "7"}))
-    assert len(one.ask("detect", png)) == 3
-    # A quarter more at most, so that clients that were refused together do not come together.
-    assert 2 <= one.waits[0] <= 2.5
-    assert 7 <= one.waits[1] <= 8.75
-    assert one.bodies[0] == one.bodies[1] == one.bodies[2] != b""
-
-
-def test_without_a_time_each_wait_is_twice_the_last(busy, png):
-    one = busy((503, {}), (503, {}), (429, {"Retry-After": "soon"}))
-    one.ask("detect", png)
-    for wait, least in zip(one.waits, (0.25, 0.5, 1.0), strict=True):
+    if kind == "sync":
+        options = {"transport": httpx.MockTransport(answer), "sleep": waits.append}
+    else:
+        options = {"transport": httpx.MockTransport(answer_aside), "sleep": sleep}
+    assert len(asker(kind, live_service, **options)("detect", png)) == 3
+    assert len(set(bodies)) == 1
+    assert bodies[0] != b""
+    for wait, least in zip(waits, (2, 7, 1), strict=True):
         assert least <= wait <= 1.25 * least
+    bodies.clear()
+    refusals[:] = [(429, "1")] * 9
+    error = refused(asker(kind, live_service, **options, retries=2), "detect", png)
+    assert (error.status, error.detail, len(bodies)) == (429, "busy", 3)
 
 
-def test_a_date_is_a_time_too(busy):
-    later = format_datetime(datetime.now(UTC) + timedelta(seconds=20), usegmt=True)
-    past = format_datetime(datetime.now(UTC) - timedelta(seconds=20), usegmt=True)
-    one = busy((503, {"Retry-After": later}), (503, {"Retry-After": past}))
-    one.ask("models")
-    assert 15 <= one.waits[0] <= 25  # dates are in whole seconds, and this test takes some
-    assert one.waits[1] == 0
+def http_date(seconds: int) -> str:
+    return format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 500, 502, 504])
-def test_nothing_else_is_asked_twice(busy, status):
-    one = busy((status, {"Retry-After": "1"}))
-    assert refused(one.ask, "models").status == status
-    assert (len(one.bodies), one.waits) == (1, [])
+@pytest.mark.parametrize(
+    ("status", "retry_after", "attempt", "least"),
+    [
+        (503, None, 0, 0.25),
+        (503, None, 1, 0.5),
+        (429, "soon", 2, 1.0),
+        (429, "0", 0, 0),
+        (503, http_date(-20), 0, 0),
+        (503, "3600", 0, None),  # too long to wait for
+        (429, "1", 3, None),  # retried as often as allowed
+        *[(status, "1", 0, None) for status in (400, 401, 404, 413, 422, 500, 502, 504)],
+    ],
+)
+def test_the_wait_before_a_retry(status, retry_after, attempt, least):
+    headers = {} if retry_after is None else {"Retry-After": retry_after}
+    response = httpx.Response(status, headers=headers)
+    wait = requests.MODELS.wait(response, attempt, 3)
+    # A quarter more at most, so that clients that were refused together do not return together.
+    assert wait is None if least is None else least <= wait <= 1.25 * least
+    assert requests.READY.wait(response, attempt, 3) is None
 
 
-@pytest.mark.parametrize(("retries", "asked"), [(0, 1), (1, 2), (3, 4)])
-def test_it_gives_up(busy, retries, asked):
-    one = busy(*[(429, {"Retry-After": "1"})] * 9, retries=retries)
-    error = refused(one.ask, "models")
-    assert (error.status, error.detail) == (429, "busy")
-    assert len(one.bodies) == asked
-
-
-def test_a_long_time_is_not_waited_for(busy):
-    one = busy((503, {"Retry-After": "3600"}))
-    assert refused(one.ask, "models").status == 503
-    assert one.waits == []
-
-
-def test_readiness_is_asked_once(busy):
-    one = busy((503, {"Retry-After": "1"}))
-    assert one.ask("ready") is False
-    assert one.waits == []
+def test_a_date_in_the_future_is_waited_for():
+    response = httpx.Response(503, headers={"Retry-After": http_date(20)})
+    assert 15 <= requests.MODELS.wait(response, 0, 3) <= 25  # dates are in whole seconds
 
 
 def test_importing_the_client_needs_httpx_alone():
