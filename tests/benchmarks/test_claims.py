@@ -1,4 +1,4 @@
-"""Verdicts from fabricated rows: each claim holds, fails or was not measured, at its worst."""
+"""Verdicts of the claims from fabricated rows."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What counts as worse, and the roofline by hand."""
+"""Regressions, and the roofline by hand."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The table of detectors says what its rows say."""
+"""The table of detectors."""
 
 import re
 

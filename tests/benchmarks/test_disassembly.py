@@ -1,10 +1,10 @@
-"""What is on the hot path of a listing, and what is not."""
+"""Hot paths of listings."""
 
 from benchmarks.disassembly import AMDGCN, SASS, count, read_amdgcn, read_sass
 
 
 def sass(*lines):
-    """A listing as nvdisasm prints it: labels end in a colon, the rest are instructions."""
+    """Count a listing in the format of nvdisasm; labels end in a colon."""
     printed = ["\t.section\t.text.kernel", ".text.kernel:"]
     for address, line in enumerate(lines):
         label = line.endswith(":") or line.lstrip().startswith("//##")
@@ -13,7 +13,7 @@ def sass(*lines):
 
 
 def amd(*lines):
-    """A listing as LLVM prints it."""
+    """Count a listing in the format of LLVM."""
     return count(read_amdgcn("\n".join(lines)), AMDGCN)
 
 

@@ -1,4 +1,4 @@
-"""The one command for a GPU: every stage has its turn whatever became of the one before."""
+"""The script for a GPU: every stage runs, whatever the result of the previous one."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ STAGES = ["pytest", "repeat", "losses", "step", "plot_losses", "claims"]
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs the script with the stand-in; gives what it said and what it ran."""
+    """Run the script with the stand-in; return its output and the commands it ran."""
 
     def run_with(rules="", *words, **environment):
         python = tmp_path / "python"
@@ -97,7 +97,7 @@ def test_a_spoiled_device_gets_a_new_process(run):
 
 
 def test_the_time_is_shared_out(run):
-    """Within 8 minutes; what the losses leave is the step's."""
+    """All within 8 minutes; the step gets the time that the losses leave."""
     _, ran = run()
     budget = 465
     assert seconds(ran, "repeat") + 150 + 15 < 240  # the tests and it, with time to start

@@ -1,4 +1,4 @@
-"""What launchers hand to Triton is written down, and told to the compiler as a launch tells it."""
+"""Recorded launches, and how they are specialised for the compiler."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ def empty(*shape, dtype=torch.float32):
 
 @JITFunction  # compiled even where this process interprets
 def kernel(x_ptr, none_ptr, row, col, factor, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):  # noqa: N803
-    """It is never compiled here."""
+    """Not compiled here."""
 
 
 @JITFunction
 def other_kernel(x_ptr):
-    """Nor is this."""
+    """Not compiled here."""
 
 
 def launcher(x, col=1):
@@ -59,7 +59,7 @@ def test_what_hangs_over_is_no_element():
 
 
 def told(value, plain=False):
-    """What the compiler is told of one argument, if it is not of a kind that launches spare."""
+    """Type, constant and attribute of one argument as passed to the compiler."""
 
     @JITFunction
     def one(argument):

@@ -1,4 +1,4 @@
-"""The problems: all that was promised, those that decide first, and the bytes they must move."""
+"""The problems: completeness, order, and minimum traffic."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_tensors(task, target, dtype):
 
 
 def test_bytes_that_must_move():
-    """Logits twice and the gradient once; dense targets twice as well. By hand, per entry."""
+    """Logits twice, the gradient once, dense targets twice; per entry, by hand."""
     for loss in ("ghm_c triton", "ghm_c torch"):
         assert case().traffic(loss) == 12
         assert case(dtype="bfloat16").traffic(loss) == 6

@@ -1,4 +1,4 @@
-"""The benchmark of the losses runs, goes on where it stopped, and says what it did."""
+"""The benchmark of the losses: a quick run, resuming, time limits and failures."""
 
 import sys
 from types import SimpleNamespace
@@ -53,7 +53,7 @@ def test_a_quick_run_on_the_cpu(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Measuring a case takes as long as `takes` says, on a clock that nothing else moves."""
+    """Make measuring a case take `takes` seconds of a fake clock."""
     state = SimpleNamespace(now=0.0, cases=[], skipped=[], takes=dict.fromkeys((100, 200, 300), 1))
 
     def measure(case, settings, roof, skip):

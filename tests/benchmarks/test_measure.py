@@ -1,4 +1,4 @@
-"""The rows of a case: every loss in every stage, and what becomes of those that fail."""
+"""Rows of a case: every loss in every stage, and failures."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def rows_of(case=CASE, settings=SETTINGS, roof=1.0, skip=()):
 
 
 def test_every_loss_in_every_stage():
-    """Ours, set up as released, gives what the released algorithm gives: the peers are real."""
+    """Our losses, configured as released, equal the released algorithm."""
     for task, target, ours in (
         ("classification", "index", "ghm_c"),
         ("regression", "dense", "ghm_r"),
@@ -49,7 +49,7 @@ def test_every_loss_in_every_stage():
 
 
 def test_figures_are_derived(monkeypatch):
-    """Times are given; 4000 entries of 12 bytes in 2 ms are 24e6 bytes a second."""
+    """With fixed times: 4000 entries of 12 bytes in 2 ms are 24e6 bytes per second."""
     field(
         monkeypatch,
         Contender("ghm_c triton", lambda: good),
@@ -113,7 +113,7 @@ def test_a_runner_rotates_and_scales():
 
 
 def test_graphs_are_replayed_on_a_gpu_at_small_sizes(monkeypatch):
-    """Each replay holds a call a set: its time is shared among them."""
+    """A replay has one call per input set, which share its time."""
     monkeypatch.setattr(
         module, "race", lambda works, *_: ({label: Timing(((6.0,),)) for label in works}, {})
     )

@@ -1,4 +1,4 @@
-"""The peers are what they are said to be: held against loops in float64 and torchvision."""
+"""The peers against loops in float64 and torchvision."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from benchmarks import peers
 
 
 def released(norm, total, bins, momentum, average, last_edge):
-    """The weights as MMDetection computes them, an entry at a time; moves `average`."""
+    """Compute MMDetection's weights entry by entry; updates `average`."""
     edges = [j / bins for j in range(bins)] + [last_edge]
     region = np.array([max(j for j in range(bins) if g >= edges[j]) for g in norm.flat])
     assert (norm < last_edge).all()

@@ -1,4 +1,4 @@
-"""The plots show what the rows say: a line a loss, at its points."""
+"""The plots have a line per loss, at its points."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ BOTH = "forward+backward"
 
 
 def rows_of(dtypes=("float32", "bfloat16")):
-    """Times and shares that tell every row apart."""
+    """Make rows with distinct times and shares."""
     rows = []
     for case in plan("cuda"):
         if case.dtype not in dtypes:
@@ -34,7 +34,7 @@ def rows_of(dtypes=("float32", "bfloat16")):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures, which are saved as well."""
+    """Collect the saved figures."""
     figures = []
     save = Figure.savefig
 

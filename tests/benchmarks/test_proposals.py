@@ -1,4 +1,4 @@
-"""What the benchmark of proposals counts, and what its table says."""
+"""Recall of proposals, and the table."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Rows say which code they measured."""
+"""Provenance identifies the measured code."""
 
 from benchmarks.provenance import provenance, source_digest
 

@@ -1,4 +1,4 @@
-"""What int8 gains and loses is measured on real files, and the table says what its rows say."""
+"""Measurements of int8 on real files, and their table."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ DATA = "digits:images=9,held_out_images=3,size=96"
 
 @pytest.fixture
 def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One recipe, and a few calls to time it by."""
+    """Use one recipe and few timed calls."""
     monkeypatch.setattr(quantize, "RECIPES", {"int8": Int8Recipe()})
     monkeypatch.setattr("export.quantize.measure.SECONDS", 0.1)
 

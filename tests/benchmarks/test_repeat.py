@@ -1,4 +1,4 @@
-"""Repeated runs: what differs in a single bit is found, and the exit status says so."""
+"""Repeated runs: a difference of one bit is found."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def steady(pred, target):
 
 
 def flickering(at, change):
-    """A loss that changes at one call."""
+    """Make a loss that changes at one call."""
     calls = 0
 
     def trial(pred, target):

@@ -1,4 +1,4 @@
-"""Result files survive being cut off, and know what was measured here."""
+"""Result files: truncated lines, and rows of this code on this machine."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, spills nothing and did not get worse."""
+"""Every kernel compiles for absent GPUs, spills nothing and is no worse than the baseline."""
 
 import importlib
 import os
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(900)
 
 
 def start(cache, *arguments):
-    """In a process of its own: this one may interpret. With an empty cache: it must compile."""
+    """Start a process, as this one may interpret, with an empty cache, so that it compiles."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.sass", *map(str, arguments)],
@@ -49,7 +49,7 @@ HALVES = (("sm_80", "gfx942"), ("sm_90", "sm_100"))  # of the work
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """Every kernel measured on every target, in two processes."""
+    """Measure every kernel on every target, in two processes."""
     folder = tmp_path_factory.mktemp("sass")
     running = []
     for targets in HALVES:
@@ -74,7 +74,7 @@ def test_no_kernel_got_worse(reports, target):
 
 
 def test_every_kernel_is_measured(reports):
-    """Whatever is named `..._kernel` in the kernels' modules."""
+    """Compare with everything named `..._kernel` in the kernels' modules."""
     modules = pkgutil.iter_modules(ghm_triton.ops.__path__, "ghm_triton.ops.")
     names = {
         name
@@ -105,7 +105,7 @@ def test_the_command_fails_and_names_what_got_worse(tmp_path, reports):
 
 @pytest.fixture
 def options(tmp_path):
-    """Of a check of everything, against a baseline of one row."""
+    """Options of a check of everything against a baseline of one row."""
     path = tmp_path / "baseline.jsonl"
     write(path, [ROW])
     return parse(["--check", "--baseline", str(path)])

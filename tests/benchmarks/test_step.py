@@ -1,4 +1,4 @@
-"""A training step with each loss: the losses are what they say, and each really trains."""
+"""A training step with each loss: values of the losses, and that each trains."""
 
 import argparse
 from types import SimpleNamespace
@@ -50,7 +50,7 @@ def test_the_released_loss_sees_the_whole_batch_without_the_ignored(batch):
 
 
 def test_every_loss_trains_and_has_a_row(bench):
-    """`bce`, ours, and the released one; the others are made alike."""
+    """`bce`, ours and the released loss; the others are similar."""
     from ghm_triton import GHMCLoss, GHMRLoss
 
     field = dict(step.losses(None))

@@ -1,4 +1,4 @@
-"""Clocks: who is called when, what is made of the times, and what becomes of those that fail."""
+"""Timing: order of calls, statistics of times, and failures."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from benchmarks.timing import Timing, burst, input_sets, peak_bytes, race
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still unless work moves it; in seconds."""
+    """Use a fake clock that only work moves; in seconds."""
     now = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now.seconds)
     return now
@@ -27,7 +27,7 @@ def test_median_spread_and_calls():
 
 
 def test_ratios_compare_turn_with_turn():
-    """Noise that hits a whole round hits both: it is no part of the ratio."""
+    """Noise of a whole round affects both contenders and cancels in the ratio."""
     mine = Timing(((2.0, 2.0, 90.0), (40.0,), (2.0, 70.0, 2.0)))
     theirs = Timing(((1.0,), (20.0, 20.0, 99.0), (1.0, 1.0)))
     assert mine.ratio(theirs) == 2.0
@@ -80,7 +80,7 @@ def test_who_fails_is_out_and_the_others_go_on(clock, call):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """As much of CUDA as the clocks use: `now` in milliseconds, `held` and `peak` in bytes."""
+    """Replace the parts of CUDA that timing uses: `now` in ms, `held` and `peak` in bytes."""
     state = SimpleNamespace(now=0.0, held=1000, peak=0, synchronized=0)
 
     class Event:

@@ -1,4 +1,4 @@
-"""The search for a grid: what it launches, and that it leaves the library as it was."""
+"""The search for a grid: its launches, and restoring the library's setting."""
 
 import pytest
 import torch

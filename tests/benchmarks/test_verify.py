@@ -1,4 +1,4 @@
-"""The table of proofs says what its rows say, and its rows what the reports say."""
+"""Rows of verification reports, and their table."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""A grid of runs that are told apart by their methods' names; they need not be trained."""
+"""A grid of runs for tests that do not train."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ SECTION = "  %s: {data: [d], detectors: [retinanet], methods: [%s], seeds: %s, s
 
 
 class Place:
-    """A folder with a grid, its results, and a log of what was worked on."""
+    """A folder with a grid and its result file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path, self.out = folder, folder / "fake.yaml", folder / "out.jsonl"

@@ -1,4 +1,4 @@
-"""Every mistake in a grid is found before anything trains, and said with its place."""
+"""Every mistake in a grid is reported with its place before anything trains."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ sections:
 
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
-    """Makes a grid of the small one, with a change."""
+    """Make the small grid with a change."""
     monkeypatch.setenv("CELLS", "/somewhere/cells/")
 
     def make(old="", new=""):
@@ -218,7 +218,7 @@ def test_two_folders_of_one_name_are_not_one_data_set(grid):
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
 def test_the_grids_that_come_along(name, monkeypatch):
-    """All their methods fit; every method is asked for, and the default's rivals everywhere."""
+    """All methods are compatible and used, and the default's rivals are everywhere."""
     monkeypatch.setenv("BCCD_ROOT", "/somewhere/bccd")
     grid = Grid(GRIDS / f"{name}.yaml")
     runs = grid.runs()

@@ -1,4 +1,4 @@
-"""What is done is known by what it was, wherever in a grid it was asked for."""
+"""Finished trainings are recognised by their key, in any section of a grid."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The command: resumes, survives failures and interruptions, keeps to its time."""
+"""The command: resuming, failures, interruptions and time limits."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ BAD = "ValueError: not today"
 
 @pytest.fixture
 def worked(monkeypatch):
-    """The methods that were worked on; in this process, see test_pool.py for others."""
+    """Collect the methods worked on, in this process; see test_pool.py for others."""
     methods = []
 
     def work_off(work, following, workers, threads):
@@ -87,7 +87,7 @@ def test_it_can_be_ended_and_goes_on_from_there(place, worked, capsys):
 
 
 def waiting(place, seconds, told):
-    """What a study begins, one after the other, that has so much time."""
+    """Return the runs that a study starts in turn within a time limit."""
     ledger = Ledger(place.out, {"cpu": "c", "gpu": None})
     for run, took in told:
         row = {**run.head(), "total_seconds": took, "cpu": "c", "gpu": None}

@@ -18,7 +18,7 @@ AWAY = [50.0, 50.0, 60.0, 60.0]
 
 
 def image(truths, found, ignored=()):
-    """Truths and detections as `(box, label)` and `(box, label, score)`."""
+    """Make a sample and detections of `(box, label)` and `(box, label, score)`."""
     boxes = torch.tensor([box for box, _ in truths]).reshape(-1, 4)
     labels = torch.tensor([label for _, label in truths], dtype=torch.int64)
     ignore = torch.tensor([i in ignored for i in range(len(truths))], dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Real processes: results as they come, and whoever raises, dies or is interrupted."""
+"""Real processes: results, errors, deaths and interruptions."""
 
 import os
 import signal

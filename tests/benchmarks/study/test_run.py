@@ -1,4 +1,4 @@
-"""One real run, small: its row has everything, and everything in it is what it says."""
+"""One small real run: its row is complete and correct."""
 
 import json
 
@@ -39,7 +39,7 @@ def run(tmp_path_factory):
 
 
 def with_a_faint_one(*args):
-    """What is found, and in each image something that scores less than is usually recorded."""
+    """Detect, and add to each image a detection below the recorded scores."""
     for sample, found in detect(*args):
         scores = torch.cat([found.scores, torch.tensor([SCORE_FLOOR / 2])])
         boxes, labels = (torch.cat([x, x[:1]]) for x in (found.boxes, found.labels))
@@ -48,7 +48,7 @@ def with_a_faint_one(*args):
 
 @pytest.fixture(scope="module")
 def watched(run):
-    """The row, and what training and evaluation gave to make it of."""
+    """The row, and the results of training and evaluation that it was made from."""
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
         names = ("train", "torch_predictor", "score", "mean_average_precision")

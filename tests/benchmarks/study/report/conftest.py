@@ -1,4 +1,4 @@
-"""Rows of a study, made by hand."""
+"""Fabricated rows of a study."""
 
 import json
 

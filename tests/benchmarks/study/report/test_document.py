@@ -9,7 +9,7 @@ from benchmarks.study.report.runs import read_study
 
 @pytest.fixture
 def study(write, make):
-    """Two methods, one of which has everything that a row may have, and a run that failed."""
+    """Two methods, one with every field of a row, and a failed run."""
     rich = make(
         "ghm",
         bins=30,

@@ -129,7 +129,7 @@ def bins(make, count, ap, seed=0, **fields):
 
 
 def points_of(rows, options=("bins",)):
-    """AP by value, by line, of the sweep of the last rows' section."""
+    """AP by value, by line, of the sweep of the section other than `methods`."""
     part = rows[(rows.section != "methods") & (rows.steps == 600)]
     lines = {}
     for point in sweep_points(part, rows, options).sort_values(["value", "seed"]).itertuples():

@@ -3,7 +3,7 @@ from benchmarks.study.report.runs import read_study
 
 
 def cells(text):
-    """The rows of a Markdown table by their first cell."""
+    """Index the rows of Markdown tables by their first cell."""
     rows = {}
     for line in text.splitlines():
         if line.startswith("|"):
