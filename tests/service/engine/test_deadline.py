@@ -77,6 +77,9 @@ def test_a_disconnect_and_a_cancellation_stop_the_work(run, end):
         for _ in range(3):
             await asyncio.sleep(0)
         peer.left.set() if end == "disconnect" else waiting.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert waiting.done()  # at once, and not only when the test is cancelled
         with pytest.raises(ClientDisconnect if end == "disconnect" else asyncio.CancelledError):
             await waiting
         assert peer.stopped
