@@ -112,8 +112,8 @@ class Adversary(nn.Module):
         share: Share of the objects that are made harder, in (0, 1].
 
     Raises:
-        ValueError: `kind` is unknown, `start` is negative, `share` is not in (0, 1], or `channels`
-            does not fit.
+        ValueError: `kind` is unknown, `start` is negative, `share` is not in (0, 1], or for
+            ASTN `channels` is not a multiple of 4.
     """
 
     batches: Tensor

@@ -165,9 +165,9 @@ def guided(
     """
     _require_terms(classification, regression)
     _require_weights(cls_weight, reg_weight)
-    place = reg_weight * regression
-    both = _of_all_ranks(classification, place, process_group)
-    return _scaled(classification, place, _ratio(both, torch.ones_like(both)), cls_weight)
+    regression = reg_weight * regression
+    both = _sum_over_ranks(classification, regression, process_group)
+    return _scaled(classification, regression, _ratio(both, torch.ones_like(both)), cls_weight)
 
 
 class GuidedLoss(SharedState):
@@ -212,13 +212,13 @@ class GuidedLoss(SharedState):
     def terms(self, classification: Tensor, regression: Tensor) -> GuidedTerms:
         """Compute both terms of the loss."""
         _require_terms(classification, regression)
-        place = self.reg_weight * regression
-        both = _of_all_ranks(classification, place, self.process_group)
+        regression = self.reg_weight * regression
+        both = _sum_over_ranks(classification, regression, self.process_group)
         self.usual = self.usual.to(both.device)  # once, for a guide that was left on the CPU
         ratio = _ratio(both, self.usual.double())
         if self.training:
             self._remember(both)
-        return _scaled(classification, place, ratio, self.cls_weight)
+        return _scaled(classification, regression, ratio, self.cls_weight)
 
     @torch.no_grad()
     def _remember(self, both: Tensor) -> None:
@@ -249,9 +249,11 @@ def _require_weights(cls_weight: float, reg_weight: float) -> None:
 
 
 @torch.no_grad()
-def _of_all_ranks(classification: Tensor, place: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _sum_over_ranks(
+    classification: Tensor, regression: Tensor, group: dist.ProcessGroup | None
+) -> Tensor:
     """Sum `L_cls` and `w_reg L_reg` over ranks: float64 `[2]`."""
-    both = torch.stack([classification.view(()).double(), place.view(()).double()])
+    both = torch.stack([classification.view(()).double(), regression.view(()).double()])
     if group is not None:
         dist.all_reduce(both, group=group)  # a ratio of sums is one of means
     return both
@@ -265,7 +267,9 @@ def _ratio(both: Tensor, usual: Tensor) -> Tensor:
     return torch.where((both > 0).all(), here, torch.where(both[1] == 0, before, 1.0))
 
 
-def _scaled(classification: Tensor, place: Tensor, ratio: Tensor, cls_weight: float) -> GuidedTerms:
+def _scaled(
+    classification: Tensor, regression: Tensor, ratio: Tensor, cls_weight: float
+) -> GuidedTerms:
     # A denormal classification loss would make the ratio infinite.
     ratio = ratio.clamp(max=torch.finfo(classification.dtype).max).to(classification.dtype)
-    return GuidedTerms(cls_weight * ratio * classification, place)
+    return GuidedTerms(cls_weight * ratio * classification, regression)

@@ -65,18 +65,6 @@ def test_a_copy_has_an_average_of_its_own():
     assert weights_of(twin[0], [3, 1]).tolist() == weights_of(GradientDensity(2), [3, 1]).tolist()
 
 
-def test_evaluation_weighs_and_stores_nothing():
-    density = GradientDensity(3, momentum=0.5)
-    density.weigh(counts_of([5, 1, 0]), reference)
-    state = copy.deepcopy(density.state_dict())
-    density.eval()
-    evaluated = weights_of(density, [1, 1, 7])
-    assert all(torch.equal(state[key], value) for key, value in density.state_dict().items())
-    density.train()
-    assert torch.equal(weights_of(density, [1, 1, 7]), evaluated)
-    assert int(density.updates) == 2
-
-
 def test_the_state_survives_a_checkpoint_and_the_configuration_is_not_in_it():
     density = GradientDensity(3, momentum=0.5, strength=0.3)
     density.weigh(counts_of([5, 1, 0]), reference)
