@@ -142,6 +142,7 @@ class TestFloat16:
         assert not logits.grad.isnan().any()
 
 
+@pytest.mark.slow
 class TestTraining:
     """One class, 1 % positives, a small network, SGD as the released configuration has it."""
 
