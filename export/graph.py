@@ -1,4 +1,4 @@
-"""The ONNX graph of a detector: exported once, any batch, thresholds open to the caller."""
+"""Export of a detector's ONNX graph, with a dynamic batch and thresholds that callers override."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
 from ghm_triton.detection.models.detector import Detector
 from ghm_triton.detection.models.postprocess import OUT, DeployedDetector
 
-# onnx writes newer versions by default than runtimes in use accept.
+# By default, onnx writes newer versions than current runtimes accept.
 OPSET = 18
 IR_VERSION = 10
 MAX_BATCH = 64
-# Entries at OUT take no part: any cut between it and the lowest logit says so.
+# Entries at OUT are excluded from NMS by any cut between it and the lowest logit.
 RANK_CUT = OUT / 10
 
 
@@ -34,16 +34,16 @@ def build_graph(
     """Export a detector with its thresholds and NMS.
 
     Args:
-        detector: The trained detector; put into evaluation mode.
+        detector: The trained detector; it is set to evaluation mode.
         class_thresholds: Default score that a detection of each class must reach, `C` numbers.
         iou_threshold: Default overlap that NMS allows, in [0, 1].
 
     Returns:
-        A model with the inputs and outputs of the file's contract, its weights inside, and
-        nothing about the machine that exported it. It has no card yet.
+        A model with the inputs and outputs of the file's contract and with its weights, but
+        without a card and without information about the exporting machine.
 
     Raises:
-        ValueError: There is not one threshold a class.
+        ValueError: The number of thresholds is not the number of classes.
         onnx.checker.ValidationError: The exporter produced an invalid model.
     """
     classes = detector.config.num_classes
@@ -59,10 +59,10 @@ def trace(
     class_thresholds: list[float],
     iou_threshold: float,
 ) -> ModelProto:
-    """Export whatever ends in thresholds and NMS.
+    """Export a module that ends in thresholds and NMS.
 
     Args:
-        deployed: Takes `inputs`, then `class_thresholds` and `iou_threshold`.
+        deployed: A module of `inputs`, `class_thresholds` and `iou_threshold`.
         inputs: Shapes of float32 inputs by name, without the batch.
         class_thresholds: As for `build_graph`.
         iou_threshold: As for `build_graph`.
@@ -88,7 +88,7 @@ def trace(
 def _export(
     deployed: DeployedDetector, inputs: Mapping[str, tuple[int, ...]], classes: int
 ) -> ModelProto:
-    # Traced with two images: torch.export takes a batch of one for a constant.
+    # Two images, because torch.export specializes a batch of one to a constant.
     examples = tuple(torch.zeros(2, *shape) for shape in inputs.values())
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     shapes = tuple({0: batch} for _ in inputs)
@@ -118,13 +118,13 @@ def _non_max_suppression(boxes: Any, ranks: Any, iou_threshold: Any, most: int) 
 
 
 def _set_default(model: ModelProto, name: str, values: list[float]) -> None:
-    """Give a graph input a default: an initializer of the same name, which callers override."""
+    """Give a graph input a default, an initializer of the same name that callers may override."""
     tensor = numpy_helper.from_array(np.asarray(values, dtype=np.float32), name)
     model.graph.initializer.append(tensor)
 
 
 def _forget_origin(message: Message) -> None:
-    """Drop what the exporter notes for debugging: stack traces with paths, node provenance."""
+    """Remove the exporter's debugging metadata, such as stack traces with paths."""
     for field, value in message.ListFields():
         if field.name in ("metadata_props", "doc_string"):
             message.ClearField(field.name)
@@ -135,7 +135,7 @@ def _forget_origin(message: Message) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep the exporter's notes to its own developers from the user's terminal."""
+    """Silence the exporter's warnings for its own developers."""
     loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""What the owner of a detector says of it, so that a card can be made: a small JSON file."""
+"""A small JSON description of a detector that was trained elsewhere."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Row = tuple[float, float, float]
 
 
 class AttachCard(BaseModel):
-    """What a model's own file does not say.
+    """The facts about a detector that its ONNX file does not contain.
 
     Attributes:
-        name: What the detector calls itself.
-        class_names: In the order of the model's scores.
-        thresholds: The score that a detection must reach: one for all classes, or by class name.
-        size: `(height, width)` in pixels of the images that the model takes.
+        name: Name of the detector.
+        class_names: The classes in the order of the model's scores.
+        thresholds: Score in [0, 1] that a detection must reach, for all classes or by class name.
+        size: `(height, width)` of the model's input in pixels.
         mean: Subtracted from grey levels / 255, in the order R, G, B.
         std: Divided by, in the same order. `1/255` each makes the input 0..255.
-        color_order: What the model takes; `BGR` is swapped in the graph.
-        pad_value: Grey level beside a letterboxed image.
-        resize: Images are letterboxed; there is no other way yet.
-        iou_threshold: The overlap that NMS allows.
-        candidates: Boxes that NMS gets to see, the best.
-        max_detections: Most detections of an image.
-        architecture: What the network is.
-        backbone: What its features come from.
-        data: What it was trained on.
+        color_order: Channel order of the model's input; `BGR` is swapped in the graph.
+        pad_value: Grey level around a letterboxed image.
+        resize: `letterbox` is the only method.
+        iou_threshold: Overlap that NMS allows, in [0, 1].
+        candidates: Number of boxes, the best, that enter NMS.
+        max_detections: Most detections per image.
+        architecture: Name of the architecture.
+        backbone: Name of the backbone.
+        data: Name of the training data.
 
     Example:
         >>> AttachCard(name="yolo", class_names=["cat", "dog"], thresholds=0.25, size=(640, 640))
@@ -62,7 +62,7 @@ class AttachCard(BaseModel):
     data: str = NOT_TOLD
 
     @model_validator(mode="after")
-    def _a_threshold_a_class(self) -> Self:
+    def _one_threshold_per_class(self) -> Self:
         if isinstance(self.thresholds, dict) and set(self.thresholds) != set(self.class_names):
             raise ValueError(
                 f"thresholds are for {sorted(self.thresholds)}, classes are {self.class_names}"
@@ -87,10 +87,9 @@ class AttachCard(BaseModel):
             raise CardError(f"{path}: not JSON: {error}") from error
 
     def detector_card(self, sha256: str) -> DetectorCard:
-        """The card of the file that `ghm attach` writes.
+        """Return the card of the file that `ghm attach` writes.
 
-        Nothing was counted in training, so there is no evidence: statistics are zero, and every
-        threshold was set by hand.
+        There is no evidence from training: statistics are zero, and all thresholds are manual.
 
         Args:
             sha256: The digest of the model's file, 64 hexadecimal digits.
@@ -98,48 +97,42 @@ class AttachCard(BaseModel):
         Raises:
             CardError: A field is out of range, or class names repeat.
         """
+        names, (height, width) = self.class_names, self.size
+        scores = self.thresholds
+        by_name = scores if isinstance(scores, dict) else dict.fromkeys(names, scores)
+        nothing = np.zeros((len(names), 1), np.int64)
         try:
-            return self._card(sha256)
+            return DetectorCard(
+                name=self.name,
+                architecture=self.architecture,
+                backbone=self.backbone,
+                class_names=names,
+                threshold_policy="by hand",
+                thresholds=[
+                    ClassThreshold(name, as_float32(by_name[name]), "manual", 0, 0)
+                    for name in names
+                ],
+                iou_threshold=as_float32(self.iou_threshold),
+                candidates=self.candidates,
+                max_detections=self.max_detections,
+                preprocessing=Preprocessing(
+                    height=height,
+                    width=width,
+                    pad_value=self.pad_value,
+                    mean=self.mean,
+                    std=self.std,
+                ),
+                statistics=ClassStatistics(
+                    tuple(names), positive_scores=nothing, negative_scores=nothing
+                ),
+                training=TrainingCard(
+                    data=self.data,
+                    losses={},
+                    seed=0,
+                    steps=0,
+                    versions={},
+                    checkpoint_sha256=sha256,
+                ),
+            )
         except ValidationError as error:
             raise CardError(f"the card is not valid: {error.errors()[0]['msg']}") from error
-
-    def _card(self, sha256: str) -> DetectorCard:
-        by_name = self.thresholds
-        if not isinstance(by_name, dict):
-            by_name = dict.fromkeys(self.class_names, by_name)
-        count, (height, width) = len(self.class_names), self.size
-        return DetectorCard(
-            name=self.name,
-            architecture=self.architecture,
-            backbone=self.backbone,
-            class_names=self.class_names,
-            threshold_policy="by hand",
-            thresholds=[
-                ClassThreshold(
-                    name=name,
-                    threshold=as_float32(by_name[name]),
-                    source="manual",
-                    support=0,
-                    ground_truths=0,
-                )
-                for name in self.class_names
-            ],
-            iou_threshold=as_float32(self.iou_threshold),
-            candidates=self.candidates,
-            max_detections=self.max_detections,
-            preprocessing=Preprocessing(
-                height=height,
-                width=width,
-                pad_value=self.pad_value,
-                mean=self.mean,
-                std=self.std,
-            ),
-            statistics=ClassStatistics(
-                tuple(self.class_names),
-                positive_scores=np.zeros((count, 1), np.int64),
-                negative_scores=np.zeros((count, 1), np.int64),
-            ),
-            training=TrainingCard(
-                data=self.data, losses={}, seed=0, steps=0, versions={}, checkpoint_sha256=sha256
-            ),
-        )
