@@ -48,7 +48,11 @@ class Travelled:
     report: str
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# The first lane has one kind; the others train for as long.
+LANES = [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "fcos")) for kind in KINDS]
+
+
+@pytest.fixture(scope="module", params=LANES)
 def detector(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Travelled:
     """Trained and exported by command."""
     out = tmp_path_factory.mktemp(request.param)

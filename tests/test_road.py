@@ -63,7 +63,9 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Road:
     return travel(tmp_path_factory.mktemp("cells"), f"voc:{root}", flags.split())
 
 
-@pytest.fixture(params=["digits", pytest.param("cells", marks=pytest.mark.bccd)])
+@pytest.fixture(
+    params=["digits", pytest.param("cells", marks=[pytest.mark.bccd, pytest.mark.slow])]
+)
 def road(request: pytest.FixtureRequest) -> Road:
     return request.getfixturevalue(request.param)
 

@@ -64,20 +64,15 @@ def test_the_card_says_what_the_checkpoint_holds(
         ({"mining": "none", "init": "prior", "guided_loss": False, "adversarial": "none"}, {}),
     ],
 )
+@pytest.mark.parametrize("assigner", ["iou", "cleanliness"])
 def test_the_card_names_the_methods_that_were_used(
-    checkpoint: Checkpoint, used: dict[str, object], said: dict[str, object]
+    checkpoint: Checkpoint, used: dict[str, object], said: dict[str, object], assigner: str
 ) -> None:
-    checkpoint = replace(checkpoint, training={**checkpoint.training, **used})
+    config = replace(checkpoint.config, assigner=assigner)
+    said = said | ({} if assigner == "iou" else {"assigner": assigner})
+    checkpoint = replace(checkpoint, config=config, training={**checkpoint.training, **used})
     losses = make_card(checkpoint, SHA).training.losses
     assert {name: losses[name] for name in losses if name not in LOSS_OPTIONS} == said
-
-
-@pytest.mark.parametrize(("assigner", "said"), [("iou", {}), ("cleanliness", "cleanliness")])
-def test_the_card_names_the_detectors_assigner(
-    checkpoint: Checkpoint, assigner: str, said: object
-) -> None:
-    checkpoint = replace(checkpoint, config=replace(checkpoint.config, assigner=assigner))
-    assert make_card(checkpoint, SHA).training.losses.get("assigner", {}) == said
 
 
 def test_a_checkpoint_from_before_there_were_methods_is_told_of_none(
@@ -158,11 +153,6 @@ def test_one_export_writes_the_variants_asked_for(
     assert all(one == rest[0] for one in rest)
 
 
-def test_an_unknown_input_type_is_named(checkpoint_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one of float32, uint8, both, got 'int8'"):
-        export_detector(checkpoint_path, tmp_path / "d.onnx", input_type="int8")
-
-
 def test_the_second_file_is_no_folder_either(checkpoint_path: Path, tmp_path: Path) -> None:
     (tmp_path / "d.uint8.onnx").mkdir()
     with pytest.raises(ValueError, match=r"d\.uint8\.onnx is a folder"):
@@ -194,9 +184,18 @@ def test_the_checkpoint_is_not_overwritten(checkpoint_path: Path) -> None:
     assert checkpoint_path.read_bytes() == before
 
 
-def test_a_folder_is_not_a_file_to_write(checkpoint_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} is a folder"):
-        export_detector(checkpoint_path, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "input_type", "said"),
+    [
+        ("", "float32", "is a folder; name a file"),
+        ("d.onnx", "int8", "one of float32, uint8, both, got 'int8'"),
+    ],
+)
+def test_what_cannot_be_written_is_named(
+    checkpoint_path: Path, tmp_path: Path, name: str, input_type: str, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        export_detector(checkpoint_path, tmp_path / name, input_type=input_type)
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
@@ -204,20 +203,19 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
         export_detector(tmp_path / "missing.pt", tmp_path / "detector.onnx")
 
 
-@pytest.mark.parametrize("iou", [-0.1, 1.1, float("nan")])
-def test_iou_lies_between_0_and_1(checkpoint: Checkpoint, iou: float) -> None:
-    with pytest.raises(ValueError, match=rf"iou_threshold must lie in \[0, 1\], got {iou}"):
-        make_card(checkpoint, SHA, iou_threshold=iou)
-
-
-def test_an_unknown_policy_is_named(checkpoint: Checkpoint) -> None:
-    with pytest.raises(ValueError, match="unknown policy 'best'"):
-        make_card(checkpoint, SHA, policy="best")
-
-
-def test_a_name_is_not_blank(checkpoint: Checkpoint) -> None:
-    with pytest.raises(ValueError, match="name must not be blank"):
-        make_card(checkpoint, SHA, name=" ")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        *(({"iou_threshold": x}, rf"lie in \[0, 1\], got {x}") for x in (-0.1, 1.1, float("nan"))),
+        ({"policy": "best"}, "unknown policy 'best'"),
+        ({"name": " "}, "name must not be blank"),
+    ],
+)
+def test_options_out_of_range_are_named(
+    checkpoint: Checkpoint, options: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        make_card(checkpoint, SHA, **options)
 
 
 @pytest.mark.parametrize("key", ["data", "seed", "step", "versions", "strength"])

@@ -21,7 +21,8 @@ from export.file import DetectorFile, detector_bytes, read_detector
 from export.inspect import describe
 from service.engine.session import ModelError, ServedModel
 
-FILES = 400  # of each kind, eight kinds
+# Damaged files of each of eight kinds.
+FILES = pytest.mark.parametrize("files", [40, pytest.param(400, marks=pytest.mark.slow)])
 MEMORY = 200 * 2**20  # bytes that reading a thousand files of 3 kB may leave the process larger by
 Rng = np.random.Generator
 Damage = Callable[[bytes, Rng], bytes]
@@ -201,17 +202,18 @@ def read_or_refuse(path: Path, content: bytes, refusals: list[str]) -> DetectorF
     return file
 
 
+@FILES
 @pytest.mark.parametrize("damage", [cut, flip, splice])
 def test_a_sealed_file_is_read_only_if_what_was_sealed_is_whole(
-    sealed: bytes, tmp_path: Path, damage: Damage
+    sealed: bytes, tmp_path: Path, damage: Damage, files: int
 ) -> None:
     rng, refusals = np.random.default_rng(1), []
     body = sealed[:-120]
-    for _ in range(FILES):
+    for _ in range(files):
         content = damage(sealed, rng)
         file = read_or_refuse(tmp_path / "x.onnx", content, refusals)
         assert file is None or content.startswith(body)
-    assert len(refusals) > 0.9 * FILES
+    assert len(refusals) > 0.9 * files
 
 
 def serve(file: DetectorFile) -> None:
@@ -220,19 +222,20 @@ def serve(file: DetectorFile) -> None:
         ServedModel(file, provider="cpu").warm_up()
 
 
+@FILES
 @pytest.mark.parametrize("damage", [cut, flip, splice, spoil_card, restructure])
 def test_an_unsealed_file_is_refused_or_served_as_its_card_says(
-    unsealed: bytes, tmp_path: Path, damage: Damage
+    unsealed: bytes, tmp_path: Path, damage: Damage, files: int
 ) -> None:
     rng, refusals, read = np.random.default_rng(2), [], 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(FILES):
+    for _ in range(files):
         file = read_or_refuse(tmp_path / "x.onnx", damage(unsealed, rng), refusals)
         if file is not None:
             read += 1
             assert describe(file)
             serve(file)
-    assert len(refusals) > 0.1 * FILES
+    assert len(refusals) > 0.1 * files
     # The card comes last, so no cut leaves one, and a splice hardly ever.
     assert read > 0 or damage in (cut, splice)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024

@@ -11,7 +11,15 @@ import torch
 
 from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
 from export.graph import IR_VERSION, MAX_BATCH, OPSET, build_graph
-from export.verify.compare import Detections, Proposals, Setting, Tolerance, compare
+from export.session import open_session
+from export.verify.compare import (
+    Detections,
+    Proposals,
+    Setting,
+    Tolerance,
+    compare,
+    split_batch,
+)
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.postprocess import DeployedDetector
 from ghm_triton.detection.models.registry import build_detector
@@ -21,20 +29,13 @@ from ghm_triton.detection.training.checkpoint import Checkpoint
 CLOSE = Tolerance(box=1e-3, score=1e-5)
 
 
-def session(content: str | bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-
 def clouds(batch: int, config: DetectorConfig, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, *config.image_size, generator=generator)
 
 
 def split(outputs: Any) -> list[Detections]:
-    boxes, scores, labels, counts = (np.asarray(output) for output in outputs)
-    return [Detections(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts)]
+    return [Detections.of(one) for one in split_batch([np.asarray(part) for part in outputs])]
 
 
 def assert_equal(
@@ -61,7 +62,7 @@ def assert_equal(
 
 @pytest.fixture(scope="module")
 def file(detector_path: Path) -> onnxruntime.InferenceSession:
-    return session(str(detector_path))
+    return open_session(detector_path.read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +231,7 @@ def test_a_resnet_exports_even_if_it_was_left_training() -> None:
     iou = float(np.float32(0.4))
     images = clouds(3, config)
     deployed = DeployedDetector(detector)
-    found = assert_equal(session(model.SerializeToString()), deployed, images, given, iou, {})
+    found = assert_equal(open_session(model.SerializeToString()), deployed, images, given, iou, {})
     assert all(len(one) > 10 for one in found)
 
 

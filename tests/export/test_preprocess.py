@@ -17,7 +17,15 @@ from PIL import Image
 from export.card import IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard, Preprocessing
 from export.file import read_detector
 from export.preprocess import PREFIX, accept_uint8
-from export.verify.compare import Detections, Proposals, Setting, Tolerance, compare
+from export.session import open_session
+from export.verify.compare import (
+    Detections,
+    Proposals,
+    Setting,
+    Tolerance,
+    compare,
+    split_batch,
+)
 from ghm_triton.detection.data import open_dataset
 from service.images.decode import letterbox
 
@@ -25,10 +33,7 @@ Feeds = dict[str, np.ndarray]
 
 
 def session(model: ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    content = model.SerializeToString()
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return open_session(model.SerializeToString())
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +195,6 @@ def both(
     return session(model), session(accept_uint8(model, card)[0]), card
 
 
-def split(outputs: list[np.ndarray]) -> list[Detections]:
-    boxes, scores, labels, counts = outputs
-    return [Detections(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts)]
-
-
 def assert_same_detections(both, images: list[Image.Image], feeds: Feeds) -> int:
     """Every detection of the float32 file, found on the host's canvas, is the uint8 file's."""
     floats, bytes_, card = both
@@ -205,8 +205,9 @@ def assert_same_detections(both, images: list[Image.Image], feeds: Feeds) -> int
     total = 0
     for image in images:
         row, geometry = letterbox(image, card.preprocessing)
-        (host,) = split(floats.run(list(OUTPUTS), {"images": row[None], **feeds}))
-        (ours,) = split(bytes_.run(list(OUTPUTS), {"images": np.asarray(image)[None], **feeds}))
+        inputs = (floats, row), (bytes_, np.asarray(image))
+        answers = [one.run(list(OUTPUTS), {"images": x[None], **feeds}) for one, x in inputs]
+        host, ours = (Detections.of(split_batch(answer)[0]) for answer in answers)
         back = geometry.to_image(host.boxes).astype(np.float32)
         # The verifier's tolerances; the boxes' is in pixels of the network's frame.
         grown = max(1.0, image.width / geometry.resized_width)

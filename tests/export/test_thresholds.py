@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -17,6 +16,7 @@ from onnx import numpy_helper
 
 from export.card import CARD_KEY, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
 from export.file import read_detector
+from export.session import open_session
 from export.thresholds import rewrite_thresholds, set_thresholds
 from export.verify.verify import card_problems
 from ghm_triton.cli import main
@@ -103,12 +103,6 @@ def test_what_cannot_be_set_is_named(card: DetectorCard, wanted: dict, message: 
         set_thresholds(card, **wanted)
 
 
-def session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
 def test_the_new_file_answers_by_its_new_thresholds(detector_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "new.onnx"
     before = detector_path.read_bytes()
@@ -121,8 +115,8 @@ def test_the_new_file_answers_by_its_new_thresholds(detector_path: Path, tmp_pat
         THRESHOLDS_INPUT: np.array(card.class_thresholds, np.float32),
         IOU_INPUT: np.array([0.7], np.float32),
     }
-    wanted = session(detector_path).run(list(OUTPUTS), {"images": images, **feeds})
-    found = session(path).run(list(OUTPUTS), {"images": images})
+    wanted = open_session(before).run(list(OUTPUTS), {"images": images, **feeds})
+    found = open_session(path.read_bytes()).run(list(OUTPUTS), {"images": images})
     assert found[3].min() > 10
     for ours, theirs in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(ours, theirs)

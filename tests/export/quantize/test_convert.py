@@ -293,8 +293,10 @@ def test_a_constant_of_core_and_rest_stays_float32_for_the_rest() -> None:
     assert np.array_equal(found, np.full((1, 1, 2, 2), half * np.float32(0.1)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "factor"), [("fcos", NORMED), ("faster-rcnn", 1.0)])
+@pytest.mark.parametrize(
+    ("architecture", "factor"),
+    [("fcos", NORMED), pytest.param("faster-rcnn", 1.0, marks=pytest.mark.slow)],
+)
 def test_other_detectors(architecture: str, factor: float) -> None:
     torch.manual_seed(0)
     config = DetectorConfig(("a", "b"), (64, 64), channels=16, architecture=architecture)

@@ -98,16 +98,21 @@ def take_the_first_image_for_all(model: ModelProto) -> None:
 
 
 TAMPERED = [
-    shift_class_scores,
     shift_one_class_of_one_anchor,
     shift_boxes,
-    change_a_backbone_weight,
-    cut_scores_in_nms,
-    keep_three_boxes_a_class,
-    ignore_the_iou_given,
     ignore_the_thresholds_given,
-    trade_two_classes,
     take_the_first_image_for_all,
+    *(
+        pytest.param(fault, marks=pytest.mark.slow)
+        for fault in (
+            shift_class_scores,
+            change_a_backbone_weight,
+            cut_scores_in_nms,
+            keep_three_boxes_a_class,
+            ignore_the_iou_given,
+            trade_two_classes,
+        )
+    ),
 ]
 
 
