@@ -1,4 +1,4 @@
-"""The page's files as HTTP answers; what they do in a browser is in tests/service/test_page.py."""
+"""The page's files as HTTP answers; what they do in a browser is in tests/service/static."""
 
 import gzip
 import re
