@@ -1,4 +1,4 @@
-"""What a detector finds on held-out images, and how good that is."""
+"""Evaluation of a detector on held-out images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MATCH_IOU = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What was found in one image.
+    """The detections of one image.
 
     Attributes:
         boxes: float32 `[D, 4]`, x1 y1 x2 y2 in the image's own pixels, clipped to it.
@@ -53,14 +53,14 @@ def in_image_pixels(boxes: Tensor, scales: tuple[float, float], size: tuple[int,
 def detect(
     predict: Predict, config: DetectorConfig, dataset: DetectionDataset, batch_size: int = 16
 ) -> Iterator[tuple[Sample, Detections]]:
-    """Run a detector over a data set.
+    """Run a detector on a data set.
 
     Args:
         predict: Takes normalised images `[B, 3, H, W]` and returns padded boxes, scores, labels
             and counts, as a `DeployedDetector` with its thresholds does.
         config: The detector's configuration.
         dataset: The images.
-        batch_size: Images a call.
+        batch_size: Images per call.
 
     Yields:
         Every sample with its detections in image pixels, in order.
@@ -71,20 +71,20 @@ def detect(
         inputs = [letterbox(sample.image) for sample in samples]
         boxes, scores, labels, counts = predict(torch.stack([image for image, _ in inputs]))
         for i, sample in enumerate(samples):
-            found = int(counts[i])
-            own = in_image_pixels(boxes[i, :found].cpu(), inputs[i][1], sample.image.size)
-            yield sample, Detections(own, scores[i, :found].cpu(), labels[i, :found].cpu())
+            number = int(counts[i])
+            mapped = in_image_pixels(boxes[i, :number].cpu(), inputs[i][1], sample.image.size)
+            yield sample, Detections(mapped, scores[i, :number].cpu(), labels[i, :number].cpu())
 
 
 def torch_predictor(
     deployed: DeployedDetector, thresholds: Tensor | None = None, iou_threshold: float | None = None
 ) -> Predict:
-    """`predict` for `detect`, from a checkpoint's detector.
+    """A `predict` for `detect` from a detector of torch.
 
     Args:
         deployed: The detector.
         thresholds: float32 `[C]`; None for `SCORE_FLOOR` everywhere.
-        iou_threshold: Of NMS; None for the configuration's.
+        iou_threshold: IoU threshold of NMS; None for the configuration's.
     """
     config = deployed.config
     device = next(deployed.parameters()).device
@@ -102,7 +102,7 @@ def torch_predictor(
 
 
 def match(detections: Detections, boxes: Tensor, labels: Tensor) -> Tensor:
-    """Which detections find a ground truth of their class, bool `[D]`.
+    """Which detections match a ground truth of their class, bool `[D]`.
 
     Greedy, best score first, each ground truth once, IoU at least 0.5.
     """
@@ -120,7 +120,7 @@ def match(detections: Detections, boxes: Tensor, labels: Tensor) -> Tensor:
 def observe(
     statistics: ClassStatistics, results: list[tuple[Sample, Detections]]
 ) -> ClassStatistics:
-    """Fill the held-out part of `statistics` from a run over held-out images."""
+    """Fill the held-out part of `statistics` from detections on held-out images."""
     statistics.forget_held_out()
     for sample, detections in results:
         boxes, labels = sample.boxes[~sample.ignore], sample.labels[~sample.ignore]
@@ -134,7 +134,7 @@ def observe(
 
 
 def _on_ignored(detections: Detections, sample: Sample) -> Tensor:
-    """Detections that cover an ignored object of their class: neither right nor wrong."""
+    """Detections on an ignored object of their class, which do not count."""
     if not bool(sample.ignore.any()):
         return torch.zeros(len(detections.scores), dtype=torch.bool)
     same = detections.labels[:, None] == sample.labels[sample.ignore][None]
@@ -193,10 +193,10 @@ def mean_average_precision(
     """COCO mAP of detections, computed by faster-coco-eval."""
     from faster_coco_eval import COCO, COCOeval_faster
 
-    truth, found = _coco_format(class_names, results)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+    truth, detected = _coco_format(class_names, results)
+    with contextlib.redirect_stdout(io.StringIO()):  # progress
         reference = COCO(truth)
-        evaluation = COCOeval_faster(reference, reference.loadRes(found), iouType="bbox")
+        evaluation = COCOeval_faster(reference, reference.loadRes(detected), iouType="bbox")
         evaluation.evaluate()
         evaluation.accumulate()
     precision = np.where(evaluation.eval["precision"] < 0, np.nan, evaluation.eval["precision"])
@@ -217,7 +217,7 @@ def _coco_format(
     class_names: tuple[str, ...], results: list[tuple[Sample, Detections]]
 ) -> tuple[dict[str, object], list[dict[str, object]]]:
     truth: list[dict[str, object]] = []
-    found: list[dict[str, object]] = []
+    detected: list[dict[str, object]] = []
     images = []
     for number, (sample, detections) in enumerate(results, start=1):
         images.append({"id": number, "width": sample.image.width, "height": sample.image.height})
@@ -233,9 +233,9 @@ def _coco_format(
             detections.scores.tolist(),
             strict=True,
         ):
-            found.append({**_annotation(number, box, label), "score": score})
+            detected.append({**_annotation(number, box, label), "score": score})
     categories = [{"id": j + 1, "name": name} for j, name in enumerate(class_names)]
-    return {"images": images, "annotations": truth, "categories": categories, "info": {}}, found
+    return {"images": images, "annotations": truth, "categories": categories, "info": {}}, detected
 
 
 def _annotation(image: int, box: list[float], label: int) -> dict[str, object]:

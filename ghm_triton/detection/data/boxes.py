@@ -1,4 +1,4 @@
-"""Checks that a box read from a file is one that can be learnt."""
+"""Validation of boxes read from a file."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import math
 
 Box = tuple[float, float, float, float]
 
-_THINNEST = 0.01  # pixels; float32 tells corners this far apart from one another up to 1e5
-_ROUNDING = 1.0  # pixels; annotation tools round outwards, or count from 0 where 1 is the rule
+_THINNEST = 0.01  # pixels; float32 separates corners this far apart up to 1e5
+_ROUNDING = 1.0  # pixels; annotation tools round outwards, or count from 0 instead of 1
 
 
 def clean_box(
     corners: Box, width: int, height: int, *, one_based: bool = False
 ) -> tuple[Box | None, str | None]:
-    """Brings a box into the image, or says what is wrong with it.
+    """Clip a box to the image, or reject it.
 
-    A box that hangs over the edge is clipped. That is a problem worth reporting when it hangs
-    over by more than one pixel; up to there it is rounding.
+    An overhang of up to one pixel is rounding and is clipped without a report.
 
     Args:
         corners: `x1, y1, x2, y2` as written in the file.
@@ -26,7 +25,7 @@ def clean_box(
             VOC), and become 0-based edges: `x1 - 1, y1 - 1, x2, y2`.
 
     Returns:
-        The box, None if it is unusable; and what is wrong with it, None if nothing.
+        The box, None if it is unusable; and the problem, None if there is none.
     """
     written = f"box ({', '.join(f'{value:g}' for value in corners)})"
     if not all(map(math.isfinite, corners)):

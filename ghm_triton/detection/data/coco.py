@@ -27,7 +27,7 @@ _OTHER_TASKS = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_
 class COCODataset(FileDataset):
     """A folder with `annotations/instances_{split}.json` or `annotations/{split}.json`.
 
-    `split` may leave out the year when that is unambiguous: `train` finds
+    The year may be left out of `split` where that is unambiguous: `train` finds
     `instances_train2017.json`. Images are looked for by `file_name` in `images/`,
     `images/{split}/`, `{split}/` and the folder itself, in that order.
 
@@ -121,7 +121,7 @@ class _Reader:
         return categories
 
     def _hopeless(self, message: str) -> DamagedAnnotationError:
-        """For damage that leaves nothing to skip to."""
+        """An error for damage to the whole file."""
         self._log.report(self._source, message)
         return DamagedAnnotationError(self._log.name, self._log.problems)
 

@@ -1,4 +1,4 @@
-"""Data sets whose images lie in files: what Pascal VOC and COCO have in common."""
+"""Data sets whose images are files: the common part of Pascal VOC and COCO."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class UnusableError(Exception):
-    """An image or an annotation file cannot be used; the message says why."""
+    """An image or an annotation file cannot be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image that was looked at: where it is, its size, and whether EXIF turns it."""
+    """An image that was probed: its path, its size, and whether EXIF rotates it."""
 
     path: Path
     size: tuple[int, int]
@@ -47,14 +47,14 @@ class Record:
     ignore: list[bool] = field(default_factory=list)
 
     def add(self, box: Box, label: int, ignore: bool) -> None:
-        """Appends one box."""
+        """Append one box."""
         self.boxes.append(box)
         self.labels.append(label)
         self.ignore.append(ignore)
 
 
 class FileDataset(DetectionDataset):
-    """Images in files with the records read for them.
+    """A data set of image files and their records.
 
     Raises:
         DamagedAnnotationError: There are problems and the log's policy is `"refuse"`, or no
@@ -101,19 +101,19 @@ class FileDataset(DetectionDataset):
 
 
 def should_verify(verify_images: bool | None, images: int) -> bool:
-    """Whether to decode every image at opening: as asked, by default up to 5000 of them."""
+    """Whether to decode every image at opening; by default up to 5000 of them."""
     return images <= _VERIFIED if verify_images is None else verify_images
 
 
 def probe_image(path: Path, declared: tuple[int, int] | None, *, verify: bool) -> ImageFile:
-    """Looks at an image without keeping it.
+    """Validate an image without keeping it.
 
-    The image is turned upright as its EXIF orientation says, as viewers and annotation tools
-    do, unless the annotation declares the size that it has unturned.
+    The image is turned upright by its EXIF orientation, as in viewers and annotation tools, unless
+    the annotation declares its size before rotation.
 
     Args:
         path: The file.
-        declared: `(width, height)` according to the annotation, None if it says nothing.
+        declared: `(width, height)` according to the annotation, or None.
         verify: Decode the pixels too, which finds files cut short.
 
     Raises:
@@ -142,7 +142,7 @@ def probe_image(path: Path, declared: tuple[int, int] | None, *, verify: bool) -
 
 
 def load_image(file: ImageFile) -> Image.Image:
-    """Decodes an image to RGB, upright."""
+    """Decode an image to RGB, upright."""
     with Image.open(file.path) as image:
         upright = ImageOps.exif_transpose(image) if file.turned else image
         return upright.convert("RGB")
@@ -172,6 +172,6 @@ def check_class_names(kind: str, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_root(kind: str, root: Path) -> None:
-    """Raises `ValueError` unless `root` is a folder."""
+    """Raise `ValueError` unless `root` is a folder."""
     if not root.is_dir():
         raise ValueError(f"{kind}: no folder at {str(root)!r}")

@@ -1,4 +1,4 @@
-"""Batches: the same at step `k` whenever training starts, stops and goes on."""
+"""Batches that depend on seed and step alone, so that a resumed run repeats them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Draw = tuple[int, int]  # (index in the data set, seed of its augmentation)
 
 
 class StepSampler(Sampler[list[Draw]]):
-    """Endless shuffled batches, a function of `(seed, step)` alone.
+    """Shuffled batches without end, a function of `(seed, step)`.
 
     Args:
         length: Samples in the data set.
-        batch_size: Samples a step, over all ranks.
-        seed: Of the shuffles.
-        start: The first step to yield.
-        stop: One past the last.
-        rank: This process, which takes every `world_size`-th sample of a batch.
+        batch_size: Samples per step, over all ranks.
+        seed: Seed of the shuffles.
+        start: First step.
+        stop: One past the last step.
+        rank: Rank of this process, which takes every `world_size`-th sample of a batch.
         world_size: Number of processes.
     """
 
@@ -52,11 +52,11 @@ class StepSampler(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for step in range(self.start, self.stop):
-            places = range(step * self.batch_size, (step + 1) * self.batch_size)
-            yield [(self._index(p), self.seed + p) for p in places[self.rank :: self.world_size]]
+            draws = range(step * self.batch_size, (step + 1) * self.batch_size)
+            yield [(self._index(n), self.seed + n) for n in draws[self.rank :: self.world_size]]
 
-    def _index(self, place: int) -> int:
-        epoch, offset = divmod(place, self.length)
+    def _index(self, draw: int) -> int:
+        epoch, offset = divmod(draw, self.length)
         if getattr(self, "_epoch", None) != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = torch.randperm(self.length, generator=generator).tolist()
@@ -65,11 +65,11 @@ class StepSampler(Sampler[list[Draw]]):
 
 
 class TrainingView(Dataset[tuple[Tensor, Target]]):
-    """A data set seen as letterboxed, randomly mirrored training examples.
+    """The samples of a data set, letterboxed and randomly mirrored.
 
     Args:
         dataset: The samples.
-        config: The detector to be trained.
+        config: The network's input, such as a `DetectorConfig`.
         flips: Probabilities of a horizontal and a vertical mirror image.
     """
 

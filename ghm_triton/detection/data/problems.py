@@ -1,4 +1,4 @@
-"""What is wrong with a data set, reported by file and never passed over in silence."""
+"""Problems in the annotations of a data set, reported by file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class AnnotationProblem:
-    """One thing that is wrong with one file.
+    """One problem in one file.
 
     Attributes:
         source: The file, relative to the root of the data set.
-        message: What is wrong with it and what was done about it.
+        message: The problem, and how it was handled.
     """
 
     source: str
@@ -27,10 +27,10 @@ class AnnotationProblem:
 
 
 class DamagedAnnotationError(ValueError):
-    """The data set is damaged, and was to be refused if so or has nothing usable left.
+    """The data set is damaged and the policy is `refuse`, or nothing usable is left.
 
     Attributes:
-        problems: Everything that is wrong; the message names the first ten and the total.
+        problems: All problems; the message names the first ten and the total.
     """
 
     def __init__(self, name: str, problems: list[AnnotationProblem]) -> None:
@@ -50,12 +50,12 @@ class DamagedAnnotationError(ValueError):
 
 @dataclass
 class ProblemLog:
-    """Collects problems while a data set is read, then applies the policy.
+    """Problems collected while a data set is read, and the policy about them.
 
     Attributes:
         name: The data set, for the message.
         on_damage: The policy.
-        problems: What was reported so far, in reading order.
+        problems: The problems so far, in reading order.
     """
 
     name: str
@@ -66,11 +66,11 @@ class ProblemLog:
         check_policy(self.on_damage)
 
     def report(self, source: str, message: str) -> None:
-        """Records one problem."""
+        """Record one problem."""
         self.problems.append(AnnotationProblem(source, message))
 
     def settle(self) -> list[AnnotationProblem]:
-        """Returns the problems under `"skip"`.
+        """Apply the policy; returns the problems.
 
         Raises:
             DamagedAnnotationError: There are problems and the policy is `"refuse"`.
@@ -81,6 +81,6 @@ class ProblemLog:
 
 
 def check_policy(on_damage: str) -> None:
-    """Raises `ValueError` unless `on_damage` is a known policy."""
+    """Raise `ValueError` unless `on_damage` is a known policy."""
     if on_damage not in get_args(OnDamage):
         raise ValueError(f"on_damage must be one of {get_args(OnDamage)}, got {on_damage!r}")

@@ -1,4 +1,4 @@
-"""From what a user types after `--data` to a data set."""
+"""Opening a data set by the specification that `--data` takes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def open_dataset(
     seed: int = 0,
     **options: Any,
 ) -> DetectionDataset:
-    """Opens one split of a data set.
+    """Open one split of a data set.
 
     Args:
         spec: `KIND` or `KIND:DETAILS`, where `KIND` is
@@ -49,9 +49,8 @@ def open_dataset(
             - `voc:FOLDER`. See `VOCDataset`.
             - `coco:FOLDER`. See `COCODataset`.
         split: The split, such as `"train"`.
-        on_damage: What to do about damaged annotations: `"skip"` leaves out the damaged box (or
-            the image, when that is missing or cannot be read) and lists it in `.problems`;
-            `"refuse"` raises.
+        on_damage: `"skip"` drops the damaged box (or the image, if that is missing or cannot be
+            read) and lists it in `.problems`; `"refuse"` raises.
         class_names: The classes in label order, such as those a detector was trained with. By
             default the data set's own.
         seed: Seed of `digits`, unless the spec names one. Use the same for every split.

@@ -1,4 +1,4 @@
-"""What every data set gives: an image and the boxes in it."""
+"""A sample of a data set: an image and its boxes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Sample:
         boxes: float32 `[N, 4]`, `x1, y1, x2, y2` in image pixels; pixel `i` spans `[i, i + 1)`,
             so `0 <= x1 < x2 <= width` and `0 <= y1 < y2 <= height`.
         labels: int64 `[N]`, indices into the data set's `class_names`.
-        ignore: bool `[N]`. True for a box that is neither to be learnt nor to be counted for or
-            against a detector: Pascal VOC's `difficult` objects and COCO's `iscrowd` regions.
+        ignore: bool `[N]`. True for a box that is excluded from training and evaluation: Pascal
+            VOC's `difficult` objects and COCO's `iscrowd` regions.
         image_id: Unique in the data set and the same each time it is opened.
         source: The file's name, or a generated one, for messages.
     """
@@ -37,13 +37,13 @@ class Sample:
 
 
 class DetectionDataset(Dataset[Sample]):
-    """A map-style data set of `Sample`, the same whatever it was read from.
+    """A map-style data set of `Sample`.
 
     Attributes:
-        name: What it was opened as, such as `"digits"` or `"voc:bccd"`.
+        name: Kind and folder, such as `"digits"` or `"voc:bccd"`.
         split: The split, such as `"train"`.
         class_names: Names by label.
-        problems: What was wrong with the annotations and was skipped or repaired.
+        problems: Damaged annotations that were skipped or repaired.
     """
 
     def __init__(
@@ -70,5 +70,5 @@ class DetectionDataset(Dataset[Sample]):
 
 
 def box_tensor(boxes: list[tuple[float, float, float, float]]) -> Tensor:
-    """float32 `[N, 4]`, also when there is no box at all."""
+    """Boxes as float32 `[N, 4]`, with `N = 0` for an empty list."""
     return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)

@@ -1,4 +1,4 @@
-"""From a sample to the network's input: one geometry for training, evaluation and serving."""
+"""Preprocessing of images: one geometry for training, evaluation and serving."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as F  # noqa: N812 - torchvisio
 
 
 class InputFormat(Protocol):
-    """The input of a network: its frame and how pixels become numbers (`DetectorConfig` has it)."""
+    """The input of a network, as `DetectorConfig` describes it."""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -34,9 +34,8 @@ class InputFormat(Protocol):
 class Letterbox:
     """Resize an image into the network's frame, keeping its aspect ratio, and normalise it.
 
-    The image is resized by `min(H / h, W / w)` (bilinear, antialiased), laid at the top left and
-    padded with the configuration's grey: what a detector's card calls `letterbox`. The HTTP
-    service does the same without torch, bit for bit.
+    The image is resized by `min(H / h, W / w)` (bilinear, antialiased), placed at the top left and
+    padded with grey. The HTTP service computes the same without torch, bit for bit.
 
     Args:
         config: Gives `image_size`, `pad_value`, `mean` and `std`.

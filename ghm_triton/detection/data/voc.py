@@ -31,8 +31,8 @@ class VOCDataset(FileDataset):
 
     Coordinates in the files are the first and the last pixel of an object, counted from 1. The
     box here is `xmin - 1, ymin - 1, xmax, ymax`, which covers just those pixels, so a box over
-    the whole image is `0, 0, width, height`. A file in which both are the same number is a slip
-    of the annotator rather than an object one pixel wide: it has no area and is a problem.
+    the whole image is `0, 0, width, height`. A box whose corners are equal is taken for an
+    annotation error, not for an object one pixel wide, and is reported.
 
     Objects marked `difficult` are kept with `ignore` set.
 
@@ -153,7 +153,7 @@ class _Reader:
 
 
 def parse_xml(data: bytes) -> Element:
-    """Parses XML, refusing document type declarations and with them all entity tricks.
+    """Parse XML, refusing document type declarations and so all entity attacks.
 
     Raises:
         UnusableError: It does not parse, or declares a document type.
@@ -195,7 +195,7 @@ def _corners(element: Element) -> Box:
 
 
 def _declared_size(root: Element) -> tuple[int, int] | None:
-    """None where the file does not say; some tools leave the field out or write zeros."""
+    """The declared size, or None: some tools leave the field out or write zeros."""
     try:
         size = int(_text(root, "size/width")), int(_text(root, "size/height"))
     except ValueError:

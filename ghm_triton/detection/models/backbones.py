@@ -1,4 +1,4 @@
-"""Feature pyramids: torchvision's ResNets, and one small enough for two cores."""
+"""Feature pyramids: torchvision's ResNets, and one that trains on two CPU cores."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TinyBackbone(nn.Module):
 
 
 def build_backbone(config: DetectorConfig) -> tuple[nn.Module, tuple[int, ...]]:
-    """Build the pyramid a configuration names, from random weights.
+    """Build the pyramid that a configuration names, with random weights.
 
     Returns:
         The module (with `out_channels`) and the strides of its levels, finest first.

@@ -1,4 +1,4 @@
-"""The losses of heads that are not harmonized, and what fits a loss to a head."""
+"""Losses that are not harmonized, and adapters of losses to heads."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ ASL1_MU = 0.02
 
 
 class Averaged(SharedState):
-    """A loss that is divided by samples: by those of all ranks, as the harmonized losses are.
+    """A loss that is divided by the samples of all ranks, as the harmonized losses are.
 
-    Divided by each rank's own, boxes of a rank that has few would weigh more than others, and a
-    guide would scale one loss by another that was divided otherwise.
+    Divided by the samples of each rank, boxes of a rank with few of them would weigh more, and a
+    guide would scale one loss by another with a different divisor.
 
     Args:
         reduction: `mean` or `sum`.
@@ -39,7 +39,7 @@ class Averaged(SharedState):
         self.reduction = require_reduction(reduction)
 
     def reduced(self, total: Tensor, samples: Tensor) -> Tensor:
-        """The sum of this rank's samples, scalar, and their number, as the reduction says."""
+        """Reduce the sum over this rank's samples, given their number."""
         if self.reduction == "sum":
             return total
         if self.process_group is None:
@@ -51,25 +51,25 @@ class Averaged(SharedState):
 
 
 class BoxLoss(Averaged, ABC):
-    """A loss of boxes: summed over what a box consists of, divided by boxes.
+    """A loss of boxes: summed over the coordinates, divided by the number of boxes.
 
     Args:
         reduction: `mean` divides by boxes; `sum`.
-        process_group: As in `Averaged`.
+        process_group: Ranks whose boxes are counted together.
     """
 
     @abstractmethod
     def rows(self, pred: Tensor, target: Tensor) -> Tensor:
-        """`[P, 4]` and `[P, 4]` to the loss of every box, `[P]`."""
+        """The loss of every box, `[P]`, of predictions and targets `[P, 4]`."""
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """`[P, 4]` and `[P, 4]` to a scalar; 0 for no boxes."""
+        """The reduced loss of predictions and targets `[P, 4]`; 0 for no boxes."""
         boxes = torch.full((), len(pred), device=pred.device)
         return self.reduced(self.rows(pred, target).sum(), boxes)
 
 
 class SmoothL1(BoxLoss):
-    """Smooth L1 as RetinaNet trains with, of deltas; `delta = 1/9`."""
+    """Smooth L1 of deltas, as in RetinaNet; `delta = 1/9`."""
 
     def rows(self, pred: Tensor, target: Tensor) -> Tensor:
         """`d^2 / (2 delta)` where `|d| <= delta`, else `|d| - delta / 2`; summed over deltas."""
@@ -83,13 +83,13 @@ class AuthenticSmoothL1(BoxLoss):
     def rows(self, pred: Tensor, target: Tensor) -> Tensor:
         """`sqrt(d^2 + mu^2) - mu`, summed over deltas."""
         d = pred - target
-        # The plain form loses every digit when d << mu.
+        # Avoids cancellation where d << mu.
         long = torch.hypot(d, torch.full_like(d, ASL1_MU))
         return (d * (d / (long + ASL1_MU))).sum(dim=1)
 
 
 class IoU(BoxLoss):
-    """IoU loss of whole boxes, `1 - IoU`; without gradient for boxes that do not touch."""
+    """IoU loss of whole boxes, `1 - IoU`; its gradient is 0 for disjoint boxes."""
 
     def rows(self, pred: Tensor, target: Tensor) -> Tensor:
         """Boxes x1 y1 x2 y2 to `1 - IoU`."""
@@ -97,7 +97,7 @@ class IoU(BoxLoss):
 
 
 class GeneralizedIoU(BoxLoss):
-    """Generalised IoU loss of whole boxes (arXiv 1902.09630), as FCOS trains with."""
+    """Generalised IoU loss of whole boxes (arXiv 1902.09630), as in FCOS."""
 
     def rows(self, pred: Tensor, target: Tensor) -> Tensor:
         """Boxes x1 y1 x2 y2 to `1 - GIoU`, in [0, 2]."""
@@ -106,7 +106,7 @@ class GeneralizedIoU(BoxLoss):
 
 
 class Centerness(Averaged):
-    """Cross entropy of how central points are, divided by points; as FCOS learns it."""
+    """Cross entropy of the centerness of points, divided by points, as in FCOS."""
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Logits and targets in [0, 1], both `[P]`, to a scalar; 0 for no points."""
@@ -115,7 +115,7 @@ class Centerness(Averaged):
 
 
 class SoftmaxCrossEntropy(Averaged):
-    """Cross entropy of a softmax with background as its first class, as Faster R-CNN trains.
+    """Cross entropy of a softmax with background as its first class, as in Faster R-CNN.
 
     Args:
         reduction: `mean` divides by the regions that are not ignored; `sum`.
@@ -133,7 +133,7 @@ class SoftmaxCrossEntropy(Averaged):
 
 
 class Focal(Averaged):
-    """Focal loss of sigmoids, as RetinaNet trains with.
+    """Focal loss of sigmoids, as in RetinaNet.
 
     Args:
         reduction: `mean` divides by the positives; `sum`.
@@ -144,16 +144,16 @@ class Focal(Averaged):
         self, reduction: str = "mean", process_group: dist.ProcessGroup | None = None
     ) -> None:
         super().__init__(reduction, process_group)
-        # Of this process alone it divides by itself, in the same kernel.
+        # Without a group, the loss divides in its kernel.
         self.loss = FocalLoss(reduction="sum" if process_group or reduction == "sum" else "mean")
 
     def forward(self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
-        """What `FocalLoss` takes to a scalar."""
+        """The reduced loss; arguments as in `FocalLoss`."""
         loss: Tensor = self.loss(logits, target, label_weight)
         if self.process_group is None:
             return loss
-        given = classification_inputs(logits, target, label_weight, validate=False)
-        return self.reduced(loss, positives(given))
+        inputs = classification_inputs(logits, target, label_weight, validate=False)
+        return self.reduced(loss, positives(inputs))
 
 
 class BackgroundFirst(nn.Module):
@@ -185,7 +185,7 @@ def require_reduction(reduction: str) -> str:
 
 
 def background_first(labels: Tensor, outputs: int) -> Tensor:
-    """Labels whose last class is background, as places among outputs whose first is."""
+    """Map labels whose last class is background to outputs whose first is."""
     return torch.where(labels < 0, -1, (labels + 1) % outputs)
 
 
@@ -197,6 +197,6 @@ class Weighted(nn.Module):
         self.loss, self.weight = loss, weight
 
     def forward(self, *arguments: Tensor) -> Tensor:
-        """What the loss returns, times the weight."""
+        """The loss of the arguments, times the weight."""
         result: Tensor = self.weight * self.loss(*arguments)
         return result

@@ -1,4 +1,4 @@
-"""Hard example mining: which places or regions a detector learns from, given what they lose."""
+"""Hard example mining: selects the anchors, points or regions with the largest losses."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Rows = Callable[[Tensor, Tensor], Tensor]
 
 
 class Lost(NamedTuple):
-    """What every sample loses, two tensors of the shape of the labels."""
+    """The losses of every sample, two tensors of the shape of the labels."""
 
     classification: Tensor
     regression: Tensor
 
 
 class _Hard(nn.Module):
-    """What mining of places and of regions has in common.
+    """Base of the mining of places and of regions.
 
     Args:
-        choose: `OHEM` or `StratifiedOHEM`: called with both losses and with what may be kept.
+        choose: `OHEM` or `StratifiedOHEM`: called with both losses and a mask of candidates.
         classification: Logits `[..., C]` and labels `[...]` to the loss of every sample, `[...]`.
         regression: Predictions and targets `[P, 4]` of the positives to theirs, `[P]`.
     """
@@ -45,9 +45,9 @@ class _Hard(nn.Module):
         Args:
             logits: `[..., C]`.
             labels: int64 `[...]`.
-            positive: Of that shape, bool: which samples are of a class.
-            predicted: What the regression loss takes of the `P` positives, in their order.
-            expected: Likewise.
+            positive: bool `[...]`: which samples are of a class.
+            predicted: Predictions of the `P` positives for the regression loss, in their order.
+            expected: Their targets.
         """
         lost = self.classification(logits, labels)
         misplaced = torch.zeros_like(lost)
@@ -67,13 +67,13 @@ class HardPlaces(_Hard):
         Args:
             logits: `[B, A, C]`.
             labels: int64 `[B, A]`: `C` is background, negative is ignored and never chosen.
-            predicted: What the regression loss takes of the `P` positives, in the order of the
-                labels.
-            expected: Likewise.
+            predicted: Predictions of the `P` positives for the regression loss, in the order of
+                the labels.
+            expected: Their targets.
 
         Returns:
-            The labels, with those that are not to be learnt from ignored; and which of the
-            positives are kept, bool `[P]`.
+            The labels, -1 for examples that are not kept; and which of the positives are kept,
+            bool `[P]`.
         """
         positive = (labels >= 0) & (labels < logits.shape[-1])
         lost = self.lost(logits, labels, positive, predicted, expected)
@@ -84,8 +84,8 @@ class HardPlaces(_Hard):
 class HardRegions(_Hard):
     """The regions of each image with the largest losses, of both kinds together.
 
-    A region that overlaps one of a larger loss sees the same and is left out (arXiv 1604.03540,
-    section 4). How many of the rest are positive is for their losses to decide.
+    A region that overlaps one of a larger loss is a duplicate of it and is left out (arXiv
+    1604.03540, section 4). The share of positives is not fixed.
     """
 
     @torch.no_grad()
@@ -93,18 +93,17 @@ class HardRegions(_Hard):
         """Choose.
 
         Args:
-            lost: For each image what its regions lose, as `lost` tells.
-            regions: For each image its regions `[R, 4]`, x1 y1 x2 y2.
+            lost: Losses of the regions per image, from the method `lost`.
+            regions: Regions per image `[R, 4]`, x1 y1 x2 y2.
 
         Returns:
-            For each image which of its regions are kept, bool `[R]`.
+            Which regions are kept per image, bool `[R]`.
         """
         counts = torch.tensor([len(boxes) for boxes in regions], device=regions[0].device)
         classification, regression = (
             pad_sequence(list(rows), batch_first=True) for rows in zip(*lost, strict=True)
         )
-        places = torch.arange(classification.shape[1], device=counts.device)
-        valid = places < counts.unsqueeze(1)
-        boxes = pad_sequence(regions, batch_first=True)
-        kept = self.choose(classification, regression, valid, boxes)
-        return [row[: len(own)] for row, own in zip(kept, regions, strict=True)]
+        valid = torch.arange(classification.shape[1], device=counts.device) < counts.unsqueeze(1)
+        padded = pad_sequence(regions, batch_first=True)
+        kept = self.choose(classification, regression, valid, padded)
+        return [row[: len(boxes)] for row, boxes in zip(kept, regions, strict=True)]

@@ -1,4 +1,4 @@
-"""From predictions to detections: the one definition that evaluation and export share."""
+"""Post-processing from predictions to detections, shared by evaluation and export."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torchvision.ops import nms
 
 from ghm_triton.detection.models.detector import Detector, Predictions
 
-# torchvision's BoxCoder clips the log of a box's growth here, so that exp() stays finite.
+# torchvision's BoxCoder clips the log scale here, so that exp() stays finite.
 MAX_LOG_GROWTH = math.log(1000.0 / 16)
-# The rank of an entry that takes no part; far below any logit, and finite, as ONNX wants it.
+# The rank of an excluded entry; far below any logit, and finite, as ONNX requires.
 OUT = -1e30
 
 Padded = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -20,13 +20,13 @@ Padded = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @torch.library.custom_op("ghm::nms", mutates_args=())
 def class_nms(boxes: Tensor, ranks: Tensor, iou_threshold: Tensor, most: int) -> Tensor:
-    """Non-maximum suppression a class and image, as ONNX's `NonMaxSuppression` defines it.
+    """Non-maximum suppression per class and image, as ONNX's `NonMaxSuppression` defines it.
 
     Args:
         boxes: float32 `[B, K, 4]`, x1 y1 x2 y2.
-        ranks: float32 `[B, C, K]`, the higher the better; entries at `OUT` take no part.
+        ranks: float32 `[B, C, K]`, the higher the better; entries at `OUT` are excluded.
         iou_threshold: float32 `[1]`; a box that overlaps a better one by more is dropped.
-        most: Survivors of a class and image; the best of them.
+        most: Largest number of survivors per class and image, the best ones.
 
     Returns:
         int64 `[S, 3]`: (image, class, box) of every survivor.
@@ -79,21 +79,21 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, image_size: tuple[int, int]) -
 def suppress(
     boxes: Tensor, scores: Tensor, ranks: Tensor, iou_threshold: Tensor, most: int
 ) -> Padded:
-    """NMS a class, then the best of all classes, padded; no loop over the batch.
+    """NMS per class, then the best of all classes, padded; no loop over the batch.
 
     Args:
-        boxes: `[B, G, K, 4]`: `G` is 1, or `C` where every class has boxes of its own.
+        boxes: `[B, G, K, 4]`: `G` is 1, or `C` where each class has its own boxes.
         scores: `[B, C, K]`.
-        ranks: `[B, C, K]`; entries at `OUT` take no part.
+        ranks: `[B, C, K]`; entries at `OUT` are excluded.
         iou_threshold: `[1]`.
-        most: Detections an image, at most.
+        most: Largest number of detections per image.
 
     Returns:
         `boxes` `[B, M, 4]`, `scores` `[B, M]`, `labels` int64 `[B, M]` and their number, int64
         `[B]`; best rank first, padded with 0, 0 and -1.
     """
     groups, count = boxes.shape[1:3]
-    # One group is one image to NMS: its boxes, and the classes that share them.
+    # NMS treats each group of classes that share boxes as an image.
     grouped = ranks.reshape(-1, ranks.shape[1] // groups, count)
     kept = class_nms(boxes.flatten(0, 1), grouped, iou_threshold, most)
     where = (kept[:, 0], kept[:, 1], kept[:, 2])
@@ -103,10 +103,9 @@ def suppress(
     stands = top > OUT
     image = torch.arange(position.shape[0], device=position.device).unsqueeze(1)
     labels = torch.where(stands, position // count, -1)
-    own = boxes.flatten(1, 2)[image, position % (groups * count)]
-    found = torch.where(stands.unsqueeze(2), own, 0.0)
+    kept_boxes = boxes.flatten(1, 2)[image, position % (groups * count)]
     return (
-        found,
+        torch.where(stands.unsqueeze(2), kept_boxes, 0.0),
         torch.where(stands, scores.flatten(1)[image, position], 0.0),
         labels,
         stands.sum(1),
@@ -119,8 +118,8 @@ class DeployedDetector(nn.Module):
     Args:
         detector: The trained detector; put into evaluation mode.
 
-    A detection stands iff `score >= class_thresholds[label]`. One place may be shown for several
-    classes, as in torchvision.
+    A detection is reported iff `score >= class_thresholds[label]`. One place may be reported for
+    several classes, as in torchvision.
     """
 
     def __init__(self, detector: Detector) -> None:
@@ -147,12 +146,12 @@ class DeployedDetector(nn.Module):
     ) -> Padded:
         """Threshold, suppress and sort: predictions to padded detections, as `forward` returns.
 
-        Scores decide what stands, ranks decide what is better.
+        Scores are compared with thresholds, ranks with one another.
         """
         boxes, scores, ranks = predictions
         # Expanded, as runtimes are slow to broadcast over so few numbers.
         ranks = torch.where(scores >= class_thresholds.expand(scores.shape[1:]), ranks, OUT)
-        # The best places of any class stay; indexing, because gather exports badly.
+        # The best places by any class are kept; by indexing, because gather exports badly.
         count = min(self.config.candidates, ranks.shape[1])
         _, best = ranks.amax(dim=2).topk(count, dim=1)
         image = torch.arange(best.shape[0], device=best.device).unsqueeze(1)

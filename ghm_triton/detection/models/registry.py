@@ -27,6 +27,6 @@ def build_detector(config: DetectorConfig, losses: HeadLosses | None = None) -> 
 
 
 def channels_last(module: nn.Module) -> nn.Module:
-    """Put convolution weights in the memory order that is fastest on CPUs and tensor cores."""
+    """Convert convolution weights to the memory format that is fastest on CPUs and tensor cores."""
     kwargs: dict[str, Any] = {"memory_format": torch.channels_last}
     return module.to(**kwargs)

@@ -1,4 +1,4 @@
-"""One file that holds a detector, how it was trained, and what training counted."""
+"""Checkpoints: a detector, the options of its training and its statistics in one file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ghm_triton.evidence import ClassStatistics
 CHECKPOINT = "checkpoint.pt"
 FORMAT = "ghm-triton checkpoint"
 FORMAT_VERSION = 1
-SHOWN = 3  # weights that do not fit, spelled out in an error
+SHOWN = 3  # mismatched weights named in an error
 
 
 class CheckpointError(ValueError):
@@ -34,15 +34,14 @@ class CheckpointError(ValueError):
 
 @dataclass
 class Checkpoint:
-    """Everything training leaves behind.
+    """The result of a training run.
 
     Attributes:
         config: The detector's description.
         model: The detector's `state_dict` (losses' moving averages included).
-        statistics: What training counted.
-        training: How it was trained: every option of the run (`TrainOptions`), `step` and
-            `versions`; plain values only.
-        resume: Optimiser, schedule, random generators: what a resumed run needs.
+        statistics: Counts of the training.
+        training: Every option of the run (`TrainOptions`), `step` and `versions`; plain values.
+        resume: State of the optimiser and the scaler, for a resumed run.
     """
 
     config: DetectorConfig
@@ -162,29 +161,29 @@ def versions() -> dict[str, str]:
     return {
         "ghm_triton": ghm_triton.__version__,
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a class of its own, which safe loading refuses
+        "torch": str(torch.__version__),  # a subclass of str, which safe loading refuses
         "torchvision": torchvision.__version__,
     }
 
 
 def sha256_of(path: Path) -> str:
-    """The hex digest that a card names its checkpoint by."""
+    """The SHA-256 digest of a file in hex, by which a card names its checkpoint."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _misfits(wanted: dict[str, Tensor], given: dict[str, Any]) -> list[str]:
-    """What keeps weights from being loaded, in words: wanted ones first, in the layers' order."""
+def _misfits(expected: dict[str, Tensor], weights: dict[str, Any]) -> list[str]:
+    """The reasons why weights cannot be loaded: expected ones first, in the order of layers."""
     misfits = []
-    for key, weight in wanted.items():
-        other = given.get(key)
+    for key, weight in expected.items():
+        other = weights.get(key)
         if other is None:
             misfits.append(f"{key!r} is missing")
         elif not isinstance(other, Tensor):
             misfits.append(f"{key!r} is {type(other).__name__}, not a tensor")
         elif other.shape != weight.shape:
             misfits.append(f"{key!r} is {list(other.shape)}, not {list(weight.shape)}")
-    return misfits + [f"{key!r} has no place" for key in given if key not in wanted]
+    return misfits + [f"{key!r} has no place" for key in weights if key not in expected]
 
 
 def _belongs_to_training(key: str) -> bool:

@@ -1,4 +1,4 @@
-"""One process or many: what `torchrun` set up, if it did."""
+"""One process or the processes that `torchrun` started."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """This process's place.
+    """This process among those of a run.
 
     Attributes:
         rank: 0 writes files and prints.
         size: Number of processes.
-        device: Where this process computes.
+        device: Device of this process.
         group: The processes that share one gradient density; None when alone.
     """
 
@@ -44,13 +44,13 @@ class World:
 
 @contextmanager
 def world(device: str = "auto") -> Iterator[World]:
-    """Join the processes that `torchrun` started, if any, and leave them at the end.
+    """Join the processes that `torchrun` started, if any, and leave the group at the end.
 
     Args:
         device: `auto` (a GPU where there is one), `cpu`, `cuda`, or another torch device.
 
     Raises:
-        ValueError: The device is not there.
+        ValueError: The device is not available.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     place = _device(device)

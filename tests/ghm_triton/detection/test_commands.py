@@ -1,14 +1,35 @@
 import json
 
 import pytest
+from PIL import Image
 
 from ghm_triton import cli
+from ghm_triton.detection.data.digits import DigitScenes
 from ghm_triton.detection.models.config import image_size
+from ghm_triton.detection.training import loop
 from ghm_triton.detection.training.checkpoint import Checkpoint
 
 SMALL = "--data digits:images=16,held_out_images=4,size=96 --image-size 96x96 --channels 16"
 REGIONS = ["--detector", "faster-rcnn"]
 RUN = [*SMALL.split(), "--head-convs", "1", "--batch-size", "4", "--device", "cpu"]
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """The options and the detector that `ghm train` would train with."""
+    calls = []
+
+    def remember(options, config, out, **kwargs):
+        calls.append((options, config, kwargs))
+        return loop.TrainResult(out / "checkpoint.pt", None)
+
+    monkeypatch.setattr(loop, "train", remember)
+
+    def describe(*words):
+        assert cli.main(["train", "--out", "never-written", *words]) == 0
+        return calls[-1]
+
+    return describe
 
 
 def test_train_goes_from_flags_to_a_checkpoint(tmp_path, capsys):
@@ -24,64 +45,114 @@ def test_train_goes_from_flags_to_a_checkpoint(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "built", "trained_by"),
+    ("flags", "expected"),
     [
-        ("--detector fcos", ("fcos", "sigmoid", 300), ("ghm", "giou")),
-        (
-            "--detector faster-rcnn --proposals 40",
-            ("faster-rcnn", "sigmoid", 40),
-            ("ghm", "ghm"),
-        ),
-        (
-            "--detector faster-rcnn --cls-loss ce --reg-loss sl1",
-            ("faster-rcnn", "softmax", 300),
-            ("ce", "sl1"),
-        ),
+        ("", {"architecture": "retinanet", "image_size": (128, 128), "channels": 64}),
+        ("--detector fcos", {"architecture": "fcos", "classifier": "sigmoid", "reg_loss": "giou"}),
+        ("--detector faster-rcnn --proposals 40", {"classifier": "sigmoid", "proposals": 40}),
+        ("--detector faster-rcnn --cls-loss ce --reg-loss sl1", {"classifier": "softmax"}),
         (
             "--detector faster-rcnn --cls-loss ghm-softmax --reg-loss asl1",
-            ("faster-rcnn", "softmax", 300),
-            ("ghm-softmax", "asl1"),
+            {"classifier": "softmax", "cls_loss": "ghm-softmax", "reg_loss": "asl1"},
         ),
-        ("--reg-loss iou", ("retinanet", "sigmoid", 300), ("ghm", "iou")),
+        ("--reg-loss iou", {"classifier": "sigmoid", "reg_loss": "iou", "cls_loss": "ghm"}),
+        (
+            "--detector faster-rcnn --assigner cleanliness --adversarial asdn"
+            " --adversarial-start 0 --no-sampling",
+            {"assigner": "cleanliness", "adversarial": "asdn", "adversarial_start": 0.0}
+            | {"sampling": False},
+        ),
+        (
+            "--mining s-ohem --mining-keep 9 --cls-loss ce --guided-loss --init optimal",
+            {"mining": "s-ohem", "mining_keep": 9, "guided_loss": True, "init": "optimal"},
+        ),
+        ("--init prior=0.03", {"init": "prior=0.03", "prior": 0.01}),
+        ("--image-size 96x128 --prior 0.2", {"image_size": (96, 128), "prior": 0.2}),
     ],
 )
-def test_the_detector_is_a_flag_and_its_losses_follow(flags, built, trained_by, tmp_path):
-    assert cli.main(["train", "--out", str(tmp_path), *RUN, "--steps", "1", *flags.split()]) == 0
-    saved = Checkpoint.load(tmp_path / "checkpoint.pt")
-    config = saved.config
-    assert (config.architecture, config.classifier, config.proposals) == built
-    assert (saved.training["cls_loss"], saved.training["reg_loss"]) == trained_by
+def test_flags_become_options_and_defaults_follow(flags, expected, described):
+    options, config, _ = described(*SMALL.split()[:2], *flags.split())
+    values = {**options.to_dict(), **config.to_dict()}
+    assert {name: values[name] for name in expected} == expected
 
 
-def test_clean_anchors_and_adversaries_are_flags(tmp_path):
-    flags = "--detector faster-rcnn --proposals 40 --assigner cleanliness --adversarial asdn"
-    words = [*RUN, "--steps", "1", *flags.split(), "--adversarial-start", "0"]
-    assert cli.main(["train", "--out", str(tmp_path), *words]) == 0
-    saved = Checkpoint.load(tmp_path / "checkpoint.pt")
-    assert saved.config.assigner == "cleanliness"
-    assert (saved.training["adversarial"], saved.training["adversarial_start"]) == ("asdn", 0.0)
-    metrics = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert 0 <= metrics["adversary"] < 0.01  # joint from the first step
+def test_each_split_is_opened_once_for_priors_and_training(tmp_path, monkeypatch):
+    opened = []
+    original = DigitScenes.__init__
 
+    def count(scenes, split, **options):
+        opened.append(split)
+        original(scenes, split, **options)
 
-def test_mining_guided_loss_and_the_prior_are_flags(tmp_path):
-    flags = "--mining s-ohem --mining-keep 9 --cls-loss ce --guided-loss --init optimal"
-    words = ["train", "--out", str(tmp_path), *RUN, "--steps", "1", *flags.split()]
+    monkeypatch.setattr(DigitScenes, "__init__", count)
+    words = ["train", "--out", str(tmp_path), *RUN, "--steps", "1", "--init", "optimal"]
     assert cli.main(words) == 0
-    saved = Checkpoint.load(tmp_path / "checkpoint.pt")
-    kept = {name: saved.training[name] for name in ("mining", "mining_keep", "guided_loss", "init")}
-    assert kept == {"mining": "s-ohem", "mining_keep": 9, "guided_loss": True, "init": "optimal"}
-    counted = json.loads((tmp_path / "priors.json").read_text())
-    assert saved.config.prior == counted["prior"] != 0.01
-    more = ["train", "--out", str(tmp_path), "--resume", "--device", "cpu"]
-    assert cli.main(more) == 0
-    assert Checkpoint.load(tmp_path / "checkpoint.pt").config == saved.config
+    assert opened == ["train", "val"]
+    opened.clear()
+    assert cli.main(["train", "--out", str(tmp_path), "--resume", "--device", "cpu"]) == 0
+    assert opened == ["train", "val"]
 
 
-def test_init_and_prior_are_two_names_of_a_number(tmp_path):
-    words = ["train", "--out", str(tmp_path), *RUN, "--steps", "1", "--init", "prior=0.03"]
+def test_a_run_is_replaced_only_with_overwrite(tmp_path, capsys):
+    words = ["train", "--out", str(tmp_path), *RUN, "--steps", "1"]
     assert cli.main(words) == 0
-    assert Checkpoint.load(tmp_path / "checkpoint.pt").config.prior == 0.03
+    before = (tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
+    assert cli.main([*words, "--seed", "1"]) == 2
+    assert f"{tmp_path / 'checkpoint.pt'} is there already: choose" in capsys.readouterr().err
+    after = (tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
+    assert after == before
+    assert cli.main([*words, "--seed", "1", "--overwrite"]) == 0
+    assert Checkpoint.load(tmp_path / "checkpoint.pt").training["seed"] == 1
+
+
+def coco(root, **images):
+    """A COCO folder with one box of class `a` of `a, b` on each image of each split."""
+    (root / "annotations").mkdir()
+    (root / "images").mkdir()
+    for split, names in images.items():
+        content = {
+            "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+            "annotations": [
+                {"id": i, "image_id": i, "category_id": 1, "bbox": [4, 4, 20, 20]}
+                for i in range(len(names))
+            ],
+            "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+        }
+        (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
+        for i, name in enumerate(names):
+            if "missing" not in name:
+                grey = Image.new("RGB", (64, 64), (40 * i, 90, 90))
+                grey.save(root / "images" / name)
+    return f"coco:{root}"
+
+
+def test_damage_of_both_splits_is_reported_on_stderr(tmp_path, described, capsys):
+    data = coco(tmp_path, train=["1.png", "missing-1.png"], val=["2.png", "missing-2.png"])
+    described("--data", data)
+    printed = capsys.readouterr()
+    for name in ("missing-1.png", "missing-2.png"):
+        assert f"skipped: {name}: the image is missing; image dropped" in printed.err
+    assert printed.out == ""
+
+
+def test_eval_prints_strict_json_and_nothing_else(tmp_path, capsys):
+    data = coco(tmp_path, train=["1.png"], val=["2.png", "missing.png"])
+    run = ["--image-size", "64x64", "--channels", "8", "--head-convs", "1", "--steps", "1"]
+    out = tmp_path / "run"
+    words = ["train", "--out", str(out), "--data", data, *run, "--batch-size", "1"]
+    assert cli.main([*words, "--device", "cpu"]) == 0
+    capsys.readouterr()
+    words = ["eval", str(out / "checkpoint.pt"), "--split", "val", "--device", "cpu", "--json"]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr()
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    result = json.loads(printed.out, parse_constant=refuse)
+    assert result["per_class"]["b"] == [None, None]  # no box of it is held out
+    assert result["images"] == 1
+    assert "skipped: missing.png" in printed.err
 
 
 def test_resume_takes_its_options_from_the_checkpoint(tmp_path, capsys):

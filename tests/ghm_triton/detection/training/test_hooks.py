@@ -86,6 +86,7 @@ def test_a_run_is_shown_as_it_was(short, config, tmp_path):
             assert shown.get(f"held_out{kind}/{name}") == expected
 
 
+@pytest.mark.slow
 def test_positives_are_those_of_the_steps_since_the_last_look(short, config, tmp_path):
     """Checkpoints come in between; a run that ends after 20 steps has counted the first look."""
     _, shown = boarded(short, config, tmp_path / "whole")
@@ -104,6 +105,7 @@ def test_positives_are_those_of_the_steps_since_the_last_look(short, config, tmp
         assert shown[f"positives/{name}"] == shares
 
 
+@pytest.mark.slow
 def test_steps_that_a_resumed_run_makes_again_are_shown_once(short, config, tmp_path):
     """As after a crash: the folder holds steps that the checkpoint knows nothing of."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -151,6 +153,7 @@ def test_without_tensorboard_the_extra_is_named_before_anything_is_lost(
     assert "TensorBoard is not installed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "folder"), [([], None), (["--tensorboard"], "out/tensorboard"), (..., "elsewhere")]
 )

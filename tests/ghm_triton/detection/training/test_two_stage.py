@@ -69,6 +69,7 @@ def test_an_option_out_of_range_is_named(field, value):
         TrainOptions(**{field: value})
 
 
+@pytest.mark.slow
 def test_a_run_with_all_of_it_resumes_bit_for_bit(options, config, tmp_path):
     """Broken off while the adversary is still alone, and gone on with where it joins."""
     options = dataclasses.replace(
@@ -108,6 +109,7 @@ def test_proposals_start_at_the_share_of_positives(options, config, tmp_path):
     assert 0.05 < share < 0.6
 
 
+@pytest.mark.slow
 def test_the_losses_fall(options, config, tmp_path):
     options = dataclasses.replace(
         options, data=FEW, steps=20, checkpoint_every=20, adversarial="asdn+astn"
