@@ -84,7 +84,7 @@ class TestWeights:
 
     def test_a_region_first_hit_by_one_entry(self, backend, device, momentum):
         # Small in the interpreter, which is slow.
-        entries, steps = (200_000, STEPS) if backend == "torch" else (512, 3)
+        entries, steps = (70_000, 10) if backend == "torch" else (512, 3)
         options = {"momentum": momentum, "backend": backend, "device": device, "steps": steps}
         given = tuple(t.to(device) for t in batch(entries, 3.0))
         blown_up = entries / ((1 - momentum) * 2)  # N / ((1 - a) n), two regions occupied
