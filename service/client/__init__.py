@@ -1,12 +1,15 @@
 """A client of the service, synchronous and asynchronous. It needs httpx alone.
 
+```python
 from service.client import Client
 
 with Client("http://127.0.0.1:8000") as client:
-for detection in client.detect("photo.jpg"):
-print(detection.class_name, detection.score, ">=", detection.threshold, detection.box)
+    for detection in client.detect("photo.jpg"):
+        print(detection.class_name, detection.score, ">=", detection.threshold, detection.box)
+```
 """
 
+from ghm_triton.extras import needed_by
 from service.client.answers import (
     ClassPreview,
     Detection,
@@ -16,7 +19,9 @@ from service.client.answers import (
     Result,
     ServiceError,
 )
-from service.client.clients import AsyncClient, Client
+
+with needed_by("service.client", "client"):
+    from service.client.clients import AsyncClient, Client
 
 __all__ = [
     "AsyncClient",
