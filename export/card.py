@@ -180,16 +180,16 @@ class DetectorCard(_Frozen):
         return statistics
 
     @model_validator(mode="after")
-    def _one_entry_a_class(self) -> Self:
+    def _check_classes(self) -> Self:
         names = self.class_names
         if len(set(names)) != len(names):
             raise ValueError(f"class names repeat: {names}")
-        for field, of in (
+        for field, covered in (
             ("thresholds", [entry.name for entry in self.thresholds]),
             ("statistics", list(self.statistics.class_names)),
         ):
-            if of != names:
-                raise ValueError(f"{field} are for {of}, classes are {names}")
+            if covered != names:
+                raise ValueError(f"{field} are for {covered}, classes are {names}")
         return self
 
     @property
