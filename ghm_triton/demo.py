@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     checkpoint, onnx = out / "checkpoint.pt", out / "detector.onnx"
     steps = [] if arguments.steps is None else ["--steps", str(arguments.steps)]
-    _ghm("train", "--out", out, "--data", arguments.data, *steps)
+    _ghm("train", "--out", out, "--overwrite", "--data", arguments.data, *steps)
     _ghm("eval", checkpoint, "--split", "test")
     _ghm("thresholds", checkpoint, "--policy", arguments.policy, "--plot", out / "thresholds.png")
     _ghm("export", checkpoint, "--out", onnx, "--policy", arguments.policy)

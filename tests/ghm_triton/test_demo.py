@@ -13,7 +13,8 @@ PICTURES = ("held_out.png", "detections.png", "gradient_norms.png", "thresholds.
 
 
 def test_the_demo_trains_exports_and_serves(tmp_path):
-    """The command with little data: every step is a process of its own."""
+    """The command with little data, over an earlier run: every step is a process of its own."""
+    (tmp_path / "checkpoint.pt").write_bytes(b"an earlier run")
     words = ["demo", "--out", str(tmp_path), "--data", DATA, "--steps", "25", "--policy", "prior"]
     done = subprocess.run(
         [sys.executable, "-m", "ghm_triton.cli", *words],
