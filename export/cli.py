@@ -105,16 +105,18 @@ def run_export(arguments: argparse.Namespace) -> int:
     from export.detector import export_detector, output_paths
     from ghm_triton.evidence import ThresholdWarning
 
-    given = chosen(arguments, QuantizeOptions)
-    if given and "quantize" not in given:
-        raise ValueError(f"--{next(iter(given)).replace('_', '-')} does nothing without --quantize")
-    if "float_last" in given and given["quantize"] != "int8":
+    requested = chosen(arguments, QuantizeOptions)
+    if requested and "quantize" not in requested:
+        raise ValueError(
+            f"--{next(iter(requested)).replace('_', '-')} does nothing without --quantize"
+        )
+    if "float_last" in requested and requested["quantize"] != "int8":
         raise ValueError("--float-last does nothing without --quantize int8")
     options = ExportOptions(**chosen(arguments, ExportOptions))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ThresholdWarning)
-        if given:
-            card = _export_quantized(QuantizeOptions(**given), vars(options))
+        if requested:
+            card = _export_quantized(QuantizeOptions(**requested), vars(options))
         else:
             card = export_detector(**vars(options))
     if card is None:

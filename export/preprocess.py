@@ -101,7 +101,7 @@ class Side:
     """One side of the images, in pixels; names of int64 scalars.
 
     Attributes:
-        size: Of the images as they are.
+        size: Of the original images.
         resized: Within the network's frame.
         frame: The frame itself.
     """
@@ -191,8 +191,8 @@ def _weighted_sum(ops: Operators, shares: str, windows: str) -> str:
     fine = ops.Floor(ops.Add(ops.Mul(quotient, np.float64(DIGIT)), np.float64(0.5)))
     pixels = ops.Cast(windows, to=TensorProto.FLOAT)
     coarse_sum, fine_sum = (
-        ops.MatMul(ops.Mul(ops.Cast(part, to=TensorProto.FLOAT), 1 / DIGIT**place), pixels)
-        for part, place in ((coarse, 1), (fine, 2))
+        ops.MatMul(ops.Mul(ops.Cast(part, to=TensorProto.FLOAT), 1 / DIGIT**digit), pixels)
+        for part, digit in ((coarse, 1), (fine, 2))
     )
     whole = ops.Floor(coarse_sum)
     carried = ops.Floor(ops.Add(ops.Sub(coarse_sum, whole), ops.Add(fine_sum, 0.5)))
