@@ -94,10 +94,10 @@ def add_options(parser: argparse.ArgumentParser, *classes: type) -> None:
     groups: dict[str | None, argparse._ActionsContainer] = {None: parser}
     for cls in classes:
         hints = get_type_hints(cls)
-        for entry, own in _flags(cls):
-            if own.group not in groups:
-                groups[own.group] = parser.add_argument_group(own.group)
-            _add(groups[own.group], entry, own, hints[entry.name])
+        for entry, spec in _flags(cls):
+            if spec.group not in groups:
+                groups[spec.group] = parser.add_argument_group(spec.group)
+            _add(groups[spec.group], entry, spec, hints[entry.name])
 
 
 def chosen(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
@@ -112,16 +112,16 @@ def check_options(options: Any) -> None:
     Raises:
         ValueError: A value is not one of the choices or fails its check; the message names both.
     """
-    for entry, own in _options(type(options)):
+    for entry, spec in _options(type(options)):
         value = getattr(options, entry.name)
         if value is None and entry.default is None:
             continue
-        if own.choices is not None and value not in own.choices:
-            allowed = ", ".join(own.choices)
+        if spec.choices is not None and value not in spec.choices:
+            allowed = ", ".join(spec.choices)
             raise ValueError(f"{entry.name} must be one of {allowed}; got {value!r}")
-        if own.check is not None and not own.check.holds(value):
-            end = "" if own.check.text.endswith(";") else ","
-            raise ValueError(f"{entry.name} must {own.check.text}{end} got {value!r}")
+        if spec.check is not None and not spec.check.holds(value):
+            end = "" if spec.check.text.endswith(";") else ","
+            raise ValueError(f"{entry.name} must {spec.check.text}{end} got {value!r}")
 
 
 def _options(cls: type) -> list[tuple[Field[Any], _Option]]:
@@ -130,31 +130,31 @@ def _options(cls: type) -> list[tuple[Field[Any], _Option]]:
 
 
 def _flags(cls: type) -> list[tuple[Field[Any], _Option]]:
-    return [(entry, own) for entry, own in _options(cls) if not own.hidden]
+    return [(entry, spec) for entry, spec in _options(cls) if not spec.hidden]
 
 
-def _add(group: argparse._ActionsContainer, entry: Field[Any], own: _Option, hint: Any) -> None:
-    flag = own.flag or f"--{entry.name.replace('_', '-')}"
-    required = entry.default is MISSING and own.shown is None
-    how: dict[str, Any] = {"help": _help(entry, own), "default": argparse.SUPPRESS}
+def _add(group: argparse._ActionsContainer, entry: Field[Any], spec: _Option, hint: Any) -> None:
+    flag = spec.flag or f"--{entry.name.replace('_', '-')}"
+    required = entry.default is MISSING and spec.shown is None
+    how: dict[str, Any] = {"help": _help(entry, spec), "default": argparse.SUPPRESS}
     if get_origin(hint) in (Union, types.UnionType):  # the annotation without None
         hint = next(kind for kind in get_args(hint) if kind is not type(None))
     if hint is bool:
         how["action"] = "store_true" if entry.default is False else argparse.BooleanOptionalAction
     else:
-        how |= {"choices": own.choices, "type": hint, **own.argparse}
+        how |= {"choices": spec.choices, "type": hint, **spec.argparse}
     if flag.startswith("-"):
         group.add_argument(flag, dest=entry.name, required=required, **how)
     else:
         group.add_argument(entry.name, nargs=None if required else "?", **how)
 
 
-def _help(entry: Field[Any], own: _Option) -> str:
+def _help(entry: Field[Any], spec: _Option) -> str:
     default = entry.default
-    if own.shown is not None:
-        shown = own.shown
+    if spec.shown is not None:
+        shown = spec.shown
     elif default is MISSING or default is None or default is False:
         shown = ""
     else:
         shown = f"{default:g}" if isinstance(default, float) else str(default)
-    return (f"{own.help} (default: {shown})" if shown else own.help).replace("%", "%%")
+    return (f"{spec.help} (default: {shown})" if shown else spec.help).replace("%", "%%")

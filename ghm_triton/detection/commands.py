@@ -75,8 +75,8 @@ examples:
 def run_train(arguments: argparse.Namespace) -> int:
     """Carry out `ghm train`."""
     command = _Train(**chosen(arguments, _Train))
-    given = chosen(arguments, TrainOptions) | chosen(arguments, DetectorConfig)
-    described = None if command.resume else from_flags(given)  # before torch is imported
+    flags = chosen(arguments, TrainOptions) | chosen(arguments, DetectorConfig)
+    described = None if command.resume else from_flags(flags)  # before torch is imported
 
     from ghm_triton.detection.training.build import open_splits
     from ghm_triton.detection.training.checkpoint import CHECKPOINT, Checkpoint

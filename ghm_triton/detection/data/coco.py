@@ -62,8 +62,8 @@ class COCODataset(FileDataset):
         split, path = _find_annotations(root, split)
         log = ProblemLog(f"coco:{root.resolve().name}", on_damage)
         reader = _Reader(path, root, split, log)
-        found = class_names if class_names is not None else reader.class_names
-        names = check_class_names(log.name, found)
+        available = class_names if class_names is not None else reader.class_names
+        names = check_class_names(log.name, available)
         records = reader.read(names, verify_images)
         super().__init__(split, names, records, log)
 
@@ -199,15 +199,15 @@ def _find_annotations(root: Path, split: str) -> tuple[str, Path]:
     folder = root / "annotations"
     if not folder.is_dir():
         raise ValueError(f"coco: {str(folder)!r} is missing")
-    found: dict[str, Path] = {}
+    splits: dict[str, Path] = {}
     files = sorted(folder.glob("*.json"), key=lambda path: path.name.startswith("instances_"))
     for path in files:  # those named instances_ come last and win
         if not path.name.startswith(_OTHER_TASKS):
-            found[path.stem.removeprefix("instances_")] = path
-    dated = [name for name in found if re.fullmatch(re.escape(split) + r"\d{4}", name)]
-    if split not in found and len(dated) == 1:
+            splits[path.stem.removeprefix("instances_")] = path
+    dated = [name for name in splits if re.fullmatch(re.escape(split) + r"\d{4}", name)]
+    if split not in splits and len(dated) == 1:
         split = dated[0]
-    if split not in found:
-        available = ", ".join(sorted(found)) or "none"
+    if split not in splits:
+        available = ", ".join(sorted(splits)) or "none"
         raise ValueError(f"coco: unknown split {split!r}; available: {available}")
-    return split, found[split]
+    return split, splits[split]

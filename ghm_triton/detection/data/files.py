@@ -136,8 +136,8 @@ def probe_image(path: Path, declared: tuple[int, int] | None, *, verify: bool) -
     turned = orientation in range(2, 9) and (declared != stored or declared == upright)
     size = upright if turned else stored
     if declared is not None and declared != size:
-        said, found = "x".join(map(str, declared)), "x".join(map(str, size))
-        raise UnusableError(f"the annotation says {said} pixels, the image has {found}")
+        expected, actual = "x".join(map(str, declared)), "x".join(map(str, size))
+        raise UnusableError(f"the annotation says {expected} pixels, the image has {actual}")
     return ImageFile(path, size, turned)
 
 

@@ -65,8 +65,8 @@ class VOCDataset(FileDataset):
         stems = _read_list(root, split)
         log = ProblemLog(f"voc:{root.resolve().name}", on_damage)
         reader = _Reader(root, log, should_verify(verify_images, len(stems)))
-        found = class_names if class_names is not None else reader.find_classes()
-        names = check_class_names(log.name, found)
+        available = class_names if class_names is not None else reader.find_classes()
+        names = check_class_names(log.name, available)
         records = list(reader.read(stems, names))
         super().__init__(split, names, records, log)
 

@@ -22,7 +22,7 @@ def _needless(flag: str, architecture: str, reason: str) -> Rule:
     )
 
 
-# Of flags: `f` holds those given on the command line, and None for the others.
+# Of flags: `f` holds those on the command line, and None for the others.
 FLAG_RULES = (
     *(
         _needless(flag, architecture, reason)
@@ -131,11 +131,11 @@ def require_compatible(
     require(RULES, SimpleNamespace(**options.to_dict(), **detector, guided=options.guides()))
 
 
-def from_flags(given: dict[str, Any]) -> tuple[TrainOptions, dict[str, Any]]:
+def from_flags(flags: dict[str, Any]) -> tuple[TrainOptions, dict[str, Any]]:
     """The options and the detector that flags describe, with defaults that follow from others.
 
     Args:
-        given: The flags that were given, by field of `TrainOptions` and `DetectorConfig`.
+        flags: The flags on the command line, by field of `TrainOptions` and `DetectorConfig`.
 
     Returns:
         The options, and the fields of a `DetectorConfig` but for its classes.
@@ -143,18 +143,18 @@ def from_flags(given: dict[str, Any]) -> tuple[TrainOptions, dict[str, Any]]:
     Raises:
         ValueError: A flag has no meaning or does not fit; no data has been opened.
     """
-    architecture = given.get("architecture", "retinanet")
-    softmax = architecture == TWO_STAGE and given.get("cls_loss") in SOFTMAX_LOSSES
+    architecture = flags.get("architecture", "retinanet")
+    softmax = architecture == TWO_STAGE and flags.get("cls_loss") in SOFTMAX_LOSSES
     derived = {"architecture": architecture, "classifier": "softmax" if softmax else "sigmoid"}
     if architecture == "fcos":
         derived["reg_loss"] = "giou"
-    given = derived | given
+    flags = derived | flags
     names = {*TrainOptions.__dataclass_fields__, *DetectorConfig.__dataclass_fields__}
-    require(FLAG_RULES, SimpleNamespace(**{**dict.fromkeys(names), **given}))
-    options = TrainOptions.from_dict(given)
+    require(FLAG_RULES, SimpleNamespace(**{**dict.fromkeys(names), **flags}))
+    options = TrainOptions.from_dict(flags)
     frame = (128, 128) if options.data.partition(":")[0] == "digits" else (320, 320)
     known = DetectorConfig.__dataclass_fields__
-    detector = {"image_size": frame, **{k: v for k, v in given.items() if k in known}}
+    detector = {"image_size": frame, **{k: v for k, v in flags.items() if k in known}}
     config = DetectorConfig(class_names=("object",), **detector)  # checks the values
     require_compatible(options, config.architecture, config.classifier, config.assigner)
     return options, detector

@@ -53,13 +53,13 @@ def world(device: str = "auto") -> Iterator[World]:
         ValueError: The device is not available.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    place = _device(device)
+    computes_on = _device(device)
     if size == 1:
-        yield World(0, 1, place, None)
+        yield World(0, 1, computes_on, None)
         return
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if computes_on.type == "cuda" else "gloo")
     try:
-        yield World(dist.get_rank(), size, place, dist.group.WORLD)
+        yield World(dist.get_rank(), size, computes_on, dist.group.WORLD)
     finally:
         dist.destroy_process_group()
 
