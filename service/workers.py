@@ -43,7 +43,7 @@ _GRACE_SECONDS = 5.0  # beyond the drain and shutdown times, before a worker is 
 
 
 class _Config(uvicorn.Config):
-    """What uvicorn passes to each worker.
+    """The configuration that uvicorn passes to each worker.
 
     Attributes:
         settings: The service's settings.
