@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ghm_triton.reference.interface import ClassificationInputs, RegionCounts, RegressionInputs
 
-LARGE = 1e18  # a difference whose square float32 still holds; mu adds nothing to it
+LARGE = 1e18  # its square is finite in float32, and mu adds nothing to it
 
 
 def count_bce(inputs: ClassificationInputs, bins: int) -> RegionCounts:
@@ -71,7 +71,7 @@ def signed_logits(inputs: ClassificationInputs) -> Tensor:
 
 
 def valid_entries(inputs: ClassificationInputs) -> Tensor:
-    """Which entries take part: `label_weight > 0` and a class index that is not negative."""
+    """Return the valid entries: `label_weight > 0` and a class index that is not negative."""
     valid = torch.ones_like(inputs.logits, dtype=torch.bool)
     if inputs.weight is not None:
         valid = inputs.weight > 0
@@ -89,7 +89,7 @@ def difference(inputs: RegressionInputs) -> Tensor:
 def hypotenuse(d: Tensor, mu: float) -> Tensor:
     """`sqrt(d^2 + mu^2)`, without the overflow of the squares.
 
-    Of operations that round alike on every machine, so that it always has the same bits.
+    Uses operations that are correctly rounded, so that the bits are the same on every machine.
     """
     large = d.abs() > LARGE
     length = torch.sqrt(torch.where(large, 0.0, d).square() + squared_width(mu))
@@ -97,7 +97,7 @@ def hypotenuse(d: Tensor, mu: float) -> Tensor:
 
 
 def squared_width(mu: float) -> float:
-    """`mu^2`, which float32 must not round to 0: then `d = 0` would have no slope."""
+    """`mu^2`, kept above 0 in float32, so that the slope at `d = 0` is defined."""
     return max(mu, 1 / LARGE) ** 2
 
 
@@ -113,8 +113,8 @@ def _dense(inputs: ClassificationInputs) -> Tensor:
 
 
 def _count(norm: Tensor, sound: Tensor, bins: int) -> Tensor:
-    # Other entries fall into one region more, which is cut off: no data-dependent shapes. And no
-    # bincount, whose shape depends on the data for all that torch knows.
+    # Entries that do not count go to an extra region, which is dropped: shapes must not depend on
+    # the data, as those of bincount do for a compiler.
     region = torch.where(sound, unit_region(norm.detach(), bins), bins).flatten()
     counts = torch.zeros(bins + 1, dtype=torch.int64, device=region.device)
     return counts.scatter_add_(0, region, torch.ones_like(region))[:bins]

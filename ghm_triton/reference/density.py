@@ -1,4 +1,4 @@
-"""Step 2: from counts to one harmonizing weight a unit region."""
+"""Step 2: from counts to one harmonizing weight per unit region."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ghm_triton.reference.interface import RegionCounts
 
-MOST_REGIONS = 1024  # what the kernels count at once
+MOST_REGIONS = 1024  # the limit of the kernels
 
 
 def update_density(
@@ -24,7 +24,7 @@ def update_density(
     divisor: str | None,
     factor: float,
 ) -> tuple[Tensor, Tensor]:
-    """Weigh every unit region, move the average on, and find what multiplies the sum.
+    """Compute the weights of the unit regions and the scale of the sum; update the average.
 
     With `S` the moving average of the counts, `N` the valid entries of this batch and `n` the
     regions counted by `normalizer`: `beta_j = N / (S_j * n)`, weight `beta_j ** strength`.
@@ -41,20 +41,19 @@ def update_density(
         max_weight: Upper bound of a weight, or None.
         persist: Whether to store the new average. A batch without valid entries, or with an
             invalid one, is never stored.
-        divisor: What the sum is divided by, at least 1: the number of `valid` entries, the sum of
+        divisor: Divisor of the sum, at least 1: the number of `valid` entries, the sum of
             the `positives`, or None.
-        factor: What the sum is multiplied by.
+        factor: Multiplies the sum.
 
     Returns:
         The weights, float32 `[M]`, 0 in empty regions, and the scale of the sum, float32 scalar.
-        Both NaN when an entry was invalid: then a rank without entries of its own has a NaN loss
-        as well.
+        Both NaN when an entry was invalid: a rank without entries then has a NaN loss as well.
     """
     occupied = counts.regions > 0
     total = counts.regions.sum()
     density, moved = _average(counts.regions, smoothed, updates, momentum, ema)
     regions = occupied.sum() if normalizer == "valid_bins" else len(smoothed)
-    # Empty regions hold no entry: any finite density will do for them.
+    # Empty regions hold no entry: any finite density is valid for them.
     beta = total / torch.where(occupied, density, 1.0) / regions
     weights = _weights(beta, occupied, strength, max_weight)
     if persist:
@@ -79,7 +78,7 @@ def update_window(
     r"""`update_density` for a sliding window over fine regions: `beta_j = N / GD_j`.
 
     `GD_j` is `stream_density` of the moving average of the counts; `N` are this batch's valid
-    entries. For both backends: a handful of operations on `F` numbers.
+    entries. Used by every backend: it is a few operations on `F` numbers.
 
     Args:
         counts: The batch in `F = fine_regions(bins)` regions, summed over ranks.

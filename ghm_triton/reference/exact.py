@@ -1,7 +1,7 @@
-"""The paper's sliding window: the density of every entry, and one weight an entry.
+"""The paper's sliding window: the density of every entry, and one weight per entry.
 
-Plain torch on every device, without a wait for the host. Memory grows with the entries, by about
-30 bytes each: the norms, their order, and what is counted.
+Plain torch on every device, without synchronising with the host. Takes about 30
+bytes of memory per entry: the norms, their order and the counts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from ghm_triton.reference.binning import difference, gradient_norm, hypotenuse, valid_entries
 from ghm_triton.reference.interface import ClassificationInputs, RegressionInputs
 
-MOST_ENTRIES = 2**31 - 1  # what torch sorts at once on a GPU
+MOST_ENTRIES = 2**31 - 1  # the limit of a sort in torch on a GPU
 
 
 def window_density(norm: Tensor, bins: int, valid: Tensor | None = None) -> Tensor:
@@ -31,11 +31,11 @@ def window_density(norm: Tensor, bins: int, valid: Tensor | None = None) -> Tens
     Args:
         norm: `g` in [0, 1], any shape, float32 or float64.
         bins: `M`.
-        valid: bool, the shape of `norm`: which entries there are; None: all.
+        valid: bool, the shape of `norm`: the valid entries; None: all.
 
     Returns:
-        Entries per unit of gradient norm, the shape and dtype of `norm`. What it holds for other
-        entries, and for a norm out of range or NaN, has no meaning.
+        Entries per unit of gradient norm, the shape and dtype of `norm`. Undefined for other
+        entries, and for a norm that is NaN or out of range.
 
     Raises:
         ValueError: There are more than 2^31 - 1 entries.
@@ -46,10 +46,10 @@ def window_density(norm: Tensor, bins: int, valid: Tensor | None = None) -> Tens
             " density='streaming' has no such limit"
         )
     half = 0.5 / bins
-    # Entries that take no part sort to the end, where no window reaches: shapes stay what they are.
+    # Ignored entries sort to the end, beyond every window, so that shapes stay static.
     kept = norm if valid is None else torch.where(valid, norm, float("inf"))
     ascending, order = torch.sort(kept.flatten())
-    # Sorted queries find their place in memory that is still at hand: 2.5x as fast as unsorted.
+    # Sorted queries stay in the cache: 2.5x as fast as unsorted ones.
     below = torch.searchsorted(ascending, ascending - half, out_int32=True)
     inside = torch.searchsorted(ascending, ascending + half, out_int32=True) - below
     # The same length as min(g + half, 1) - max(g - half, 0), without its cancellation.

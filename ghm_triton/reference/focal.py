@@ -1,4 +1,4 @@
-"""Sigmoid focal loss, for comparison."""
+"""Sigmoid focal loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def weighted_focal(
     target = torch.where(torch.isfinite(inputs.logits), _targets(inputs), float("nan"))
     logits = inputs.logits.to(compute_dtype(inputs.logits))
     logits = torch.where(valid, logits, 0.0)
-    # -log(1 - p) and -log(p). (1 - p)^gamma as an exponential: a power has no slope at 0.
+    # -log(1 - p) and -log(p). (1 - p)^gamma by exp: a power has no finite slope at 0.
     absent = torch.nn.functional.softplus(logits, threshold=EXACT_UNTIL)
     present = torch.nn.functional.softplus(-logits, threshold=EXACT_UNTIL)
     positive = torch.exp(-gamma * absent) * present
@@ -41,14 +41,14 @@ def weighted_focal(
 
 
 def entries(inputs: ClassificationInputs) -> Tensor:
-    """How many entries are valid, an integer scalar; with class indices, looked at once a row."""
+    """Return the number of valid entries, an integer scalar."""
     if inputs.weight is None and inputs.index is not None:
         return (inputs.index >= 0).sum() * inputs.logits.shape[1]
     return valid_entries(inputs).sum()
 
 
 def positives(inputs: ClassificationInputs) -> Tensor:
-    """The sum of the targets of the valid entries, float64 scalar."""
+    """Return the sum of the targets of the valid entries, float64 scalar."""
     classes = inputs.logits.shape[1]
     if inputs.index is None:
         target: Tensor = inputs.target  # type: ignore[assignment]

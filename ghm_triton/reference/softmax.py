@@ -1,4 +1,4 @@
-"""Softmax GHM, an extension: `g = 1 - p_y`, one entry a row."""
+"""Softmax GHM, an extension: `g = 1 - p_y`, one entry per row."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from ghm_triton.reference.binning import compute_dtype, unit_region
 from ghm_triton.reference.interface import RegionCounts, SoftmaxInputs
 
-MAX_CLASSES = 4096  # what the kernels take: a row in one tile
+MAX_CLASSES = 4096  # the limit of the kernels: a row is one tile
 
 
 def count_softmax(inputs: SoftmaxInputs, bins: int) -> RegionCounts:
@@ -41,14 +41,14 @@ def weighted_softmax(
 
 
 def _cross_entropy(inputs: SoftmaxInputs, valid: Tensor) -> Tensor:
-    """`-log p_y` of every row, `[R]`; small and large losses alike keep their digits."""
+    """`-log p_y` of every row, `[R]`; small and large losses keep their digits."""
     column = _column(inputs)
     logits = torch.where(valid[:, None], inputs.logits.to(compute_dtype(inputs.logits)), 0.0)
     peak = logits.detach().amax(dim=1)
     e = torch.exp(logits - peak[:, None])
     own = e.gather(1, column).squeeze(1)
     others = e.scatter(1, column, 0.0).sum(dim=1)
-    # log(1 + others / own) where that is small. Either form is kept from where it is not finite.
+    # log(1 + others / own) where that is small. Each form is used only where it is finite.
     mild = others <= own
     small = torch.log1p(torch.where(mild, others, 0.0) / torch.where(mild, own, 1.0))
     large = peak - logits.gather(1, column).squeeze(1) + torch.log(own + others)
@@ -62,7 +62,7 @@ def row_norm(inputs: SoftmaxInputs) -> Tensor:
 
 
 def valid_rows(inputs: SoftmaxInputs) -> Tensor:
-    """Which rows take part: `label_weight > 0` and a class index that is not negative."""
+    """Return the valid rows, `[R]`: `label_weight > 0` and a class index that is not negative."""
     valid = inputs.index >= 0
     return valid if inputs.weight is None else valid & (inputs.weight > 0)
 

@@ -257,6 +257,18 @@ class TestWhereBlocksAreSupported:
         assert ("Blockwise" in loss.grad_fn.name()) == (dtype != torch.float64)
 
     @pytest.mark.parametrize("case", CASES)
+    def test_float64_has_derivatives_of_any_order(self, generator, case):
+        inputs = in_double(draw(case, (6, 4), generator))
+
+        def loss(x):
+            return loss_of(case, replace(inputs, x))
+
+        x = values_of(inputs).requires_grad_()
+        # Steps this small move no entry to the next region.
+        assert torch.autograd.gradcheck(loss, x, eps=1e-7, atol=1e-6)
+        assert torch.autograd.gradgradcheck(loss, x, eps=1e-7, atol=1e-5)
+
+    @pytest.mark.parametrize("case", CASES)
     def test_the_specification_runs_within_transforms(self, generator, case):
         inputs = draw(case, (6, 4), generator)
 
