@@ -72,6 +72,7 @@ def poisoned(monkeypatch):
 @pytest.fixture
 def two_programs(monkeypatch, kernels_run):
     """Two programs walk over all tiles, so that each sees several."""
-    from ghm_triton.ops import tiles
+    from ghm_triton.ops import launch, tiles  # the launcher copies the constant when imported
 
+    assert launch.MAX_PROGRAMS > 2
     monkeypatch.setattr(tiles, "MAX_PROGRAMS", 2)

@@ -19,6 +19,8 @@ def poisoned(monkeypatch):
 @pytest.fixture
 def two_programs(monkeypatch):
     """Kernels that walk do it with two programs, so that each meets several tiles."""
-    from ghm_triton.ops import tiles
+    # The launcher first: it copies the constant, and sizes its buffers by it, when it is imported.
+    from ghm_triton.ops import launch, tiles
 
+    assert launch.MAX_PROGRAMS > 2
     monkeypatch.setattr(tiles, "MAX_PROGRAMS", 2)
