@@ -133,9 +133,9 @@ def make_card(
     Args:
         checkpoint: The checkpoint.
         checkpoint_sha256: The digest of its file, 64 hexadecimal digits.
-        policy: As for `export_detector`.
-        iou_threshold: As for `export_detector`.
-        name: As for `export_detector`.
+        policy: Threshold policy: `prior`, `f1`, `precision=P`, `recall=R` or `fixed=T`.
+        iou_threshold: Overlap in [0, 1] that NMS allows; the detector's own if None.
+        name: Name of the model; made from architecture and backbone if None.
 
     Raises:
         CheckpointError: The checkpoint lacks training options, or its statistics are of other

@@ -64,11 +64,12 @@ def trace(
     Args:
         deployed: A module of `inputs`, `class_thresholds` and `iou_threshold`.
         inputs: Shapes of float32 inputs by name, without the batch.
-        class_thresholds: As for `build_graph`.
-        iou_threshold: As for `build_graph`.
+        class_thresholds: Default score per class that a detection must reach, `C` numbers.
+        iou_threshold: Default overlap in [0, 1] that NMS allows.
 
     Returns:
-        As `build_graph`.
+        A model with the inputs and outputs of the file's contract and with its weights, but
+        without a card and without information about the exporting machine.
 
     Raises:
         onnx.checker.ValidationError: The exporter produced an invalid model.

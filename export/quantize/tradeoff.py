@@ -184,14 +184,14 @@ def export_quantized(
 
     Args:
         checkpoint_path: A checkpoint that training wrote.
-        output_path: As for `export_detector`.
+        output_path: Where to write; replaced only once the new file is complete.
         precision: `int8`, for CPUs, or `fp16`, for GPUs (a CPU computes in float32, more slowly).
         splits: Images to calibrate, derive thresholds and measure on.
         images: Number of images to calibrate on, evenly spread over their split (int8).
         recipe: Options of int8; the defaults if None.
         max_drop: Points (hundredths) of COCO AP that may be lost.
         force: Write the file whatever it loses.
-        input_type: As for `export_detector`; measurements are taken with float32 images.
+        input_type: `float32`, `uint8` or `both`; measurements are taken with float32 images.
         **card_options: `policy`, `iou_threshold` and `name`, as for `export_detector`.
 
     Returns:
@@ -199,8 +199,9 @@ def export_quantized(
 
     Raises:
         AccuracyLossError: It would lose more than `max_drop`; nothing was written.
-        CheckpointError: As for `export_detector`.
-        ValueError: As for `export_detector`, a number is out of range, or a split has no boxes.
+        CheckpointError: The checkpoint cannot be exported.
+        ValueError: An option is unknown or out of range, an output is the checkpoint or a folder,
+            or a split has no boxes.
         OSError: A file cannot be read or written.
     """
     checkpoint_path, output_path = Path(checkpoint_path), Path(output_path)

@@ -83,18 +83,21 @@ def update_window(
     Args:
         counts: The batch in `F = fine_regions(bins)` regions, summed over ranks.
         smoothed: float32 `[F]`, the moving average as stored.
-        updates: As in `update_density`.
-        strength: As in `update_density`.
+        updates: int64 scalar, the number of updates stored so far.
+        strength: float32 scalar in [0, 1]; the weight is `beta ** strength`.
         bins: `M`, the inverse of the window's width.
-        momentum: As in `update_density`, for the counts of the fine regions.
-        ema: As in `update_density`, for the counts of the fine regions.
-        max_weight: As in `update_density`.
-        persist: As in `update_density`.
-        divisor: As in `update_density`.
-        factor: As in `update_density`.
+        momentum: In [0, 1), of the average of the counts in fine regions; 0 keeps no average.
+        ema: `debiased` or `mmdet`.
+        max_weight: Upper bound of a weight, or None.
+        persist: Whether to store the new average. A batch without valid entries, or with an
+            invalid one, is never stored.
+        divisor: Divisor of the sum, at least 1: the number of `valid` entries, the sum of
+            the `positives`, or None.
+        factor: Multiplies the sum.
 
     Returns:
-        As `update_density`, with float32 `[F]` weights.
+        The weights, float32 `[F]`, 0 in empty regions, and the scale of the sum, float32 scalar;
+        both NaN when an entry was invalid.
     """
     occupied = counts.regions > 0
     total = counts.regions.sum()

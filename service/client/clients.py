@@ -98,7 +98,7 @@ class Client:
         """Return all boxes of an image above a floor, and their number at each threshold.
 
         Args:
-            image: As for `detect`.
+            image: A path, the bytes of an image file, or a Pillow image.
             **options: See `PreviewOptions`.
 
         Raises:
@@ -161,10 +161,12 @@ class AsyncClient:
     """`Client` with `await`, on asyncio or trio. Close it, or use it in an `async with`.
 
     Args:
-        url: As for `Client`.
-        token: As for `Client`.
-        timeout: As for `Client`.
-        retries: As for `Client`.
+        url: Address of the service, such as `http://127.0.0.1:8000`.
+        token: Bearer token, if the service needs one.
+        timeout: Seconds to wait for a connection and for each part of an answer; None waits
+            without limit.
+        retries: Limit on retries while the service is busy (429 or 503), each after the time in
+            its `Retry-After`. Nothing else is retried.
         transport: An asynchronous httpx transport in place of the network.
         sleep: Waits between retries.
 

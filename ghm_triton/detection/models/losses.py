@@ -119,7 +119,7 @@ class SoftmaxCrossEntropy(Averaged):
 
     Args:
         reduction: `mean` divides by the regions that are not ignored; `sum`.
-        process_group: As in `Averaged`.
+        process_group: Ranks whose samples are counted together; None for this process alone.
     """
 
     def rows(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class Focal(Averaged):
 
     Args:
         reduction: `mean` divides by the positives; `sum`.
-        process_group: As in `Averaged`.
+        process_group: Ranks whose samples are counted together; None for this process alone.
     """
 
     def __init__(

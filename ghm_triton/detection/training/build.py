@@ -66,9 +66,9 @@ def build_losses(
     Args:
         options: Options of the run.
         group: Processes that share one gradient density and divide by the samples of all.
-        architecture: As in `DetectorConfig`.
-        classifier: As in `DetectorConfig`.
-        assigner: As in `DetectorConfig`.
+        architecture: `retinanet`, `fcos` or `faster-rcnn`.
+        classifier: `sigmoid` or `softmax`; the latter with `faster-rcnn` only.
+        assigner: `iou` or `cleanliness`.
 
     Raises:
         ValueError: The detector cannot be trained with the options.

@@ -120,9 +120,9 @@ def require_compatible(
 
     Args:
         options: Options of the run.
-        architecture: As in `DetectorConfig`.
-        classifier: As in `DetectorConfig`.
-        assigner: As in `DetectorConfig`.
+        architecture: `retinanet`, `fcos` or `faster-rcnn`.
+        classifier: `sigmoid` or `softmax`; the latter with `faster-rcnn` only.
+        assigner: `iou` or `cleanliness`.
 
     Raises:
         ValueError: It cannot; the message names the option and the reason.
