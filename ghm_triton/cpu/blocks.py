@@ -19,7 +19,7 @@ MAX_THREADS = 2  # blocks grow with up to this many threads, which bounds the me
 
 MAX_VIEWS = 128  # of buffers that are kept
 # Buffers of working memory, by what they hold most of the time.
-SLOPE, WEIGHT, LOSS, *MORE = range(7)
+SLOPE, WEIGHT, LOSS, TARGET, *MORE = range(8)
 
 Inputs = ClassificationInputs | RegressionInputs | SoftmaxInputs
 _local = threading.local()
@@ -76,10 +76,19 @@ class Block(NamedTuple):
         """Return this block of a tensor `[R, C]`, or its rows of `[R, 1]`."""
         return tensor[self.rows, self.columns if tensor.shape[1] > 1 else slice(None)]
 
-    def read(self, tensor: Tensor) -> Tensor:
-        """Return this block of `[R, C]` as flat float32, possibly the memory of the tensor."""
+    def read(self, tensor: Tensor, out: int | None = None) -> Tensor:
+        """Return this block of `[R, C]` as flat float32, possibly the memory of the tensor.
+
+        Args:
+            tensor: What to read.
+            out: The buffer for a contiguous tensor of another dtype; None allocates. Two large
+                allocations per block are returned to the system and faulted in again.
+        """
         if tensor.is_contiguous():
-            return tensor.view(-1)[self.flat].to(torch.float32)
+            part = tensor.view(-1)[self.flat]
+            if out is None or tensor.dtype == torch.float32:
+                return part.to(torch.float32)
+            return buffer(out, self.entries).copy_(part)
         return tensor[self.rows, self.columns].to(torch.float32).reshape(-1)
 
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghm_triton.cpu.blocks import Block
+from ghm_triton.cpu.blocks import TARGET, Block
 from ghm_triton.cpu.loss import BlockLoss, surely_finite
 from ghm_triton.reference.interface import ClassificationInputs
 
@@ -54,7 +54,9 @@ class ClassificationLoss(BlockLoss):
         """Read a block of logits and targets."""
         self.find_valid(block)
         self.logits = block.read(self.values)
-        self.target = None if self._dense is None else block.read(self._dense)
+        self.target = None
+        if self._dense is not None:
+            self.target = block.read(self._dense, out=TARGET)
         if not (self.counted and self.keep is None) and not self._surely_sound():
             self._replace_unsound()
         if self._labels is not None:
