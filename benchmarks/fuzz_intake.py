@@ -11,9 +11,9 @@ import zlib
 from collections.abc import Callable
 
 from benchmarks.fuzz_json import mutate_json
+from service.core.detections import DetectOptions, read_options
 from service.core.errors import ProblemError
-from service.core.params import DetectOptions, read_options
-from service.http import uploads
+from service.http import bodies
 from service.images.decode import decode
 from service.images.header import ImageError
 
@@ -45,7 +45,7 @@ def read_form(case: bytes) -> None:
     """Run a case of a Content-Type, a line feed and a form."""
     content_type, _, body = case.partition(b"\n")
     try:
-        upload = asyncio.run(uploads.read_form(content_type.decode("latin-1"), body, 4))
+        upload = asyncio.run(bodies.read_form(content_type.decode("latin-1"), body, 4))
         read_options(upload.fields, DetectOptions)
     except ProblemError as error:
         raise _plain(error) from error
@@ -54,7 +54,7 @@ def read_form(case: bytes) -> None:
 def read_json(case: bytes) -> None:
     """Run a case that is a JSON body."""
     try:
-        read_options(uploads.read_json(case, 4).fields, DetectOptions)
+        read_options(bodies.read_json(case, 4).fields, DetectOptions)
     except ProblemError as error:
         raise _plain(error) from error
 

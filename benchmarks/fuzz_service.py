@@ -35,7 +35,7 @@ from export.card import DetectorCard, Preprocessing, TrainingCard
 from ghm_triton.evidence import ClassStatistics
 from service.core.errors import ProblemError
 from service.core.settings import Settings
-from service.http.bodies import Inflater
+from service.http.encodings import Inflater
 from service.v2.inference import read
 
 CORPUS = Path(__file__).parents[1] / "tests" / "service"

@@ -8,12 +8,10 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from starlette.routing import Match, Route
-from starlette.types import Scope
 
 from export.file import read_detector
 from service.api import openapi
-from service.api.routes import detect, health, metrics, models, page, preview
+from service.api.routes import detect, health, models, page
 from service.api.state import ServiceState
 from service.core import errors
 from service.core.settings import Settings, load_settings
@@ -27,18 +25,6 @@ _DESCRIPTION = """Object detection with a threshold per class.
 The thresholds come from training statistics and are part of the model file. Every detection has
 the threshold that it passed.
 """
-
-
-class _FirstRoute(Route):
-    """A route that is matched first and runs without FastAPI's dependencies.
-
-    They cost 2 to 3 % of the processor time of a request to a small detector.
-    """
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """Match a scope, and put the route into it as FastAPI's routes do."""
-        match, child_scope = super().matches(scope)
-        return match, {**child_scope, "route": self}
 
 
 def load_model(settings: Settings) -> ServedModel:
@@ -89,18 +75,14 @@ def create_app(settings: Settings | None = None, model: ServedModel | None = Non
         description=_DESCRIPTION,
         lifespan=lifespan,
         middleware=build_middleware(service.settings, service.metrics),
-        # FastAPI's own routes of these paths are for the OpenAPI document alone.
-        routes=[
-            _FirstRoute("/v1/detect", detect.detect, methods=["POST"]),
-            _FirstRoute("/v1/thresholds/preview", preview.preview, methods=["POST"]),
-        ],
+        routes=detect.first_routes(),
     )
     app.state.service = service
     app.state.tracing = traces.instrument(app)
     errors.install(app)
     openapi.install(app, service.settings)
-    for part in (detect, preview, models, health, page, v2):
+    for part in (detect, models, health, page, v2):
         app.include_router(part.router)
     if service.settings.metrics:
-        app.include_router(metrics.router)
+        app.include_router(health.metrics_router)
     return app

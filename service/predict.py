@@ -31,7 +31,7 @@ _ENVIRONMENT = "GHM_TOKEN"
 
 @dataclass
 class DetectFlags:
-    """Options of a detection, as text: `service.core.params` checks them."""
+    """Options of a detection, as text: `service.core.detections` checks them."""
 
     threshold: str | None = option(
         None, "one score for every class, in place of the file's", metavar="T"
@@ -87,9 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _run_model(arguments: argparse.Namespace, options: dict[str, str]) -> None:
     from export.file import read_detector
     from service.api.pipeline import image_answer
-    from service.core.cpus import available_cpus
+    from service.core.detections import DetectOptions, read_options, resolve
     from service.core.errors import ProblemError
-    from service.core.params import DetectOptions, read_options, resolve
+    from service.core.settings import available_cpus
     from service.engine.session import ModelError, ServedModel
     from service.images.decode import prepare
 
@@ -170,7 +170,7 @@ def _table(path: Path, detections: list[dict[str, Any]]) -> str:
 
 
 def _draw(image: Image.Image, detections: list[dict[str, Any]], path: Path) -> Path:
-    from service.api.drawing import PNG, draw
+    from service.api.routes.detect import PNG, draw
 
     target = path.with_suffix(".png")
     target.parent.mkdir(parents=True, exist_ok=True)

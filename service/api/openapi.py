@@ -8,8 +8,8 @@ import orjson
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from service.core.detections import ModelOptions
 from service.core.errors import MEDIA_TYPE
-from service.core.params import ModelOptions
 from service.core.schema import ProblemDetails
 from service.core.settings import Settings
 from service.http.auth import is_public

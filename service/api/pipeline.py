@@ -23,12 +23,11 @@ from PIL import Image
 
 from export.card import DetectorCard
 from service.api.state import ServiceState, service_state
-from service.core.detections import DetectionParams, Detections
+from service.core.detections import DetectionParams, Detections, Options, read_options
 from service.core.errors import ProblemError
-from service.core.params import Options, read_options
 from service.engine.deadline import while_wanted
 from service.engine.session import ServedModel
-from service.http.uploads import Upload, read_upload
+from service.http.bodies import Upload, read_upload
 from service.images.decode import Geometry, prepare
 from service.images.decode import decode as decode_file
 from service.images.header import (

@@ -9,33 +9,34 @@ beyond the limit, so a small body that claims to be gigabytes costs no more than
 from __future__ import annotations
 
 import asyncio
-import gzip
-import zlib
-from collections.abc import Awaitable, Callable
+import binascii
+import re
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote_to_bytes
 
+import orjson
 from fastapi import Request
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.core.errors import ProblemError, short
+from service.http.encodings import WINDOWS, Inflater, too_large
 from service.observability.metrics import Metrics
 
 _HELD = "held_bytes"
 
-# zlib's own format, and gzip's around the same stream.
-_WINDOW = {"deflate": zlib.MAX_WBITS, "gzip": zlib.MAX_WBITS | 16, "x-gzip": zlib.MAX_WBITS | 16}
 _ACCEPTED = {"Accept-Encoding": "gzip, deflate"}
 
-_SLICE = 2**20  # bytes inflated at a time
-_CHUNK = 2**16  # compressed bytes inflated at a time
-
-# Letterboxed photographs shrink 2 to 50 times: beyond this ratio a body is a bomb. Bodies up to
-# `_FREE_BYTES` may have any ratio, so that black test images are accepted.
-_FREE_BYTES = 8 * 2**20
-_LARGEST_RATIO = 256
-
-_WORTH_COMPRESSING = 1024
-_FAST = 1  # zlib's level: latency matters more than the last percent
+_JSON = "application/json"
+_FORM = "multipart/form-data"
+_MOST_VALUES = 20_000
+_MOST_FIELDS = 32
+_MOST_FIELD_BYTES = 64 * 1024  # of an option; files are bounded by the body
 
 OffLoop = Callable[..., Awaitable[object]]
 
@@ -133,7 +134,7 @@ async def read_body(request: Request, max_bytes: int, off_loop: OffLoop) -> byte
     coding = _coding(request)
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
-        raise _too_large(max_bytes)
+        raise too_large(max_bytes)
     inflater = None if coding is None else Inflater(coding, max_bytes)
     held = request.scope.get("state", {}).get(_HELD)
     body, inflated, size = bytearray(), 0, 0
@@ -141,7 +142,7 @@ async def read_body(request: Request, max_bytes: int, off_loop: OffLoop) -> byte
         async for chunk in chunks:
             size += len(chunk)
             if size > max_bytes:
-                raise _too_large(max_bytes)
+                raise too_large(max_bytes)
             if inflater is None:
                 body += chunk
             elif chunk:
@@ -158,115 +159,186 @@ def _coding(request: Request) -> str | None:
     applied = [coding for coding in codings if coding not in ("", "identity")]
     if not applied:
         return None
-    if len(applied) > 1 or applied[0] not in _WINDOW:
+    if len(applied) > 1 or applied[0] not in WINDOWS:
         raise ProblemError(
             415, f"Content-Encoding is {short(value)}; send gzip, deflate, or neither", _ACCEPTED
         )
     return applied[0]
 
 
-def _too_large(max_bytes: int) -> ProblemError:
-    return ProblemError(413, f"the body is larger than the {max_bytes} bytes that are read here")
+@dataclass(frozen=True)
+class Upload:
+    """The images and options of a request.
 
-
-class Inflater:
-    """Incremental decompression up to a limit.
-
-    Args:
-        coding: `gzip`, `x-gzip` or `deflate`.
-        max_bytes: Limit on the inflated bytes.
+    Attributes:
+        images: For each image its bytes and a name for error messages.
+        fields: Names and values of the options in order: text from a form, any value from JSON.
+        many: Whether the client sent a list, as `files` or `images`.
     """
 
-    def __init__(self, coding: str, max_bytes: int) -> None:
-        self._coding = coding
-        self._max_bytes = max_bytes
-        self._stream = zlib.decompressobj(_WINDOW[coding])
-        self._body = bytearray()
-        self._read = 0
+    images: list[tuple[str, bytes]]
+    fields: list[tuple[str, Any]]
+    many: bool = False
 
-    @property
-    def size(self) -> int:
-        """Bytes inflated so far."""
-        return len(self._body)
 
-    def feed(self, compressed: bytes) -> None:
-        """Inflate the next bytes.
+async def read_upload(
+    request: Request, max_bytes: int, max_images: int, off_loop: OffLoop
+) -> Upload:
+    """Read the images and options in a request's body.
 
-        Raises:
-            ProblemError: 400 if they are not of this coding or follow its end, 413 if the body
-                inflates too far, in total or for its size.
-        """
-        for start in range(0, len(compressed), _CHUNK):
-            rest = compressed[start : start + _CHUNK]
-            while rest:
-                if self._stream.eof:
-                    raise self._malformed("bytes follow the end of its one stream")
-                try:
-                    self._body += self._stream.decompress(rest, _SLICE)
-                except zlib.error as error:
-                    raise self._malformed(str(error)) from error
-                unread = self._stream.unconsumed_tail
-                self._read += len(rest) - len(unread)
-                self._check_size()
-                rest = unread or self._stream.unused_data
+    Args:
+        request: Its body is one image; or `multipart/form-data` with one `file` or several
+            `files`; or JSON with base64 in `image`, or a list of it in `images`.
+        max_bytes: Limit on the body, both as sent and inflated.
+        max_images: Limit on the number of images.
+        off_loop: Runs a blocking function in a thread.
 
-    def _check_size(self) -> None:
-        if self.size > self._max_bytes:
-            raise _too_large(self._max_bytes)
-        if self.size > _FREE_BYTES and self.size > _LARGEST_RATIO * self._read:
-            raise ProblemError(
-                413,
-                f"the body inflates more than {_LARGEST_RATIO}-fold; beyond {_FREE_BYTES} bytes,"
-                " send such a body uncompressed",
-            )
-
-    def finish(self) -> bytes:
-        """Return the whole body.
-
-        Raises:
-            ProblemError: 400 if the stream has not ended.
-        """
-        if not self._stream.eof:
-            raise self._malformed("it ends too early")
-        return bytes(self._body)
-
-    def _malformed(self, reason: str) -> ProblemError:
-        return ProblemError(
-            400, f"Content-Encoding is {self._coding}, but the body is not: {reason}"
+    Raises:
+        ProblemError: 400 if the body is malformed or has no image, 413 if it is too large, 415 if
+            its `Content-Type` or `Content-Encoding` is not supported.
+    """
+    content_type = request.headers.get("content-type", "")
+    kind = content_type.partition(";")[0].strip().lower()
+    is_image = kind in ("", "application/octet-stream") or kind.startswith("image/")
+    if not is_image and kind not in (_FORM, _JSON):
+        raise ProblemError(
+            415,
+            f"Content-Type is {short(kind)}; send one image as image/* or"
+            f" application/octet-stream, files as {_FORM}, or base64 as {_JSON}",
         )
+    body = await read_body(request, max_bytes, off_loop)
+    if is_image:
+        return Upload([("the body", body)], [])
+    if kind == _FORM:
+        return await read_form(content_type, body, max_images)
+    return read_json(body, max_images)
 
 
-def compress(body: bytes, accepted: str) -> tuple[bytes, str | None]:
-    """Compress an answer if the client accepts it and the answer is long enough to gain.
+class _FormParser(MultiPartParser):
+    """Starlette's parser, in memory alone, which refuses forms that are cut short.
+
+    RFC 7578 forbids `filename*`, but some clients send it instead of `filename`.
+    """
+
+    spool_max_size = sys.maxsize  # the body is in memory already: no temporary files
+    ended = False
+
+    def on_headers_finished(self) -> None:
+        """Read the name and the file name of a part."""
+        part = self._current_part
+        extended = _EXTENDED_FILENAME.search(part.content_disposition or b"")
+        if extended and part.content_disposition:
+            name = unquote_to_bytes(extended[1]).replace(b'"', b"'")
+            part.content_disposition += b'; filename="' + name + b'"'
+        super().on_headers_finished()
+
+    def on_end(self) -> None:
+        """Note the closing boundary."""
+        self.ended = True
+
+
+_EXTENDED_FILENAME = re.compile(
+    rb"""^(?!.*filename=).*filename\*\s*=\s*[\w-]*'[\w-]*'([^;\s]*)""", re.IGNORECASE | re.DOTALL
+)
+
+
+async def read_form(content_type: str, body: bytes, max_images: int) -> Upload:
+    """Read the images and options of a `multipart/form-data` body.
 
     Args:
-        body: The answer.
-        accepted: The request's `Accept-Encoding`.
+        content_type: The request's `Content-Type`, with the boundary.
+        body: The whole body.
+        max_images: Limit on the number of files.
 
-    Returns:
-        The bytes to send, and their `Content-Encoding`, None if they are unchanged.
+    Raises:
+        ProblemError: 400 if the form is malformed, cut short, or has too many parts.
     """
-    if len(body) < _WORTH_COMPRESSING:
-        return body, None
-    weights = parse_weights(accepted)
-    if weights.get("gzip", weights.get("*", 0.0)) > 0:
-        return gzip.compress(body, _FAST, mtime=0), "gzip"
-    if weights.get("deflate", 0.0) > 0:
-        return zlib.compress(body, _FAST), "deflate"
-    return body, None
+
+    async def chunks() -> AsyncGenerator[bytes]:
+        yield body
+
+    parser = _FormParser(
+        Headers({"Content-Type": content_type}),
+        chunks(),
+        max_files=max_images,
+        max_fields=_MOST_FIELDS,
+        max_part_size=_MOST_FIELD_BYTES,
+    )
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise ProblemError(400, f"the form is malformed: {error.message}") from error
+    if not parser.ended:
+        raise ProblemError(400, "the form is malformed: it ends too early")
+    items = form.multi_items()
+    fields = [(name, value) for name, value in items if isinstance(value, str)]
+    files = [(name, value) for name, value in items if isinstance(value, UploadFile)]
+    many = _is_many([name for name, _ in files], [name for name, _ in fields])
+    images = []
+    for index, (_, file) in enumerate(files):
+        prefix = f"files[{index}]" if many else "file"
+        images.append((f"{prefix} {short(file.filename)}", file.file.read()))
+    return Upload(images, fields, many)
 
 
-def parse_weights(header: str) -> dict[str, float]:
-    """Parse an `Accept` or `Accept-Encoding` header into names and quality values.
+def _is_many(files: list[str], fields: list[str]) -> bool:
+    """Whether a form's files are `files` (any number) rather than one `file`."""
+    if files and all(name == "files" for name in files):
+        return True
+    if files == ["file"]:
+        return False
+    if not files:
+        textual = bool({"file", "files"} & set(fields))
+        hint = "; a part without a filename is text, not a file" if textual else ""
+        raise ProblemError(
+            400, f"the form holds no file{hint}: send one `file`, or several `files`"
+        )
+    raise ProblemError(
+        400, f"the form's files are named {short(files)}: send one `file`, or only `files`"
+    )
 
-    A malformed quality counts as 0.
+
+def read_json(body: bytes, max_images: int) -> Upload:
+    """Read the images and options of a JSON body.
+
+    Args:
+        body: The whole body.
+        max_images: Limit on the number of images.
+
+    Raises:
+        ProblemError: 400 if the body is not such an object.
     """
-    weights = {}
-    for part in header.split(","):
-        name, *options = (piece.strip().lower() for piece in part.split(";"))
-        quality = next((option[2:] for option in options if option.startswith("q=")), "1")
-        try:
-            weights[name] = float(quality)
-        except ValueError:
-            weights[name] = 0.0
-    return weights
+    # Base64 has none of these characters. A megabyte of them alone would parse to fifty.
+    if sum(body.count(sign) for sign in (b",", b"[", b"{")) > _MOST_VALUES:
+        raise ProblemError(400, f"the body is JSON of more than {_MOST_VALUES} values")
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ProblemError(400, f"the body is not JSON: {str(error)[:200]}") from error
+    if not isinstance(content, dict):
+        raise ProblemError(400, "the body must be a JSON object with `image` or `images`")
+    image, images = content.pop("image", None), content.pop("images", None)
+    fields = [(name, value) for name, value in content.items() if value is not None]
+    if (image is None) == (images is None):
+        raise ProblemError(400, "the body must have either `image` or `images`")
+    if image is not None:
+        return Upload([("image", _from_base64("image", image))], fields)
+    if not isinstance(images, list) or not images:
+        raise ProblemError(400, "`images` must be a list of base64, and not empty")
+    if len(images) > max_images:
+        raise ProblemError(400, f"`images` holds {len(images)} images; at most {max_images} do")
+    named = [(f"images[{index}]", text) for index, text in enumerate(images)]
+    return Upload([(name, _from_base64(name, text)) for name, text in named], fields, many=True)
+
+
+def _from_base64(name: str, text: object) -> bytes:
+    if not isinstance(text, str):
+        raise ProblemError(400, f"{name} is {short(text)}, and not base64")
+    if text.startswith("data:"):  # as browsers write it
+        text = text.partition(",")[2]
+    if any(space in text for space in "\r\n\t "):  # tools break long lines
+        text = "".join(text.split())
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except (binascii.Error, ValueError) as error:
+        raise ProblemError(400, f"{name} is not base64: {error}") from error

@@ -18,7 +18,8 @@ from service.core.errors import ProblemError
 from service.core.settings import LARGEST_BATCH, Settings
 from service.engine.deadline import while_wanted
 from service.engine.session import ServedModel
-from service.http.bodies import compress, read_body
+from service.http.bodies import read_body
+from service.http.encodings import compress
 from service.v2.codec import HEADER, InferRequest, encode_answer, parse_request
 from service.v2.signature import Signature
 from service.v2.statistics import ModelStatistics, statistics_of

@@ -12,8 +12,7 @@ from starlette.testclient import TestClient
 from export.file import read_detector
 from service.app import create_app
 from service.cli import SERVE
-from service.core.cpus import available_cpus
-from service.core.settings import Settings
+from service.core.settings import Settings, available_cpus
 from service.engine.session import ServedModel
 from service.observability.metrics import Metrics
 

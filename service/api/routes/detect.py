@@ -1,23 +1,41 @@
-"""`POST /v1/detect`: objects in one image or several."""
+"""The detection routes: `POST /v1/detect`, and `POST /v1/thresholds/preview`.
+
+A preview counts what every threshold would find in an image, from one inference.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request, Response
+from PIL import Image
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Scope
 
+from export.card import DetectorCard
+from ghm_triton.drawing import draw_detections
 from service.api import pipeline
-from service.api.drawing import JPEG, PNG, draw, preferred_type
 from service.api.openapi import options_extra, problems
 from service.api.pipeline import Job, Prepared, failed_answer, image_answer
-from service.core.detections import DetectionParams
+from service.core.detections import (
+    DetectionParams,
+    Detections,
+    DetectOptions,
+    PreviewOptions,
+    resolve,
+    resolve_preview,
+)
 from service.core.errors import ProblemError
-from service.core.params import DetectOptions, resolve
-from service.core.schema import CocoResult, DetectManyResponse, DetectResponse
+from service.core.schema import CocoResult, DetectManyResponse, DetectResponse, PreviewResponse
+from service.http.encodings import parse_weights
 
 router = APIRouter(prefix="/v1", tags=["detection"])
+
+PNG, JPEG = "image/png", "image/jpeg"
 
 _FILE = {"schema": {"type": "string", "format": "binary"}}
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -136,4 +154,117 @@ def coco_results(
         for image_id, answer in zip(image_ids, answers, strict=True)
         for detection in answer["detections"]
         for x1, y1, x2, y2 in [detection["box"]]
+    ]
+
+
+def draw(image: Image.Image, detections: Iterable[dict[str, Any]], kind: str) -> bytes:
+    """Draw detections into a copy of an image.
+
+    Args:
+        image: RGB.
+        detections: As in an answer.
+        kind: `PNG` or `JPEG`, the media types.
+
+    Returns:
+        The file.
+    """
+    labelled = [
+        (one["box"], f"{one['class']} {one['score']:.2f}", one["label"]) for one in detections
+    ]
+    options = {"quality": 90} if kind == JPEG else {"compress_level": 1}
+    buffer = io.BytesIO()
+    draw_detections(image, labelled).save(buffer, kind.removeprefix("image/"), **options)
+    return buffer.getvalue()
+
+
+def preferred_type(accept: str) -> str:
+    """Return `JPEG` if an `Accept` header prefers it to PNG, else `PNG`, which is lossless."""
+    weights = parse_weights(accept)
+    fallback = weights.get("image/*", weights.get("*/*", 0.0))
+    return JPEG if weights.get(JPEG, fallback) > weights.get(PNG, fallback) else PNG
+
+
+@router.post(
+    "/thresholds/preview",
+    summary="Show what thresholds would do",
+    response_model=PreviewResponse,
+    responses=problems(400, 404, 408, 413, 415, 422, 429, 500, 503, 504),
+    openapi_extra=options_extra("/v1/thresholds/preview", PreviewOptions, many=False),
+)
+async def preview(request: Request) -> Response:
+    """Count, for one image, how many objects of each class would be found at each threshold.
+
+    The model runs once, with the floor as the threshold of every class. Suppression goes down from
+    the best box, per class, so the boxes above a higher threshold are those that would be found at
+    it. Only the limit on the number of objects can cut some off; then `truncated` is true. The
+    objects are returned with their scores, so that clients can filter them without another request.
+    """
+    return await pipeline.run(request, PreviewOptions, _preview_answer)
+
+
+async def _preview_answer(job: Job[PreviewOptions]) -> Response:
+    if job.upload.many:
+        raise ProblemError(400, "a preview is of one image: send `file` or `image`")
+    card = job.model.card
+    params, floor, steps = resolve_preview(job.options, card)
+    prepared = [one for one in await pipeline.decode(job) if isinstance(one, Prepared)]
+    [detections] = await pipeline.predict(job, prepared, params)
+    answer = image_answer(prepared[0].geometry, detections, params, card)
+    for one in answer["detections"]:
+        del one["threshold"]  # the floor, which is no class's threshold
+    truncated = len(detections.scores) >= card.max_detections
+    body = {
+        "model": job.model.name,
+        "version": job.model.version,
+        "image": answer["image"],
+        "floor": floor,
+        "truncated": truncated,
+        "exact_above": float(detections.scores[-1]) if truncated else None,
+        "steps": steps,
+        "classes": class_counts(detections, steps, card),
+        "detections": answer["detections"],
+        "timings": job.done(),
+    }
+    return pipeline.encode(job, body)
+
+
+def class_counts(
+    detections: Detections, steps: Sequence[float], card: DetectorCard
+) -> list[dict[str, Any]]:
+    """Count, per class, the detections that reach each step.
+
+    Args:
+        detections: Detections at a floor no higher than any step.
+        steps: In ascending order; compared as float32, as the graph does.
+        card: The model's card.
+    """
+    bars = np.array(steps, dtype=np.float32)[:, None]
+    return [
+        {
+            "class": name,
+            "label": label,
+            "threshold": card.class_thresholds[label],
+            "counts": (detections.scores[detections.labels == label] >= bars).sum(1).tolist(),
+        }
+        for label, name in enumerate(card.class_names)
+    ]
+
+
+class _FirstRoute(Route):
+    """A route that puts itself into the scope, as FastAPI's routes do."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child_scope = super().matches(scope)
+        return match, {**child_scope, "route": self}
+
+
+def first_routes() -> list[BaseRoute]:
+    """Return the routes of this module without FastAPI's dependencies, to be matched first.
+
+    Those cost 2 to 3 % of the processor time of a request to a small detector; FastAPI's own routes
+    of these paths are for the OpenAPI document alone.
+    """
+    return [
+        _FirstRoute("/v1/detect", detect, methods=["POST"]),
+        _FirstRoute("/v1/thresholds/preview", preview, methods=["POST"]),
     ]

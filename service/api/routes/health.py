@@ -1,14 +1,17 @@
-"""Liveness and readiness."""
+"""Liveness, readiness, and counters for Prometheus."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from service.api.openapi import problems
 from service.api.state import service_state
 from service.core.schema import Health, ModelHealth, Readiness
 
 router = APIRouter(prefix="/health", tags=["health"])
+metrics_router = APIRouter(tags=["health"])
+
+OPENMETRICS = "application/openmetrics-text"
 
 
 @router.get("/live", summary="Whether the process is alive")
@@ -30,3 +33,22 @@ async def ready(request: Request) -> Readiness:
         for e in service.check_ready()
     ]
     return Readiness(status="ready", models=models, problems=service.registry.problems())
+
+
+class MetricsResponse(Response):
+    """Text for Prometheus."""
+
+    media_type = "text/plain"
+
+
+@metrics_router.get(
+    "/metrics",
+    summary="Counters for Prometheus",
+    response_class=MetricsResponse,
+    responses={200: {"content": {OPENMETRICS: {"schema": {"type": "string"}}}}, **problems(500)},
+)
+def metrics(request: Request) -> Response:
+    """Counters over all workers, as Prometheus' text or, where `Accept` asks, as OpenMetrics."""
+    accept = request.headers.get("accept", "")
+    body, content_type = service_state(request).metrics.render(accept)
+    return Response(body, headers={"Content-Type": content_type})

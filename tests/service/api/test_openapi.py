@@ -3,7 +3,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.core.params import DetectOptions, PreviewOptions
+from service.core.detections import DetectOptions, PreviewOptions
 from service.core.schema import DetectResponse
 
 

@@ -8,9 +8,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.api import pipeline
 from service.api.pipeline import Job, Prepared
 from service.api.state import ServiceState
+from service.core.detections import DetectOptions, resolve
 from service.core.errors import ProblemError
-from service.core.params import DetectOptions, resolve
-from service.http.uploads import Upload
+from service.http.bodies import Upload
 from service.images.decode import decode, prepare
 from service.observability.metrics import Metrics
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from export.file import read_detector
+from service.core.detections import DetectOptions, resolve
 from service.core.errors import ProblemError
-from service.core.params import DetectOptions, resolve
 from service.engine.batching import Scheduler
 from service.engine.session import ModelError, ServedModel
 

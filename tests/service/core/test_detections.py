@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from service.core.params import DetectOptions, read_options, resolve
+from service.core.detections import DetectOptions, read_options, resolve
 
 URL = "/v1/detect"
 

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from service.core.budget import ByteBudget
+from service.api.state import ByteBudget
 from service.core.errors import ProblemError
 
 
