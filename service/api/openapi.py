@@ -6,7 +6,6 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 
 from service.core.detections import ModelOptions
 from service.core.errors import MEDIA_TYPE
@@ -41,19 +40,13 @@ _BASE64 = {"type": "string", "contentEncoding": "base64", "examples": [_PIXEL]}
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the `responses=` of a route that answers with these errors."""
-    return {
-        status: {"model": ProblemDetails, "description": _MEANINGS[status]} for status in statuses
-    }
+    schema = {"$ref": f"#/components/schemas/{ProblemDetails.__name__}"}
+    content = {MEDIA_TYPE: {"schema": schema}}
+    return {status: {"description": _MEANINGS[status], "content": content} for status in statuses}
 
 
 def options_extra(path: str, kind: type[ModelOptions], *, many: bool) -> dict[str, Any]:
-    """Return the `openapi_extra=` of a route that takes images: its body and its parameters.
-
-    Args:
-        path: The route's path, for the examples.
-        kind: The model of its options.
-        many: Whether it takes lists of images.
-    """
+    """Return the `openapi_extra=` of a route that takes one image or, if `many`, lists."""
     curl = f"curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' URL{path}"
     binary = {"schema": _FILE, "examples": {"curl": _curl(curl)}}
     form_examples = {"one": _curl(f"curl -F file=@photo.jpg URL{path}")}
@@ -130,22 +123,14 @@ def _as_text(schema: dict[str, Any]) -> dict[str, Any]:
 def install(app: FastAPI, settings: Settings) -> None:
     """Replace FastAPI's document by one that describes every error as it is answered.
 
-    FastAPI describes errors as `application/json`, where ours are problems, and adds a 422 to
-    every route with a parameter. The settings add a 401 and a 429 to every route.
+    FastAPI adds a 422 to every route with a parameter. The settings add a 401 and a 429.
     """
+    build = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            document = get_openapi(
-                title=app.title,
-                version=app.version,
-                description=app.description,
-                routes=app.routes,
-                tags=app.openapi_tags,
-            )
-            _correct(document, settings)
-            app.openapi_schema = document
-        return app.openapi_schema
+            _correct(build(), settings)  # it keeps the document that it returns
+        return app.openapi_schema or {}
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
 
@@ -154,30 +139,18 @@ def _correct(document: dict[str, Any], settings: Settings) -> None:
     schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
+    schemas[ProblemDetails.__name__] = ProblemDetails.model_json_schema()
     has_tokens = settings.tokens is not None or settings.tokens_file is not None
     if has_tokens:
         document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():
         guarded = not is_public(path, settings)
         for operation in operations.values():
-            responses = {
-                status: response if int(status) < 400 else _as_problem(response)
-                for status, response in operation["responses"].items()
-                if "HTTPValidationError" not in str(response)
-            }
-            operation["responses"] = responses
+            responses = operation["responses"]
+            if "HTTPValidationError" in str(responses.get("422")):
+                del responses["422"]
             if guarded and has_tokens:
                 operation["security"] = [{"bearer": []}]
-                responses.setdefault("401", _problem(401))
+                responses.setdefault("401", problems(401)[401])
             if guarded and settings.rate_limit:
-                responses.setdefault("429", _problem(429))
-
-
-def _problem(status: int) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{ProblemDetails.__name__}"}
-    return {"description": _MEANINGS[status], "content": {MEDIA_TYPE: {"schema": schema}}}
-
-
-def _as_problem(response: dict[str, Any]) -> dict[str, Any]:
-    (content,) = response["content"].values()
-    return {**response, "content": {MEDIA_TYPE: content}}
+                responses.setdefault("429", problems(429)[429])

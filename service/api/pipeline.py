@@ -54,10 +54,6 @@ class Job(Generic[Options]):
     """One request that has been read.
 
     Attributes:
-        service: The service that answers.
-        model: The model that was asked for.
-        upload: The images.
-        options: The options.
         accept: The `Accept` header.
         started: Time at which reading began.
         timings: Milliseconds of each stage.
@@ -104,7 +100,7 @@ async def run(
     Args:
         request: The request.
         kind: The model of its options.
-        answer: Computes the answer. Cancelled at the deadline, or when the client has gone.
+        answer: Cancelled at the deadline, or when the client has gone.
 
     Raises:
         ProblemError: The request is malformed or refused, or too late.
@@ -265,7 +261,7 @@ def image_answer(
 
     Args:
         geometry: Maps boxes back to the image.
-        detections: The detections in pixels of the model's input.
+        detections: In pixels of the model's input.
         params: The parameters in force for the request.
         card: The model's card.
     """

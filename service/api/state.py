@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -17,12 +16,9 @@ from service.observability.metrics import Metrics
 
 
 class ByteBudget:
-    """Bytes that may be in use at a time. Only the event loop may call its methods.
+    """Bytes that may be in use at a time, for the tasks of one event loop.
 
     First come, first served: small demands do not overtake a large one, so it is met in the end.
-
-    Args:
-        total: The size of the budget.
 
     Attributes:
         total: The size of the budget.
@@ -32,7 +28,8 @@ class ByteBudget:
     def __init__(self, total: int) -> None:
         self.total = total
         self.free = total
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._turn = asyncio.Lock()  # its holder is the next to be served
+        self._freed = asyncio.Event()
 
     @asynccontextmanager
     async def use(self, amount: int) -> AsyncIterator[None]:
@@ -45,49 +42,22 @@ class ByteBudget:
             raise ProblemError(
                 413, f"decoding takes {amount} bytes; at most {self.total} are there for images"
             )
-        await self._acquire(amount)
+        async with self._turn:
+            while amount > self.free:
+                self._freed.clear()
+                await self._freed.wait()
+            self.free -= amount
         try:
             yield
         finally:
             self.free += amount
-            self._serve()
-
-    async def _acquire(self, amount: int) -> None:
-        if not self._waiting and amount <= self.free:
-            self.free -= amount
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (amount, turn)
-        self._waiting.append(entry)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # served in the same moment
-                self.free += amount
-            with suppress(ValueError):
-                self._waiting.remove(entry)
-            self._serve()
-            raise
-
-    def _serve(self) -> None:
-        while self._waiting and self._waiting[0][0] <= self.free:
-            amount, turn = self._waiting.popleft()
-            if not turn.done():
-                self.free -= amount
-                turn.set_result(None)
+            self._freed.set()
 
 
 class ServiceState:
     """The models, the scheduler that runs them, and what they share.
 
-    Args:
-        settings: The settings.
-
     Attributes:
-        settings: The settings.
-        metrics: Counters.
-        registry: The models.
-        scheduler: Runs the models.
         decoded: Budget for the bytes of decoded images, over all requests.
         draining: Whether the service is about to stop: it still answers, but is not ready, so that
             no more requests are sent to it.

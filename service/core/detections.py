@@ -172,11 +172,7 @@ Options = TypeVar("Options", bound=ModelOptions)
 
 
 def read_options(pairs: Iterable[tuple[str, object]], kind: type[Options]) -> Options:
-    """Read options from query parameters, form fields and members of JSON.
-
-    Args:
-        pairs: Names and values: text, or any value of JSON.
-        kind: The model of the options.
+    """Read options from names and values, which are text or any value of JSON.
 
     Raises:
         ProblemError: 422 if an option is unknown, out of range, or given twice.
@@ -202,14 +198,7 @@ def read_options(pairs: Iterable[tuple[str, object]], kind: type[Options]) -> Op
 
 
 class DetectorModel(Protocol):
-    """A served detector, as far as metrics and statistics describe it.
-
-    Attributes:
-        name: Name used in requests.
-        version: Version under that name.
-        sha256: Digest of the file.
-        card: The detector's card.
-    """
+    """A served detector, as far as metrics and statistics describe it."""
 
     name: str
     version: str

@@ -22,13 +22,7 @@ _REPR.maxlevel = 2  # 20 in each of 20 in each ... of the default 6 levels takes
 
 
 class ProblemError(Exception):
-    """An error that is answered to the client.
-
-    Args:
-        status: The HTTP status.
-        detail: One sentence for the client, naming the value at fault.
-        headers: Headers of the answer.
-    """
+    """An error that is answered to the client; its detail names the value at fault."""
 
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -40,13 +34,7 @@ class ProblemError(Exception):
 def problem_response(
     status: int, detail: str, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return the answer for an error of the request that is being handled.
-
-    Args:
-        status: The HTTP status.
-        detail: One sentence for the client.
-        headers: Headers of the answer.
-    """
+    """Return the answer for an error of the request that is being handled."""
     body = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,

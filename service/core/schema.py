@@ -23,7 +23,6 @@ Version = Annotated[str, Field(description="Version of the model", examples=["1"
 Sha256 = Annotated[str, Field(description="Digest of the file", examples=["9f86d081884c7d65" * 4])]
 Policy = Annotated[str, Field(description="How the thresholds were chosen", examples=["f1"])]
 ShippedThreshold = Annotated[Probability, Field(description="The file's own", examples=[0.5])]
-LoadedAt = Annotated[datetime | None, Field(description="Time at which it began to serve, UTC")]
 Problem = Annotated[
     str | None,
     Field(description="Why the file as it is now does not serve; null where it does"),
@@ -164,14 +163,17 @@ class PreviewResponse(_Answer):
     timings: Timings
 
 
-class ModelSummary(_Answer):
-    """A model in the list of models."""
-
+class _ServedModel(_Answer):
     name: ModelName
     version: Version
     sha256: Sha256
-    loaded_at: LoadedAt
+    loaded_at: Annotated[datetime | None, Field(description="Time at which it began to serve, UTC")]
     problem: Problem
+
+
+class ModelSummary(_ServedModel):
+    """A model in the list of models."""
+
     class_names: list[str] = Field(examples=[["dog", "cat"]])
     thresholds: dict[str, Probability] = Field(
         description="The file's threshold of each class", examples=[{"dog": 0.5, "cat": 0.25}]
@@ -185,14 +187,9 @@ class ModelList(_Answer):
     models: list[ModelSummary]
 
 
-class ModelDetail(_Answer):
+class ModelDetail(_ServedModel):
     """A model with its whole card."""
 
-    name: ModelName
-    version: Version
-    sha256: Sha256
-    loaded_at: LoadedAt
-    problem: Problem
     providers: list[str] = Field(
         description="onnxruntime's execution providers", examples=[["CPUExecutionProvider"]]
     )

@@ -20,7 +20,9 @@ LARGEST_BATCH = 64
 _MOST_DEFAULT_INFERENCES = 4
 
 CGROUPS = Path("/sys/fs/cgroup")
-MEMBERSHIP = Path("/proc/self/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")  # names the control groups of this process
+_QUOTA_V1: tuple[str, ...] = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+_QUOTA_V2: tuple[str, ...] = ("cpu.max",)
 
 # Pillow refuses larger images itself.
 MOST_PIXELS = 178_956_970
@@ -30,11 +32,8 @@ def available_cpus(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> in
     """Return the number of processors that this process may use, at least 1.
 
     This is the smaller of the processors that it may be scheduled on and the quota of its control
-    group (version 1 or 2), rounded down.
-
-    Args:
-        cgroups: The folder of the control groups.
-        membership: The file that names the groups of this process.
+    group (version 1 or 2), rounded down. A container sees the host's processors, but threads beyond
+    its quota only wait for one another.
     """
     if hasattr(os, "sched_getaffinity"):  # not on macOS or Windows
         schedulable = len(os.sched_getaffinity(0))
@@ -49,28 +48,18 @@ def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:
     for line in _read(membership).splitlines():
         _, controllers, group = [*line.split(":", 2), "", ""][:3]
         if not controllers:
-            root, read_quota = cgroups, _quota_v2
+            root, names = cgroups, _QUOTA_V2
         elif "cpu" in controllers.split(","):
-            root, read_quota = cgroups / "cpu", _quota_v1
+            root, names = cgroups / "cpu", _QUOTA_V1
         else:
             continue
         # Inside a container the file may name the group as the host sees it: the root is ours.
         inner = Path(group.lstrip("/"))
         for part in (inner, *inner.parents):
-            quota, period = read_quota(root / part)
+            words = " ".join(_read(root / part / name) for name in names).split()
+            quota, period = [*words, "", ""][:2]
             if quota.isdecimal() and period.isdecimal() and int(quota) > 0:
                 yield int(quota) / int(period)
-
-
-def _quota_v2(folder: Path) -> tuple[str, str]:
-    quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
-    return quota, period
-
-
-def _quota_v1(folder: Path) -> tuple[str, str]:
-    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-    quota, period = (_read(folder / name).strip() for name in names)
-    return quota, period
 
 
 def _read(path: Path) -> str:

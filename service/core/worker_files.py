@@ -48,12 +48,7 @@ class WorkerFiles(Collector):
         return cls(Path(folder)) if folder else None
 
     def own_counts(self, key: str, shape: tuple[int, int]) -> npt.NDArray[np.float64]:
-        """Create this worker's live counts, float64 of `shape`, all zero, in a shared file.
-
-        Args:
-            key: Name of the counts, a part of the file's name.
-            shape: The same in every worker.
-        """
+        """Create this worker's live counts, float64 of `shape`, all zero, in a shared file."""
         path = self.folder / f"live-{key}-{os.getpid()}.f64"
         counts: npt.NDArray[np.float64] = np.memmap(path, np.float64, "w+", shape=shape)
         return counts

@@ -50,14 +50,11 @@ class Token:
 
 
 def parse_tokens(entries: Iterable[str], source: str) -> list[Token]:
-    """Parse tokens written as `name:token` or `token`.
+    """Parse tokens written as `name:token` or `token`, which is named `token-1` by its position.
 
     Args:
         entries: One token each; empty entries and comments (`#`) are skipped.
         source: Where the entries come from, for error messages.
-
-    Returns:
-        The tokens. One without a name is named by its position: `token-1` and so on.
 
     Raises:
         SettingsError: A name or a token has characters that are not allowed, or two names share a
@@ -94,10 +91,6 @@ def _digest(token: str) -> bytes:
 
 class TokenStore:
     """The tokens in force, from the settings and from a file that is read again when it changes.
-
-    Args:
-        settings: Their `tokens` and `tokens_file`.
-        clock: Monotonic seconds.
 
     Attributes:
         required: Whether requests need a token.
@@ -178,12 +171,6 @@ class AuthMiddleware:
     """Refuses requests without a valid token with 401, before their body is read.
 
     The name of the token is put into the scope's state as `token`, and into the log.
-
-    Args:
-        app: The application.
-        store: The tokens.
-        settings: Which paths are public.
-        metrics: Counts refusals.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ from service.core.errors import ProblemError, short
 from service.http.encodings import WINDOWS, Inflater, too_large
 from service.observability.metrics import Metrics
 
-_HELD = "held_bytes"
+_HOLD = "hold_bytes"
 
 _ACCEPTED = {"Accept-Encoding": "gzip, deflate"}
 
@@ -63,9 +63,22 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        held = scope.setdefault("state", {})[_HELD] = _Held(self)
         end = asyncio.get_running_loop().time() + self.seconds
-        arrived = False
+        arrived, request_bytes = False, 0
+
+        def hold(amount: int) -> None:
+            """Hold more bytes; a request that is alone is never refused."""
+            nonlocal request_bytes
+            if request_bytes < self.held and self.held + amount > self.max_bytes:
+                self.metrics.rejected("bodies")
+                raise ProblemError(
+                    429,
+                    f"busy: {self.held} bytes of bodies are held, and at most {self.max_bytes} may"
+                    " be",
+                    {"Retry-After": "1"},
+                )
+            request_bytes += amount
+            self.held += amount
 
         async def receive_in_time() -> Message:
             nonlocal arrived
@@ -80,40 +93,14 @@ class BodyLimitMiddleware:
                     408, f"the body did not arrive within {self.seconds:g} s"
                 ) from None
             arrived = not message.get("more_body", False)
-            held.add(len(message.get("body", b"")))
+            hold(len(message.get("body", b"")))
             return message
 
+        scope.setdefault("state", {})[_HOLD] = hold
         try:
             await self.app(scope, receive_in_time, send)
         finally:
-            self.held -= held.amount
-
-
-class _Held:
-    """The bytes that one request holds."""
-
-    def __init__(self, limit: BodyLimitMiddleware) -> None:
-        self._limit = limit
-        self.amount = 0
-
-    def add(self, amount: int) -> None:
-        """Hold more bytes.
-
-        Raises:
-            ProblemError: 429 if all requests together hold too much. A request that is alone is
-                never refused.
-        """
-        limit = self._limit
-        if self.amount < limit.held and limit.held + amount > limit.max_bytes:
-            limit.metrics.rejected("bodies")
-            raise ProblemError(
-                429,
-                f"busy: {limit.held} bytes of bodies are held, and at most {limit.max_bytes} may"
-                " be",
-                {"Retry-After": "1"},
-            )
-        self.amount += amount
-        limit.held += amount
+            self.held -= request_bytes
 
 
 async def read_body(request: Request, max_bytes: int, off_loop: OffLoop) -> bytes:
@@ -124,9 +111,6 @@ async def read_body(request: Request, max_bytes: int, off_loop: OffLoop) -> byte
         max_bytes: Limit on the body, both as sent and inflated.
         off_loop: Runs a blocking function in a thread.
 
-    Returns:
-        The inflated body.
-
     Raises:
         ProblemError: 400 if the body is not what its `Content-Encoding` states, 413 if it is too
             large, 415 if the coding is not supported, 429 if all requests hold too much.
@@ -136,7 +120,7 @@ async def read_body(request: Request, max_bytes: int, off_loop: OffLoop) -> byte
     if announced.isdecimal() and int(announced) > max_bytes:
         raise too_large(max_bytes)
     inflater = None if coding is None else Inflater(coding, max_bytes)
-    held = request.scope.get("state", {}).get(_HELD)
+    hold = request.scope.get("state", {}).get(_HOLD)
     body, inflated, size = bytearray(), 0, 0
     async with aclosing(request.stream()) as chunks:
         async for chunk in chunks:
@@ -147,8 +131,8 @@ async def read_body(request: Request, max_bytes: int, off_loop: OffLoop) -> byte
                 body += chunk
             elif chunk:
                 await off_loop(inflater.feed, chunk)
-                if held is not None:
-                    held.add(inflater.size - inflated)
+                if hold is not None:
+                    hold(inflater.size - inflated)
                 inflated = inflater.size
     return bytes(body) if inflater is None else inflater.finish()
 
@@ -243,12 +227,7 @@ _EXTENDED_FILENAME = re.compile(
 
 
 async def read_form(content_type: str, body: bytes, max_images: int) -> Upload:
-    """Read the images and options of a `multipart/form-data` body.
-
-    Args:
-        content_type: The request's `Content-Type`, with the boundary.
-        body: The whole body.
-        max_images: Limit on the number of files.
+    """Read the images and options of a `multipart/form-data` body, at most `max_images` files.
 
     Raises:
         ProblemError: 400 if the form is malformed, cut short, or has too many parts.
@@ -300,10 +279,6 @@ def _is_many(files: list[str], fields: list[str]) -> bool:
 
 def read_json(body: bytes, max_images: int) -> Upload:
     """Read the images and options of a JSON body.
-
-    Args:
-        body: The whole body.
-        max_images: Limit on the number of images.
 
     Raises:
         ProblemError: 400 if the body is not such an object.

@@ -50,10 +50,6 @@ _QUIET = ("/health/", "/v2/health/", "/metrics")
 def build_middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
     """Return the middleware that the settings ask for, outermost first.
 
-    Args:
-        settings: Tokens, rates, origins and bounds on bodies.
-        metrics: Counts requests and refusals.
-
     Raises:
         SettingsError: A token or an origin is malformed.
     """
@@ -147,11 +143,8 @@ class AccessMiddleware:
 
     The line has `method`, `path` (without the query), `route`, `status`, `ms`, `bytes_in`,
     `bytes_out`, `client`, and what `service.observability.logs.note` added: `model`, `images`,
-    `detections`, and `token`, the name of the token that was used.
-
-    Args:
-        app: The application.
-        metrics: Observes each request by the template of its route.
+    `detections`, and `token`, the name of the token that was used. Latencies are observed by the
+    template of the route.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

@@ -38,7 +38,6 @@ class Limiter:
         rate: Tokens added per second.
         burst: Capacity of a bucket.
         file: The file that workers share; None for memory of this process.
-        sets: Number of sets of `WAYS` buckets.
         clock: Monotonic seconds, the same for all workers.
     """
 
@@ -106,11 +105,6 @@ class RateLimitMiddleware:
 
     Clients are told apart by the name of their token, or by address where there are no tokens.
     Public paths are not limited.
-
-    Args:
-        app: The application.
-        settings: The rate and the burst.
-        metrics: Counts refusals.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:

@@ -134,15 +134,11 @@ async def _drawn_image(job: Job[DetectOptions], params: DetectionParams) -> Resp
 def coco_results(
     answers: Sequence[dict[str, Any]], image_ids: Sequence[int | str]
 ) -> list[dict[str, Any]]:
-    """Convert detections to COCO results.
+    """Convert detections to COCO results, one per detection; COCO counts categories from 1.
 
     Args:
         answers: One per image, as `service.api.pipeline.image_answer` returns them.
         image_ids: One per image.
-
-    Returns:
-        One object per detection: `image_id`, `category_id` (the label + 1: COCO counts from 1),
-        `bbox` as x, y, width and height in pixels, and `score`.
     """
     return [
         {
@@ -158,15 +154,12 @@ def coco_results(
 
 
 def draw(image: Image.Image, detections: Iterable[dict[str, Any]], kind: str) -> bytes:
-    """Draw detections into a copy of an image.
+    """Return the file of an RGB image with detections drawn in.
 
     Args:
-        image: RGB.
+        image: It is left as it is.
         detections: As in an answer.
         kind: `PNG` or `JPEG`, the media types.
-
-    Returns:
-        The file.
     """
     labelled = [
         (one["box"], f"{one['class']} {one['score']:.2f}", one["label"]) for one in detections

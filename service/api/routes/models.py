@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
@@ -17,7 +17,7 @@ from service.core.schema import (
     ModelSummary,
 )
 from service.engine.repository import Entry
-from service.observability.drift import ClassDrift, Comparison
+from service.observability.drift import Comparison
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -45,16 +45,7 @@ async def show_model(request: Request, name: str, version: Version = None) -> Mo
     """
     entry = service_state(request).registry.loaded(name, version)
     model = entry.served
-    return ModelDetail(
-        name=model.name,
-        version=model.version,
-        sha256=model.sha256,
-        loaded_at=entry.loaded_at,
-        problem=entry.problem,
-        providers=model.providers,
-        threshold_policy=model.card.threshold_policy,
-        card=model.card,
-    )
+    return ModelDetail(**_identity(entry), providers=model.providers, card=model.card)
 
 
 @router.post(
@@ -72,17 +63,21 @@ async def reload_model(request: Request, name: str) -> ModelList:
 
 
 def _summary(entry: Entry) -> ModelSummary:
+    card = entry.served.card
+    thresholds = {one.name: one.threshold for one in card.thresholds}
+    return ModelSummary(**_identity(entry), class_names=card.class_names, thresholds=thresholds)
+
+
+def _identity(entry: Entry) -> dict[str, Any]:
     model = entry.served
-    return ModelSummary(
-        name=model.name,
-        version=model.version,
-        sha256=model.sha256,
-        loaded_at=entry.loaded_at,
-        problem=entry.problem,
-        class_names=model.card.class_names,
-        thresholds={one.name: one.threshold for one in model.card.thresholds},
-        threshold_policy=model.card.threshold_policy,
-    )
+    return {
+        "name": model.name,
+        "version": model.version,
+        "sha256": model.sha256,
+        "loaded_at": entry.loaded_at,
+        "problem": entry.problem,
+        "threshold_policy": model.card.threshold_policy,
+    }
 
 
 @router.get(
@@ -106,7 +101,15 @@ def drift(request: Request, name: str, version: Version = None) -> DriftAnswer:
         sha256=model.sha256,
         class_names=model.card.class_names,
         mix=_histograms(monitor.mix(live)),
-        classes=[_class_drift(one) for one in monitor.classes(live)],
+        classes=[
+            ClassDriftAnswer(
+                class_name=one.name,
+                threshold=one.threshold,
+                edges=one.edges,
+                scores=_histograms(one.scores),
+            )
+            for one in monitor.classes(live)
+        ],
     )
 
 
@@ -117,11 +120,4 @@ def _histograms(comparison: Comparison) -> HistogramPair:
         psi_by_chance=comparison.psi_by_chance,
         held_out=comparison.held_out,
         live=[round(count, 3) for count in comparison.live],
-    )
-
-
-def _class_drift(one: ClassDrift) -> ClassDriftAnswer:
-    scores = _histograms(one.scores)
-    return ClassDriftAnswer(
-        class_name=one.name, threshold=one.threshold, edges=one.edges, scores=scores
     )
