@@ -16,17 +16,17 @@ from pathlib import Path
 import httpx
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from PIL import Image
 from starlette.testclient import TestClient
 
 import export.file
 from export.card import (
     CARD_KEY,
-    INPUT,
     IOU_INPUT,
     THRESHOLDS_INPUT,
     DetectorCard,
@@ -58,16 +58,9 @@ def anchors() -> np.ndarray:
 
 
 def make_card(**changes: object) -> DetectorCard:
+    evidence = {"support": 100, "ground_truths": 50, "precision": 0.9, "recall": 0.8}
     thresholds = [
-        ClassThreshold(
-            name=name,
-            threshold=threshold,
-            source="policy",
-            support=100,
-            ground_truths=50,
-            precision=0.9,
-            recall=0.8,
-        )
+        ClassThreshold(name=name, threshold=threshold, source="policy", **evidence)
         for name, threshold in zip(CLASSES, THRESHOLDS, strict=True)
     ]
     fields = {
@@ -104,39 +97,44 @@ def colour_weights() -> tuple[np.ndarray, np.ndarray]:
     return weights.astype(np.float32), bias.astype(np.float32)
 
 
-def post_processing(card: DetectorCard) -> list[NodeProto]:
-    """From `p`, scores [B, C, A], to the outputs: threshold, suppress, sort and pad."""
-    node = helper.make_node
-    minus_one = numpy_helper.from_array(np.array([-1], np.float32))
-    return [
-        node("Reshape", [THRESHOLDS_INPUT, "per_class"], ["bars"]),
-        node("GreaterOrEqual", ["p", "bars"], ["stands"]),
-        node("Where", ["stands", "p", "minus_one"], ["candidates"]),
-        node("Shape", [INPUT], ["batch"], start=0, end=1),
-        node("Concat", ["batch", "boxes_tail"], ["boxes_shape"], axis=0),
-        node("Expand", ["anchors", "boxes_shape"], ["every_box"]),
-        node(
-            "NonMaxSuppression",
-            ["every_box", "candidates", "total_row", IOU_INPUT, "zero_row"],
-            ["kept"],
-        ),
-        node("GatherND", ["candidates", "kept"], ["kept_scores"]),
-        node("Shape", ["candidates"], ["dense_shape"]),
-        node("ConstantOfShape", ["dense_shape"], ["nothing"], value=minus_one),
-        node("ScatterND", ["nothing", "kept", "kept_scores"], ["survivors"]),
-        node("Reshape", ["survivors", "flat"], ["flat_scores"]),
-        node("TopK", ["flat_scores", "k"], ["top", "places"], axis=1),
-        node("GreaterOrEqual", ["top", "zero"], ["found"]),
-        node("Where", ["found", "top", "zero"], ["scores"]),
-        node("Div", ["places", "total"], ["class_of"]),
-        node("Where", ["found", "class_of", "no_label"], ["labels"]),
-        node("Mod", ["places", "total"], ["anchor_of"]),
-        node("Gather", ["anchors", "anchor_of"], ["top_boxes"]),
-        node("Unsqueeze", ["found", "third"], ["found_column"]),
-        node("Where", ["found_column", "top_boxes", "zero"], ["boxes"]),
-        node("Cast", ["found"], ["ones"], to=TensorProto.INT64),
-        node("ReduceSum", ["ones", "second"], ["num_detections"], keepdims=0),
-    ]
+# The last 17 nodes threshold, suppress, sort and pad the scores p, float [B, C, A].
+GRAPH = """
+<ir_version: 10, opset_import: ["" : 18]>
+colours (
+  float[batch, 3, 64, 96] images, float[CLASSES] class_thresholds, float[1] iou_threshold
+) => (
+  float[batch, M, 4] boxes, float[batch, M] scores, int64[batch, M] labels,
+  int64[batch] num_detections
+) {
+  mean = AveragePool <kernel_shape = [16, 16], strides = [8, 8]> (images)
+  logits = Conv(mean, weights, bias)
+  grid = Sigmoid(logits)
+  p = Reshape(grid, dense)
+  bars = Reshape(class_thresholds, per_class)
+  stands = GreaterOrEqual(p, bars)
+  candidates = Where(stands, p, minus_one)
+  batch_size = Shape <start = 0, end = 1> (images)
+  boxes_shape = Concat <axis = 0> (batch_size, boxes_tail)
+  every_box = Expand(anchors, boxes_shape)
+  kept = NonMaxSuppression(every_box, candidates, total_row, iou_threshold, zero_row)
+  kept_scores = GatherND(candidates, kept)
+  dense_shape = Shape(candidates)
+  nothing = ConstantOfShape <value = float[1] {-1}> (dense_shape)
+  survivors = ScatterND(nothing, kept, kept_scores)
+  flat_scores = Reshape(survivors, flat)
+  top, places = TopK <axis = 1> (flat_scores, k)
+  found = GreaterOrEqual(top, zero)
+  scores = Where(found, top, zero)
+  class_of = Div(places, total)
+  labels = Where(found, class_of, no_label)
+  anchor_of = Mod(places, total)
+  top_boxes = Gather(anchors, anchor_of)
+  found_column = Unsqueeze(found, third)
+  boxes = Where(found_column, top_boxes, zero)
+  ones = Cast <to = 7> (found)
+  num_detections = ReduceSum <keepdims = 0> (ones, second)
+}
+"""
 
 
 def build_detector(card: DetectorCard) -> bytes:
@@ -144,14 +142,6 @@ def build_detector(card: DetectorCard) -> bytes:
     boxes = anchors()
     total, classes = len(boxes), len(card.class_names)
     weights, bias = colour_weights()
-    pool = {"kernel_shape": [CELL, CELL], "strides": [STRIDE, STRIDE]}
-    nodes = [
-        helper.make_node("AveragePool", [INPUT], ["mean"], **pool),
-        helper.make_node("Conv", ["mean", "weights", "bias"], ["logits"]),
-        helper.make_node("Sigmoid", ["logits"], ["grid"]),
-        helper.make_node("Reshape", ["grid", "dense"], ["p"]),
-        *post_processing(card),
-    ]
     initializers = {
         "weights": weights.reshape(classes, 3, 1, 1),
         "bias": bias,
@@ -172,24 +162,9 @@ def build_detector(card: DetectorCard) -> bytes:
         THRESHOLDS_INPUT: np.array(card.class_thresholds, np.float32),
         IOU_INPUT: np.array([card.iou_threshold], np.float32),
     }
-    info = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes,
-        "colours",
-        [
-            info(INPUT, TensorProto.FLOAT, ["batch", 3, HEIGHT, WIDTH]),
-            info(THRESHOLDS_INPUT, TensorProto.FLOAT, [classes]),
-            info(IOU_INPUT, TensorProto.FLOAT, [1]),
-        ],
-        [
-            info("boxes", TensorProto.FLOAT, ["batch", "M", 4]),
-            info("scores", TensorProto.FLOAT, ["batch", "M"]),
-            info("labels", TensorProto.INT64, ["batch", "M"]),
-            info("num_detections", TensorProto.INT64, ["batch"]),
-        ],
-        [numpy_helper.from_array(value, name) for name, value in initializers.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    model = onnx.parser.parse_model(GRAPH.replace("CLASSES", str(classes)))
+    tensors = [numpy_helper.from_array(value, name) for name, value in initializers.items()]
+    model.graph.initializer.extend(tensors)
     helper.set_model_props(model, {CARD_KEY: card.to_json()})
     return model.SerializeToString()
 
@@ -260,8 +235,19 @@ def uint8_model(uint8_detector: Path) -> ServedModel:
 
 
 @pytest.fixture(scope="session")
-def settings(detector: Path) -> Settings:
-    return Settings(model=detector, threads=1, inferences=1, provider="cpu")
+def told(detector: Path):
+    """Settings of a service, some of them changed."""
+
+    def make(**changes: object) -> Settings:
+        given = {"model": detector, "threads": 1, "inferences": 1, "provider": "cpu"}
+        return Settings(**given | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def settings(told) -> Settings:
+    return told()
 
 
 @pytest.fixture(scope="session")
@@ -275,6 +261,16 @@ def model(settings: Settings) -> ServedModel:
 def client(settings: Settings, model: ServedModel):
     with TestClient(create_app(settings, model)) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def serve_with(told, model: ServedModel):
+    """A client of a service with some settings changed."""
+
+    def make(served: ServedModel | None = model, /, **changes: object) -> TestClient:
+        return TestClient(create_app(told(**changes), served))
+
+    return make
 
 
 @contextmanager
@@ -402,13 +398,11 @@ class BrokenModel(ServedModel):
 
 
 @pytest.fixture
-def in_trouble(settings, model, detector):
+def in_trouble(serve_with, detector):
     """Clients of services that answer a good request with each status from 429 on."""
     broken = BrokenModel(read_detector(detector), provider="cpu")
     broken.warm = True
-    busy = create_app(settings, model)
-    busy.state.service.scheduler.in_flight = 1000
-    late = create_app(settings.model_copy(update={"deadline_ms": 1e-6}), model)
-    unloaded = create_app(settings)  # without its start, no model is loaded
-    apps = {429: busy, 500: create_app(settings, broken), 503: unloaded, 504: late}
-    return {status: TestClient(app) for status, app in apps.items()}
+    busy, late = serve_with(), serve_with(deadline_ms=1e-6)
+    busy.app.state.service.scheduler.in_flight = 1000
+    unloaded = serve_with(None)  # without its start, no model is loaded
+    return {429: busy, 500: serve_with(broken), 503: unloaded, 504: late}

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,44 +14,29 @@ from service.engine.session import ModelError
 ROOT = Path(__file__).parents[2]
 
 
-def test_importing_the_service_pulls_in_no_torch():
-    code = (
-        "import sys, service.app, service.cli\n"
-        "heavy = {'torch', 'torchvision', 'triton'}\n"
-        "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
-
-
-def test_the_command_alone_imports_nothing_heavy():
-    code = (
-        "import sys, service.cli\n"
-        "heavy = {'torch', 'onnx', 'onnxruntime', 'fastapi', 'pydantic', 'PIL', 'numpy'}\n"
-        "print(sorted(heavy & set(sys.modules)))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("service.app, service.cli", {"torch", "torchvision", "triton"}),
+        ("service.cli", {"torch", "onnx", "onnxruntime", "fastapi", "pydantic", "PIL", "numpy"}),
+    ],
+)
+def test_imports_pull_in_nothing_heavy(modules, heavy):
+    code = f"import sys, {modules}\nprint({heavy} & {{n.partition('.')[0] for n in sys.modules}})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_settings_come_from_the_environment(monkeypatch, detector):
     monkeypatch.setenv("GHM_MODEL", str(detector))
     assert create_app().state.service.settings.model == detector
-
-
-def test_without_settings_and_environment(monkeypatch):
-    monkeypatch.delenv("GHM_MODEL", raising=False)
+    monkeypatch.delenv("GHM_MODEL")
     with pytest.raises(SettingsError, match="GHM_MODEL"):
         create_app()
 
 
 def test_requests_at_once_get_their_own_answers(client, encode, scene):
-    from concurrent.futures import ThreadPoolExecutor
-
     def ask(place: int) -> list[float]:
         box = (16 * place, 16, 16 * place + 16, 32)
         content = encode(scene(96, 64, {box: "#ff0000"}))

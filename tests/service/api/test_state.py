@@ -1,4 +1,5 @@
 import asyncio
+from contextlib import suppress
 
 import pytest
 
@@ -11,91 +12,74 @@ def run(scenario):
 
 
 async def settle() -> None:
-    for _ in range(5):
+    for _ in range(9):
         await asyncio.sleep(0)
 
 
 class Users:
-    """Tasks that hold bytes until they are told to let go."""
+    """Tasks that hold bytes until their gate opens."""
 
-    def __init__(self, budget: ByteBudget) -> None:
-        self.budget = budget
+    def __init__(self, total: int) -> None:
+        self.budget = ByteBudget(total)
         self.holding: list[str] = []
         self.tasks: dict[str, asyncio.Task] = {}
         self.gates: dict[str, asyncio.Event] = {}
 
-    async def start(self, name: str, amount: int) -> None:
-        self.gates[name] = asyncio.Event()
-
-        async def hold() -> None:
-            async with self.budget.use(amount):
-                self.holding.append(name)
+    async def hold(self, name: str, amount: int) -> None:
+        async with self.budget.use(amount):
+            self.holding.append(name)
+            try:
                 await self.gates[name].wait()
+            finally:
                 self.holding.remove(name)
 
-        self.tasks[name] = asyncio.create_task(hold())
-        await settle()
+    async def start(self, **amounts: int) -> None:
+        for name, amount in amounts.items():
+            self.gates[name] = asyncio.Event()
+            self.tasks[name] = asyncio.create_task(self.hold(name, amount))
+            await settle()
 
-    async def finish(self, name: str) -> None:
+    async def finish(self, name: str) -> list[str]:
         self.gates[name].set()
         await settle()
+        return self.holding
 
 
-def test_what_fits_is_had_at_once_and_given_back():
+def test_free_bytes_are_held_at_once_and_given_back_even_after_an_error():
     async def scenario():
         budget = ByteBudget(10)
-        async with budget.use(4), budget.use(6):
-            assert budget.free == 0
+        with suppress(KeyError):
+            async with budget.use(4), budget.use(6):
+                assert budget.free == 0
+                raise KeyError
         assert budget.free == 10
+        with pytest.raises(ProblemError, match="takes 11 bytes; at most 10") as caught:
+            async with budget.use(11):
+                pass
+        assert caught.value.status == 413
 
     run(scenario)
-
-
-def test_more_than_there_is_is_413():
-    async def scenario():
-        async with ByteBudget(10).use(11):
-            pass
-
-    with pytest.raises(ProblemError, match="takes 11 bytes; at most 10") as caught:
-        run(scenario)
-    assert caught.value.status == 413
 
 
 def test_first_come_first_served_and_the_large_one_is_not_overtaken():
     async def scenario():
-        users = Users(ByteBudget(10))
-        await users.start("a", 6)
-        await users.start("large", 10)
-        await users.start("small", 1)  # would fit, but came later
+        users = Users(10)
+        await users.start(a=6, large=10, small=1)  # small would fit, but came later
         assert users.holding == ["a"]
-        await users.finish("a")
-        assert users.holding == ["large"]
-        await users.finish("large")
-        assert users.holding == ["small"]
+        assert await users.finish("a") == ["large"]
+        assert await users.finish("large") == ["small"]
         await users.finish("small")
         assert users.budget.free == 10
+        await users.start(a=10, b=5, c=5)
+        assert await users.finish("a") == ["b", "c"]
 
     run(scenario)
 
 
-def test_several_that_fit_together_are_served_together():
+def test_a_cancelled_wait_lets_the_others_on():
     async def scenario():
-        users = Users(ByteBudget(10))
-        await users.start("a", 10)
-        await users.start("b", 5)
-        await users.start("c", 5)
-        await users.finish("a")
-        assert users.holding == ["b", "c"]
-
-    run(scenario)
-
-
-def test_who_stops_waiting_lets_the_others_on():
-    async def scenario():
-        users = Users(ByteBudget(10))
-        await users.start("a", 6)
-        await users.start("large", 10)
-        await users.start("small", 4)
+        users = Users(10)
+        await users.start(a=6, large=10, small=4)
         users.tasks["large"].cancel()
         await settle()
         assert users.holding == ["a", "small"]
@@ -106,27 +90,17 @@ def test_who_stops_waiting_lets_the_others_on():
     run(scenario)
 
 
-def test_who_is_cancelled_in_the_moment_of_being_served_keeps_nothing():
+@pytest.mark.parametrize("turns", range(4))
+def test_a_wait_cancelled_at_the_moment_of_its_turn_keeps_nothing(turns):
     async def scenario():
-        users = Users(ByteBudget(10))
-        await users.start("a", 10)
-        await users.start("b", 7)
+        users = Users(10)
+        await users.start(a=10, b=7)
         users.gates["a"].set()
-        await asyncio.sleep(0)  # a lets go, and b's turn is set; b has not run yet
+        for _ in range(turns):
+            await asyncio.sleep(0)
         users.tasks["b"].cancel()
         await settle()
         assert users.holding == []
         assert users.budget.free == 10
-
-    run(scenario)
-
-
-def test_an_error_gives_the_bytes_back():
-    async def scenario():
-        budget = ByteBudget(10)
-        with pytest.raises(KeyError):
-            async with budget.use(10):
-                raise KeyError
-        assert budget.free == 10
 
     run(scenario)

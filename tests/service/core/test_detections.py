@@ -42,12 +42,6 @@ def test_an_option_that_cannot_be_is_422_and_named(client, png, options, message
     assert message in problem(client.post(URL, content=png, params=options), 422)
 
 
-def test_an_option_in_query_and_form_is_422(client, png, problem):
-    files = {"file": ("a.png", png)}
-    response = client.post(URL, files=files, data={"iou": "0.5"}, params={"iou": "0.6"})
-    assert "'iou' is given twice" in problem(response, 422)
-
-
 def test_a_long_value_is_quoted_in_short(client, png, problem):
     detail = problem(client.post(URL, content=png, params={"classes": "x" * 5000}), 422)
     assert len(detail) < 300

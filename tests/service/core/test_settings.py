@@ -61,14 +61,17 @@ def test_a_value_that_cannot_be_is_named(monkeypatch, name, value, message):
         load_settings(model="m.onnx")
 
 
-def test_an_argument_that_cannot_be_is_named():
-    with pytest.raises(SettingsError, match=r"^port is 70000"):
-        load_settings(model="m.onnx", port=70000)
-
-
-def test_without_a_model():
-    with pytest.raises(SettingsError, match="neither GHM_MODEL nor GHM_MODELS is set"):
-        load_settings()
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "m.onnx", "port": 70000}, r"^port is 70000"),
+        ({}, "neither GHM_MODEL nor GHM_MODELS is set"),
+        ({"model": "m.onnx", "models": "folder"}, r"both a model \(m.onnx\) and a folder"),
+    ],
+)
+def test_arguments_that_cannot_be_are_named(arguments, message):
+    with pytest.raises(SettingsError, match=message):
+        load_settings(**arguments)
 
 
 def test_an_empty_variable_is_not_set(monkeypatch):
@@ -76,19 +79,10 @@ def test_an_empty_variable_is_not_set(monkeypatch):
     assert load_settings(model="m.onnx").port == 8000
 
 
-def test_a_file_and_a_folder_are_not_both_served(monkeypatch):
-    with pytest.raises(SettingsError, match=r"both a model \(m.onnx\) and a folder"):
-        load_settings(model="m.onnx", models="folder")
-
-
 def test_a_source_that_is_given_wins_over_both_of_the_environment(monkeypatch):
     monkeypatch.setenv("GHM_MODEL", "env.onnx")
     settings = load_settings(models="folder")
-    assert (settings.model, settings.models, settings.source) == (
-        None,
-        Path("folder"),
-        Path("folder"),
-    )
+    assert (settings.model, settings.models, settings.source) == (None, *[Path("folder")] * 2)
 
 
 def test_no_secret_is_shown():
@@ -120,61 +114,44 @@ def test_variables_that_are_no_settings_are_named(monkeypatch):
     assert unknown_variables() == ["GHM_QUEUE"]
 
 
-@pytest.fixture
-def groups(tmp_path, monkeypatch):
-    """Writes control groups into a folder; answers with what `available_cpus` makes of them."""
+@pytest.mark.parametrize(
+    ("membership", "files", "expected"),
+    [
+        ("", {}, 8),
+        ("0::/\n", {"cpu.max": "300000 100000\n"}, 3),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 8),
+        ("0::/\n", {"cpu.max": "250000 100000\n"}, 2),  # rounded down
+        ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),  # but never to none
+        ("0::/\n", {"cpu.max": "6400000 100000\n"}, 8),  # more than can be scheduled on
+        ("0::/docker/0123\n", {"cpu.max": "200000 100000\n"}, 2),  # named as the host sees it
+        (  # the tightest of the groups around it
+            "0::/a/b\n",
+            {"cpu.max": "700000 100000", "a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"},
+            2,
+        ),
+        (  # version 1
+            "4:memory:/y\n3:cpu,cpuacct:/x\n0::/\n",
+            {"cpu/x/cpu.cfs_quota_us": "400000\n", "cpu/x/cpu.cfs_period_us": "100000\n"},
+            4,
+        ),
+        (
+            "1:cpu:/\n",
+            {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            8,
+        ),
+    ],
+)
+def test_processors_within_the_quota_of_the_control_groups(
+    tmp_path, monkeypatch, membership, files, expected
+):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-
-    def available(membership: str, files: dict[str, str]) -> int:
-        (tmp_path / "membership").write_text(membership)
-        for name, text in files.items():
-            path = tmp_path / "cgroup" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        return available_cpus(tmp_path / "cgroup", tmp_path / "membership")
-
-    return available
+    (tmp_path / "membership").write_text(membership)
+    for name, text in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert available_cpus(tmp_path / "cgroup", tmp_path / "membership") == expected
 
 
-def test_without_control_groups_all_that_can_be_scheduled_on(groups):
-    assert groups("", {}) == 8
-
-
-def test_version_2_quota(groups):
-    assert groups("0::/\n", {"cpu.max": "300000 100000\n"}) == 3
-
-
-def test_version_2_without_a_quota(groups):
-    assert groups("0::/\n", {"cpu.max": "max 100000\n"}) == 8
-
-
-def test_a_part_of_a_processor_is_rounded_down_but_never_to_none(groups):
-    assert groups("0::/\n", {"cpu.max": "250000 100000\n"}) == 2
-    assert groups("0::/\n", {"cpu.max": "50000 100000\n"}) == 1
-
-
-def test_the_tightest_group_around_this_one_counts(groups):
-    files = {"cpu.max": "700000 100000", "a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}
-    assert groups("0::/a/b\n", files) == 2
-
-
-def test_a_group_named_as_the_host_sees_it(groups):
-    assert groups("0::/docker/0123\n", {"cpu.max": "200000 100000\n"}) == 2
-
-
-def test_version_1_quota(groups):
-    files = {"cpu/x/cpu.cfs_quota_us": "400000\n", "cpu/x/cpu.cfs_period_us": "100000\n"}
-    assert groups("4:memory:/y\n3:cpu,cpuacct:/x\n0::/\n", files) == 4
-
-
-def test_version_1_without_a_quota(groups):
-    files = {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}
-    assert groups("1:cpu:/\n", files) == 8
-
-
-def test_a_quota_above_the_processors_is_no_gift(groups):
-    assert groups("0::/\n", {"cpu.max": "6400000 100000\n"}) == 8
-
-
-def test_this_machine():
+def test_processors_of_this_machine():
     assert 1 <= available_cpus() <= (os.cpu_count() or 1)

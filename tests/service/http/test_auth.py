@@ -3,34 +3,12 @@ import hmac
 import logging
 
 import pytest
-from starlette.testclient import TestClient
 
-from service.app import create_app
-from service.core.settings import Settings, SettingsError
+from service.core.settings import SettingsError
 from service.http import auth
 from service.http.auth import CHECK_SECONDS, TokenStore, is_public, parse_tokens
 
 ALICE, BOB = "alice-Token_1.~+/==", "bob-token"
-
-
-@pytest.fixture
-def told(detector):
-    """Settings with some changed."""
-
-    def make(**changes) -> Settings:
-        return Settings(model=detector, threads=1, provider="cpu", **changes)
-
-    return make
-
-
-@pytest.fixture
-def guarded(told, model):
-    """A client of a service with these settings."""
-
-    def make(**changes) -> TestClient:
-        return TestClient(create_app(told(**changes), model))
-
-    return make
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -72,8 +50,8 @@ def test_one_token_under_two_names_is_an_error_and_one_name_for_two_tokens_is_no
     assert names(parse_tokens([f"a:{BOB}", f"a:{ALICE}"], "here")) == ["a", "a"]  # to change it
 
 
-def test_tokens_that_are_ours_and_others(guarded, png, problem):
-    with guarded(tokens=f"alice:{ALICE},{BOB}") as client:
+def test_tokens_that_are_ours_and_others(serve_with, png, problem):
+    with serve_with(tokens=f"alice:{ALICE},{BOB}") as client:
         for token in (ALICE, BOB):
             assert client.post("/v1/detect", content=png, headers=bearer(token)).is_success
         for scheme in ("bearer", "BEARER"):
@@ -110,8 +88,8 @@ def test_every_token_is_compared_whichever_is_right(told, monkeypatch):
         assert len(compared) == 3
 
 
-def test_with_tokens_openapi_says_so_where_it_is_so(guarded):
-    with guarded(tokens=BOB) as client:
+def test_with_tokens_openapi_says_so_where_it_is_so(serve_with):
+    with serve_with(tokens=BOB) as client:
         document = client.get("/openapi.json").json()
         assert document["components"]["securitySchemes"] == {
             "bearer": {"type": "http", "scheme": "bearer"}
@@ -121,17 +99,6 @@ def test_with_tokens_openapi_says_so_where_it_is_so(guarded):
                 answered = client.request(method, path).status_code
                 assert ("401" in operation["responses"]) == (answered == 401), path
                 assert ("security" in operation) == (answered == 401), path
-
-
-@pytest.fixture
-def clock():
-    class Clock:
-        now = 0.0
-
-        def __call__(self):
-            return self.now
-
-    return Clock()
 
 
 def test_a_file_is_read_again_when_it_changes(told, tmp_path, clock, caplog):
@@ -206,11 +173,11 @@ GUARDED = ["/v1/detect", "/v1/models", "/v2", "/v2/", "/v2/models/x", "/nowhere"
         ),
     ],
 )
-def test_public_paths_need_no_token(guarded, told, changes, public, private):
+def test_public_paths_need_no_token(serve_with, told, changes, public, private):
     settings = told(**changes)
     assert [path for path in public if not is_public(path, settings)] == []
     assert [path for path in private if is_public(path, settings)] == []
-    with guarded(tokens=BOB, **changes) as client:
+    with serve_with(tokens=BOB, **changes) as client:
         for path in public:
             assert client.get(path).status_code != 401, path
         assert client.get("/v1/models").status_code == 401

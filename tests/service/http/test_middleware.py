@@ -9,9 +9,7 @@ from types import SimpleNamespace
 import pytest
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.testclient import TestClient
 
-from service.app import create_app
 from service.core.settings import Settings, SettingsError
 from service.engine.session import ModelError
 from service.http.auth import AuthMiddleware
@@ -27,17 +25,6 @@ from service.observability.metrics import Metrics
 
 PAGE = "https://example.com"
 SECRET = "s3cret-token-of-ours"  # noqa: S105  made up
-
-
-@pytest.fixture
-def serve_with(detector, model):
-    """A client of a service with these settings."""
-
-    def make(**changes) -> TestClient:
-        settings = Settings(model=detector, threads=1, provider="cpu", **changes)
-        return TestClient(create_app(settings, model))
-
-    return make
 
 
 @pytest.fixture

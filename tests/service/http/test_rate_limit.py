@@ -4,24 +4,10 @@ import sys
 
 import httpx
 import pytest
-from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.core.settings import Settings
 from service.http.rate_limit import SETS, WAYS, Limiter, RateLimitMiddleware
 from service.observability.metrics import Metrics
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
 
 
 def test_a_burst_and_then_the_rate(clock):
@@ -99,14 +85,8 @@ def test_workers_take_from_the_same_buckets(tmp_path):
 
 
 @pytest.fixture
-def limited(detector, model):
-    def make(**changes) -> TestClient:
-        settings = Settings(
-            model=detector, threads=1, provider="cpu", rate_limit=1e-3, rate_burst=2, **changes
-        )
-        return TestClient(create_app(settings, model))
-
-    return make
+def limited(serve_with):
+    return lambda **changes: serve_with(rate_limit=1e-3, rate_burst=2, **changes)
 
 
 def test_too_often_is_a_429_with_a_time_to_wait(limited, png, problem):
@@ -119,14 +99,13 @@ def test_too_often_is_a_429_with_a_time_to_wait(limited, png, problem):
         assert client.get("/v1/models").status_code == 429
 
 
-def test_retry_after_is_whole_seconds_and_never_too_few(settings, clock):
+def test_retry_after_is_whole_seconds_and_never_too_few(told, clock):
     sent = []
 
     async def send(message):
         sent.append(message)
 
-    told = settings.model_copy(update={"rate_limit": 0.8, "rate_burst": 1})
-    middleware = RateLimitMiddleware(None, told, Metrics())
+    middleware = RateLimitMiddleware(None, told(rate_limit=0.8, rate_burst=1), Metrics())
     middleware.limiter = Limiter(0.8, 1, clock=clock)
     middleware.limiter.wait("unknown")
     clock.now += 0.25
@@ -152,19 +131,15 @@ def test_each_token_has_its_own_bucket_and_wrong_ones_take_from_none(limited):
     assert 'ghm_rejected_requests_total{reason="rate_limit"} 1.0' in counted
 
 
-def test_openapi_knows_the_429_where_there_is_a_limit(limited, client):
-    with limited() as other:
-        paths = other.get("/openapi.json").json()["paths"]
+def test_openapi_has_the_429_where_there_is_a_limit(limited, client):
+    paths, unlimited = (one.get("/openapi.json").json()["paths"] for one in (limited(), client))
     assert "429" in paths["/v1/models"]["get"]["responses"]
     assert "429" not in paths["/health/live"]["get"]["responses"]
-    assert (
-        "429" not in client.get("/openapi.json").json()["paths"]["/v1/models"]["get"]["responses"]
-    )
+    assert "429" not in unlimited["/v1/models"]["get"]["responses"]
 
 
-def test_a_trusted_proxy_names_the_client(serve, detector, model, monkeypatch):
-    """As the README says of uvicorn's variable: other proxies share one rate."""
-    settings = Settings(model=detector, provider="cpu", threads=1, rate_limit=1e-3, rate_burst=1)
+def test_a_trusted_proxy_names_the_client(serve, told, model, monkeypatch):
+    settings = told(rate_limit=1e-3, rate_burst=1)
     for trusted, statuses in (("127.0.0.1", [200, 200]), ("10.0.0.1", [200, 429])):
         monkeypatch.setenv("FORWARDED_ALLOW_IPS", trusted)
         with serve(create_app(settings, model)) as url:

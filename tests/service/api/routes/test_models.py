@@ -1,10 +1,8 @@
 import hashlib
 
 import pytest
-from starlette.testclient import TestClient
 
 from export.card import DetectorCard
-from service.app import create_app
 from service.core.schema import ModelDetail, ModelList
 
 
@@ -28,10 +26,10 @@ def test_detail_has_the_whole_card(client, card):
     assert detail.providers == ["CPUExecutionProvider"]
 
 
-def test_reload_takes_what_the_file_holds_now(tmp_path, write_detector, settings):
+def test_reload_takes_what_the_file_holds_now(tmp_path, write_detector, serve_with):
     path = tmp_path / "served.onnx"
     path.write_bytes(write_detector().read_bytes())
-    with TestClient(create_app(settings.model_copy(update={"model": path}))) as client:
+    with serve_with(None, model=path) as client:
         before = client.get("/v1/models/colours").json()
         path.write_bytes(write_detector(backbone="another").read_bytes())
         (after,) = ModelList.model_validate(client.post("/v1/models/colours/reload").json()).models
@@ -39,17 +37,15 @@ def test_reload_takes_what_the_file_holds_now(tmp_path, write_detector, settings
         assert client.get("/v1/models/colours").json()["card"]["backbone"] == "another"
 
 
-def test_a_bad_file_is_409_and_its_predecessor_serves(tmp_path, detector, settings, png):
+def test_a_bad_file_is_409_and_its_predecessor_serves(tmp_path, detector, serve_with, png):
     path = tmp_path / "served.onnx"
     path.write_bytes(detector.read_bytes())
-    told = settings.model_copy(update={"model": path, "reload_seconds": 0})
-    app = create_app(told)
-    with TestClient(app) as client:
+    with serve_with(None, model=path, reload_seconds=0) as client:
         path.write_bytes(b"not a model")
         response = client.post("/v1/models/colours/reload")
         assert response.status_code == 409
         assert "served.onnx" in response.json()["error"]
-        app.state.service.registry.get().warm_up()
+        client.app.state.service.registry.get().warm_up()
         assert client.post("/v1/detect", content=png).status_code == 200
         ready = client.get("/health/ready").json()
         assert ready["models"][0]["ready"]

@@ -4,10 +4,8 @@ import gzip
 import re
 
 import pytest
-from starlette.testclient import TestClient
 
 from service.api.routes.page import STATIC
-from service.app import create_app
 
 FILES = sorted(path.name for path in STATIC.iterdir())
 LIMIT = 60_000  # bytes of everything, uncompressed
@@ -90,9 +88,8 @@ def test_other_methods_are_refused(client, problem):
     problem(client.post("/"), 405)
 
 
-def test_without_the_page_there_is_nothing(settings, model, problem):
-    app = create_app(settings.model_copy(update={"page": False}), model)
-    with TestClient(app) as client:
+def test_without_the_page_there_is_nothing(serve_with, problem):
+    with serve_with(page=False) as client:
         for path in ("/", "/favicon.ico", "/static/page.js"):
             problem(client.get(path), 404)
         assert client.get("/health/live").status_code == 200
