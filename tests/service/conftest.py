@@ -187,6 +187,12 @@ def encode_image(image: Image.Image, kind: str = "PNG", **options: object) -> by
 
 
 @pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """The event loop of tests that are coroutines, marked `anyio`."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
 def encode():
     return encode_image
 

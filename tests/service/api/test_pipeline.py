@@ -14,9 +14,7 @@ from service.http.bodies import Upload
 from service.images.decode import decode, prepare
 from service.observability.metrics import Metrics
 
-
-def run(scenario):
-    return asyncio.run(asyncio.wait_for(scenario(), 10))
+pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
@@ -61,10 +59,12 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def test_every_image_has_its_row_or_its_problem_in_its_place(make_job, card, png, encode, image):
+async def test_every_image_has_its_row_or_its_problem_in_its_place(
+    make_job, card, png, encode, image
+):
     other = encode(image.rotate(90, expand=True))
     job = make_job([("a", png), ("b", b"x"), ("c", other), ("d", png[:99])], threads=2)
-    first, second, third, fourth = run(lambda: pipeline.decode(job))
+    first, second, third, fourth = await pipeline.decode(job)
     for prepared, content in ((first, png), (third, other)):
         row, geometry = prepare(decode(content, 10**6), card)
         np.testing.assert_array_equal(prepared.row, row)
@@ -76,14 +76,10 @@ def test_every_image_has_its_row_or_its_problem_in_its_place(make_job, card, png
     ]
 
 
-def test_predictions_are_in_the_order_of_the_images(make_job, model, png, encode, image):
+async def test_predictions_are_in_the_order_of_the_images(make_job, model, png, encode, image):
     job = make_job([("a", png), ("b", encode(image.rotate(180))), ("c", png)], threads=2)
-
-    async def scenario():
-        prepared = await pipeline.decode(job)
-        return prepared, await pipeline.predict(job, prepared, resolve(job.options, model.card))
-
-    prepared, detections = run(scenario)
+    prepared = await pipeline.decode(job)
+    detections = await pipeline.predict(job, prepared, resolve(job.options, model.card))
     for one, found in zip(prepared, detections, strict=True):
         alone = model.detect(one.row[None])[0]
         np.testing.assert_array_equal(found.boxes, alone.boxes)
@@ -91,21 +87,18 @@ def test_predictions_are_in_the_order_of_the_images(make_job, model, png, encode
     assert {"decode_ms", "inference_ms", "total_ms"} == set(job.done())
 
 
-def test_a_kept_image_is_counted_while_it_is_used(make_job, png):
+async def test_a_kept_image_is_counted_while_it_is_used(make_job, png):
     job = make_job([])
     budget = job.service.decoded
 
-    async def scenario():
-        async with pipeline.opened(job, "a", png, keep=True) as prepared:
-            assert prepared.image.size == (192, 128)
-            # The image and a conversion of it, of four bytes a pixel each.
-            assert budget.total - budget.free >= 192 * 128 * 8
-        assert budget.free == budget.total
-
-    run(scenario)
+    async with pipeline.opened(job, "a", png, keep=True) as prepared:
+        assert prepared.image.size == (192, 128)
+        # The image and a conversion of it, of four bytes a pixel each.
+        assert budget.total - budget.free >= 192 * 128 * 8
+    assert budget.free == budget.total
 
 
-def test_images_wait_for_room_in_turn(make_job, png, monkeypatch):
+async def test_images_wait_for_room_in_turn(make_job, png, monkeypatch):
     at_once, most, lock = 0, 0, threading.Lock()
 
     def watched(*arguments):
@@ -121,51 +114,47 @@ def test_images_wait_for_room_in_turn(make_job, png, monkeypatch):
 
     monkeypatch.setattr(pipeline, "decode_file", watched)
     job = make_job([("a", png)] * 12, threads=4, max_decoded_bytes=3 * 2**20)  # each needs 2.4 MB
-    prepared = run(lambda: pipeline.decode(job))
+    prepared = await pipeline.decode(job)
     assert all(isinstance(one, Prepared) for one in prepared)
     assert most == 1
     assert job.service.decoded.free == job.service.decoded.total
 
 
-def test_an_image_cancelled_while_it_decodes_is_counted_until_the_end(make_job, png, slow_decoding):
+async def test_an_image_cancelled_while_it_decodes_is_counted_until_the_end(
+    make_job, png, slow_decoding
+):
     began, go_on, _ = slow_decoding
     job = make_job([("a", png)])
     budget = job.service.decoded
 
-    async def scenario():
-        work = asyncio.ensure_future(pipeline.decode(job))
-        await until(began)
-        work.cancel()
-        await settle()
-        assert budget.free < budget.total
-        go_on.set()
-        with pytest.raises(asyncio.CancelledError):
-            await work
-        await settle()
-        assert budget.free == budget.total
-
-    run(scenario)
+    work = asyncio.ensure_future(pipeline.decode(job))
+    await until(began)
+    work.cancel()
+    await settle()
+    assert budget.free < budget.total
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    await settle()
+    assert budget.free == budget.total
 
 
-def test_an_image_cancelled_before_it_decodes_is_not_decoded(make_job, png, slow_decoding):
+async def test_an_image_cancelled_before_it_decodes_is_not_decoded(make_job, png, slow_decoding):
     began, go_on, decoded = slow_decoding
     first_job = make_job([("a", png)], threads=1)
     second_job = make_job([("b", png)], first_job.service)
 
-    async def scenario():
-        first = asyncio.ensure_future(pipeline.decode(first_job))
-        await until(began)
-        second = asyncio.ensure_future(pipeline.decode(second_job))
-        await asyncio.sleep(0)
-        second.cancel()
-        await asyncio.sleep(0)
-        go_on.set()
-        await first
-        with pytest.raises(asyncio.CancelledError):
-            await second
-        await settle()
-
-    run(scenario)
+    first = asyncio.ensure_future(pipeline.decode(first_job))
+    await until(began)
+    second = asyncio.ensure_future(pipeline.decode(second_job))
+    await asyncio.sleep(0)
+    second.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    await first
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    await settle()
     budget = first_job.service.decoded
     assert (len(decoded), budget.free) == (1, budget.total)
 

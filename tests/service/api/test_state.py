@@ -6,9 +6,7 @@ import pytest
 from service.api.state import ByteBudget
 from service.core.errors import ProblemError
 
-
-def run(scenario):
-    return asyncio.run(asyncio.wait_for(scenario(), 5))
+pytestmark = pytest.mark.anyio
 
 
 async def settle() -> None:
@@ -45,62 +43,50 @@ class Users:
         return self.holding
 
 
-def test_free_bytes_are_held_at_once_and_given_back_even_after_an_error():
-    async def scenario():
-        budget = ByteBudget(10)
-        with suppress(KeyError):
-            async with budget.use(4), budget.use(6):
-                assert budget.free == 0
-                raise KeyError
-        assert budget.free == 10
-        with pytest.raises(ProblemError, match="takes 11 bytes; at most 10") as caught:
-            async with budget.use(11):
-                pass
-        assert caught.value.status == 413
-
-    run(scenario)
+async def test_free_bytes_are_held_at_once_and_given_back_even_after_an_error():
+    budget = ByteBudget(10)
+    with suppress(KeyError):
+        async with budget.use(4), budget.use(6):
+            assert budget.free == 0
+            raise KeyError
+    assert budget.free == 10
+    with pytest.raises(ProblemError, match="takes 11 bytes; at most 10") as caught:
+        async with budget.use(11):
+            pass
+    assert caught.value.status == 413
 
 
-def test_first_come_first_served_and_the_large_one_is_not_overtaken():
-    async def scenario():
-        users = Users(10)
-        await users.start(a=6, large=10, small=1)  # small would fit, but came later
-        assert users.holding == ["a"]
-        assert await users.finish("a") == ["large"]
-        assert await users.finish("large") == ["small"]
-        await users.finish("small")
-        assert users.budget.free == 10
-        await users.start(a=10, b=5, c=5)
-        assert await users.finish("a") == ["b", "c"]
-
-    run(scenario)
+async def test_first_come_first_served_and_the_large_one_is_not_overtaken():
+    users = Users(10)
+    await users.start(a=6, large=10, small=1)  # small would fit, but came later
+    assert users.holding == ["a"]
+    assert await users.finish("a") == ["large"]
+    assert await users.finish("large") == ["small"]
+    await users.finish("small")
+    assert users.budget.free == 10
+    await users.start(a=10, b=5, c=5)
+    assert await users.finish("a") == ["b", "c"]
 
 
-def test_a_cancelled_wait_lets_the_others_on():
-    async def scenario():
-        users = Users(10)
-        await users.start(a=6, large=10, small=4)
-        users.tasks["large"].cancel()
-        await settle()
-        assert users.holding == ["a", "small"]
-        await users.finish("a")
-        await users.finish("small")
-        assert users.budget.free == 10
-
-    run(scenario)
+async def test_a_cancelled_wait_lets_the_others_on():
+    users = Users(10)
+    await users.start(a=6, large=10, small=4)
+    users.tasks["large"].cancel()
+    await settle()
+    assert users.holding == ["a", "small"]
+    await users.finish("a")
+    await users.finish("small")
+    assert users.budget.free == 10
 
 
 @pytest.mark.parametrize("turns", range(4))
-def test_a_wait_cancelled_at_the_moment_of_its_turn_keeps_nothing(turns):
-    async def scenario():
-        users = Users(10)
-        await users.start(a=10, b=7)
-        users.gates["a"].set()
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        users.tasks["b"].cancel()
-        await settle()
-        assert users.holding == []
-        assert users.budget.free == 10
-
-    run(scenario)
+async def test_a_wait_cancelled_at_the_moment_of_its_turn_keeps_nothing(turns):
+    users = Users(10)
+    await users.start(a=10, b=7)
+    users.gates["a"].set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    users.tasks["b"].cancel()
+    await settle()
+    assert users.holding == []
+    assert users.budget.free == 10

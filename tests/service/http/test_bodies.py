@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from service.core.errors import ProblemError
 from service.http.bodies import BodyLimitMiddleware, read_body
 
+pytestmark = pytest.mark.anyio
+
 URL = "/v1/detect"
 CODINGS = {"gzip": gzip.compress, "x-gzip": gzip.compress, "deflate": zlib.compress}
 
@@ -127,58 +129,45 @@ async def send_to(middleware, sender, *, finished=True, headers=()) -> bytes:
     return sent[0]
 
 
-def run(check):
-    asyncio.run(asyncio.wait_for(check(), 30))
+async def test_all_bodies_together_are_bounded_and_a_body_alone_is_not():
+    middleware, refused = limited()
+    for _ in range(2):  # forgotten afterwards
+        assert len(await send_to(middleware, Sender(b"x" * 90, b"y" * 90))) == 180
+    slow = Sender(b"x" * 60, b"end")
+    waiting = asyncio.create_task(send_to(middleware, slow, finished=False))
+    await asyncio.sleep(0)
+    with pytest.raises(ProblemError, match="60 bytes of bodies are held") as error:
+        await send_to(middleware, Sender(b"y" * 41, b"end"))
+    assert (error.value.status, error.value.headers) == (429, {"Retry-After": "1"})
+    assert (refused, middleware.held) == (["bodies"], 60)
+    assert await send_to(middleware, Sender(b"y" * 40)) == b"y" * 40
+    slow.finish.set()
+    assert await waiting == b"x" * 60 + b"end"
+    assert middleware.held == 0
 
 
-def test_all_bodies_together_are_bounded_and_a_body_alone_is_not():
-    async def check():
-        middleware, refused = limited()
-        for _ in range(2):  # forgotten afterwards
-            assert len(await send_to(middleware, Sender(b"x" * 90, b"y" * 90))) == 180
-        slow = Sender(b"x" * 60, b"end")
-        waiting = asyncio.create_task(send_to(middleware, slow, finished=False))
-        await asyncio.sleep(0)
-        with pytest.raises(ProblemError, match="60 bytes of bodies are held") as error:
-            await send_to(middleware, Sender(b"y" * 41, b"end"))
-        assert (error.value.status, error.value.headers) == (429, {"Retry-After": "1"})
-        assert (refused, middleware.held) == (["bodies"], 60)
-        assert await send_to(middleware, Sender(b"y" * 40)) == b"y" * 40
-        slow.finish.set()
-        assert await waiting == b"x" * 60 + b"end"
-        assert middleware.held == 0
-
-    run(check)
+async def test_inflated_bytes_count_too():
+    middleware, refused = limited()
+    slow = asyncio.create_task(send_to(middleware, Sender(b"x", b"end"), finished=False))
+    await asyncio.sleep(0)
+    small = gzip.compress(b"y" * 500)
+    with pytest.raises(ProblemError, match="at most 100"):
+        await send_to(middleware, Sender(small), headers=[(b"content-encoding", b"gzip")])
+    assert (refused, middleware.held) == (["bodies"], 1)
+    slow.cancel()
+    await asyncio.wait([slow])
+    assert middleware.held == 0
 
 
-def test_inflated_bytes_count_too():
-    async def check():
-        middleware, refused = limited()
-        slow = asyncio.create_task(send_to(middleware, Sender(b"x", b"end"), finished=False))
-        await asyncio.sleep(0)
-        small = gzip.compress(b"y" * 500)
-        with pytest.raises(ProblemError, match="at most 100"):
-            await send_to(middleware, Sender(small), headers=[(b"content-encoding", b"gzip")])
-        assert (refused, middleware.held) == (["bodies"], 1)
-        slow.cancel()
-        await asyncio.wait([slow])
-        assert middleware.held == 0
-
-    run(check)
+async def test_a_body_that_does_not_arrive_is_408():
+    middleware, refused = limited(seconds=0.01)
+    with pytest.raises(ProblemError, match=r"within 0\.01 s") as error:
+        await send_to(middleware, Sender(b"x", b"never"), finished=False)
+    assert error.value.status == 408
+    assert (refused, middleware.held) == (["slow_body"], 0)
 
 
-def test_a_body_that_does_not_arrive_is_408():
-    async def check():
-        middleware, refused = limited(seconds=0.01)
-        with pytest.raises(ProblemError, match=r"within 0\.01 s") as error:
-            await send_to(middleware, Sender(b"x", b"never"), finished=False)
-        assert error.value.status == 408
-        assert (refused, middleware.held) == (["slow_body"], 0)
-
-    run(check)
-
-
-def test_the_time_ends_with_the_body():
+async def test_the_time_ends_with_the_body():
     """Waiting for the client to disconnect is not waiting for its body."""
 
     async def wait_for_the_end(scope, receive, send):
@@ -186,21 +175,18 @@ def test_the_time_ends_with_the_body():
         message = await receive()
         await send({"type": "body", "body": message["type"].encode()})
 
-    async def check():
-        middleware, _ = limited(wait_for_the_end, seconds=0.05)
-        sender = Sender(b"x")
-        gone, receive = asyncio.Event(), sender.receive
+    middleware, _ = limited(wait_for_the_end, seconds=0.05)
+    sender = Sender(b"x")
+    gone, receive = asyncio.Event(), sender.receive
 
-        async def disconnect_late():
-            if not sender.pieces:
-                await gone.wait()
-            return await receive()
+    async def disconnect_late():
+        if not sender.pieces:
+            await gone.wait()
+        return await receive()
 
-        sender.receive = disconnect_late
-        asyncio.get_running_loop().call_later(0.1, gone.set)
-        assert await send_to(middleware, sender) == b"http.disconnect"
-
-    run(check)
+    sender.receive = disconnect_late
+    asyncio.get_running_loop().call_later(0.1, gone.set)
+    assert await send_to(middleware, sender) == b"http.disconnect"
 
 
 # Images, forms and JSON.
