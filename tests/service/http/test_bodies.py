@@ -162,7 +162,8 @@ async def test_inflated_bytes_count_too():
 async def test_a_body_that_does_not_arrive_is_408():
     middleware, refused = limited(seconds=0.01)
     with pytest.raises(ProblemError, match=r"within 0\.01 s") as error:
-        await send_to(middleware, Sender(b"x", b"never"), finished=False)
+        async with asyncio.timeout(30):
+            await send_to(middleware, Sender(b"x", b"never"), finished=False)
     assert error.value.status == 408
     assert (refused, middleware.held) == (["slow_body"], 0)
 
