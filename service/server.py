@@ -8,7 +8,10 @@ import logging
 import math
 import signal
 import socket
+import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from time import monotonic
 from types import FrameType
 
@@ -21,11 +24,15 @@ from service.app import create_app
 from service.core.settings import Settings, SettingsError
 from service.engine.catalogue import CatalogueError
 from service.engine.session import ModelError
+from service.http.protocol import BoundedProtocol, ConnectionLimits
 
 logger = logging.getLogger("ghm.service")
 
 # A request allocates hundreds of objects, nearly all of which reference counting frees.
 _OBJECTS_BETWEEN_COLLECTIONS = 20_000
+
+# For models that are loaded again, log files and the like.
+_RESERVED_DESCRIPTORS = 16
 
 _CLOSE = (b"connection", b"close")
 
@@ -93,8 +100,13 @@ class DrainingServer(uvicorn.Server):
     def __init__(
         self, app: FastAPI, settings: Settings, on_started: Callable[[], None] | None = None
     ) -> None:
+        service: ServiceState = app.state.service
         config = uvicorn.Config(
             app,
+            http=partial(  # type: ignore[arg-type]  # called as the class would be
+                BoundedProtocol, limits=_limits(settings), count=service.metrics.rejected
+            ),
+            timeout_keep_alive=math.ceil(settings.keep_alive_seconds),
             log_config=None,  # done by service.observability.logs
             access_log=False,  # service.http.access logs more
             ws="none",
@@ -102,7 +114,7 @@ class DrainingServer(uvicorn.Server):
             timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds),
         )
         super().__init__(config)
-        self._service: ServiceState = app.state.service
+        self._service = service
         self._drain_seconds = settings.drain_seconds
         self._on_started = on_started
         self._closes_at: float | None = None
@@ -127,7 +139,12 @@ class DrainingServer(uvicorn.Server):
         self._closes_at = self._closes_at or monotonic() + self._drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
-        """Stop when the drain is over. Called ten times a second."""
+        """Check the connections, and stop when the drain is over. Called ten times a second."""
+        if counter % 10 == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in tuple(self.server_state.connections):
+                if isinstance(connection, BoundedProtocol):
+                    connection.check(now)
         if self._closes_at is not None:
             if _CLOSE not in self.config.encoded_headers:
                 logger.info("stopping: not ready from now on, closing in %g s", self._drain_seconds)
@@ -136,3 +153,26 @@ class DrainingServer(uvicorn.Server):
             if monotonic() >= self._closes_at:
                 self.should_exit = True
         return await super().on_tick(counter)
+
+
+def _limits(settings: Settings) -> ConnectionLimits:
+    return ConnectionLimits(
+        header_bytes=settings.max_header_bytes,
+        header_seconds=settings.header_seconds,
+        write_seconds=settings.write_seconds,
+        connections=min(settings.max_connections, _free_descriptors()),
+    )
+
+
+def _free_descriptors() -> int:
+    """Return how many connections fit beside the files that are open, with a reserve."""
+    try:
+        import resource
+
+        used = sum(1 for _ in Path("/dev/fd").iterdir())
+    except (ImportError, OSError):  # Windows, or no such folder
+        return sys.maxsize
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return max(1, limit - used - _RESERVED_DESCRIPTORS)

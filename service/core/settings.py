@@ -103,6 +103,11 @@ class Settings(BaseSettings):
         max_images: The most images in one request.
         max_received_bytes: Bytes of bodies held at a time over all requests, inflated.
         receive_seconds: Time for a request's body to arrive.
+        max_header_bytes: Bytes of a request's URL and headers.
+        header_seconds: Time for a request's headers to arrive.
+        write_seconds: Time in which a client must read some of an answer that waits.
+        keep_alive_seconds: Time that an idle connection stays open.
+        max_connections: Open connections, per worker; fewer if the process may open fewer files.
         max_decoded_bytes: Bytes of decoded images at a time over all requests.
         reload_seconds: Seconds between checks of the files for changes; 0 is never.
         log_level: Lowest level that is logged.
@@ -144,6 +149,11 @@ class Settings(BaseSettings):
     max_images: int = Field(default=16, ge=1, le=LARGEST_BATCH)
     max_received_bytes: int = Field(default=256 * 2**20, ge=1)
     receive_seconds: float = Field(default=30, gt=0, le=3600)
+    max_header_bytes: int = Field(default=64 * 2**10, ge=1024)
+    header_seconds: float = Field(default=10, gt=0, le=3600)
+    write_seconds: float = Field(default=30, gt=0, le=3600)
+    keep_alive_seconds: float = Field(default=75, gt=0, le=86_400)
+    max_connections: int = Field(default=1000, ge=1)
     max_decoded_bytes: int = Field(default=512 * 2**20, ge=1)
     reload_seconds: float = Field(default=2.0, ge=0, le=86_400)
     log_level: Literal["critical", "error", "warning", "info", "debug"] = "info"

@@ -1,0 +1,317 @@
+"""HTTP/1.1 connections with bounds on what is not yet a request, and on answers that wait.
+
+uvicorn's httptools protocol parses and answers; bounds on bodies are in `bodies`. Added here:
+
+- One request, one answer: an `Upgrade` is ignored, ambiguous framing and hosts are refused.
+- Bytes of a URL, of headers and of trailers, and the time until a head is complete, are bounded;
+  so are pipelined requests, connections, and the time in which an answer makes no progress.
+- A refusal is answered in order, after the answers of earlier requests, and the connection is
+  closed only after the client has had time to read it.
+"""
+
+from __future__ import annotations
+
+import logging
+from asyncio import AbstractEventLoop, Transport
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, TypeGuard, cast
+
+import httptools
+from starlette.responses import Response
+from uvicorn._types import ASGI3Application
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+from uvicorn.server import ServerState
+
+from service.core.errors import problem_response, short
+
+logger = logging.getLogger("ghm.service")
+
+_MOST_PIPELINED = 16
+_MOST_HEADERS = 100  # as Envoy
+_LINGER_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """Bounds on the connections of a process.
+
+    Attributes:
+        header_bytes: Bytes of a URL and headers, and of trailers.
+        header_seconds: Seconds from a connection, or the first byte of a further request, to the
+            end of its headers.
+        write_seconds: Seconds in which a client must read some of an answer.
+        connections: Open connections; beyond them, the one that is idle longest is closed.
+    """
+
+    header_bytes: int = 64 * 1024
+    header_seconds: float = 10.0
+    write_seconds: float = 30.0
+    connections: int = 1000
+
+
+class _Refusal(Exception):  # noqa: N818  raised through the parser, which wraps it
+    def __init__(self, status: HTTPStatus, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.reason = reason
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection.
+
+    Args:
+        config: uvicorn's configuration.
+        server_state: State that connections share.
+        app_state: State of the application's lifespan.
+        _loop: The event loop.
+        limits: The bounds.
+        count: Called with the reason of each refusal.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: AbstractEventLoop | None = None,
+        *,
+        limits: ConnectionLimits,
+        count: Callable[[str], None],
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._limits = limits
+        self._count = count
+        self._held = 0  # bytes that the parser took and has not passed on
+        self._in_body = False
+        self._closing = False  # further data is discarded
+        self._running: RequestResponseCycle | None = None
+        self.last_used = self.loop.time()
+        self._head_since: float | None = self.last_used
+        self._unsent, self._unsent_since = 0, self.last_used
+
+    @property
+    def _idle(self) -> bool:
+        return not self.pipeline and (self._running is None or self._running.response_complete)
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        """Accept a connection; beyond the limit, close an idle one or refuse this."""
+        super().connection_made(transport)
+        if len(self.connections) <= self._limits.connections:
+            return
+        idle = [other for other in self.connections if other is not self and _is_idle(other)]
+        if idle:
+            self._count("connections")
+            longest = min(idle, key=lambda other: other.last_used)
+            longest.transport.abort()
+            self.connections.discard(longest)
+        else:
+            detail = f"busy: {self._limits.connections} connections are open, which is the most"
+            self._refuse(_Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "connections", detail))
+
+    def check(self, now: float) -> None:
+        """Close a connection whose head is late, or whose client reads nothing of its answer.
+
+        Args:
+            now: The loop's time. To be called about once a second.
+        """
+        unsent = self.transport.get_write_buffer_size()
+        if unsent < self._unsent or not unsent:
+            self._unsent_since = now
+        self._unsent = unsent
+        if now - self._unsent_since > self._limits.write_seconds:
+            self._count("slow_reader")
+            self.transport.abort()
+            return
+        late = self._head_since is not None and now - self._head_since > self._limits.header_seconds
+        if not late or self._closing or not self._idle:
+            return
+        if self._held:
+            detail = f"the headers did not arrive within {self._limits.header_seconds:g} s"
+            self._refuse(_Refusal(HTTPStatus.REQUEST_TIMEOUT, "slow_headers", detail))
+        else:
+            self.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what a client sent, unless the connection is closing."""
+        if self._closing:
+            return
+        if self._head_since is None and self._idle:
+            self._head_since = self.last_used = self.loop.time()
+        self._unset_keepalive_if_required()
+        try:
+            while data:
+                self._held += len(data)
+                data = self._feed(data)
+            if self._held > self._limits.header_bytes:
+                raise self._too_large(bool(self.headers))
+        except _Refusal as refusal:
+            self._refuse(refusal)
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            detail = f"the request is not HTTP/1.1: {str(error) or type(error).__name__}"
+            malformed = _Refusal(HTTPStatus.BAD_REQUEST, "malformed", detail)
+            self._refuse(cause if isinstance(cause, _Refusal) else malformed)
+
+    def _feed(self, data: bytes) -> bytes:
+        """Parse data; return what to parse instead of the rest of it."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # The parser takes an offer of another protocol as accepted. The request is parsed again
+            # without the offer, which a server may ignore (RFC 9110, section 7.8).
+            version = self.parser.get_http_version().encode()
+            head = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+            head += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            return b"\r\n".join([*head, b"", data[upgrade.args[0] :]])
+        return b""
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        if len(self.pipeline) >= _MOST_PIPELINED:
+            detail = f"more than {_MOST_PIPELINED} requests wait on this connection"
+            raise _Refusal(HTTPStatus.TOO_MANY_REQUESTS, "pipelined", detail)
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header; trailers are discarded."""
+        if not self._in_body:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Check a head, and start or queue its request."""
+        self._check_head()
+        if self.parser.should_upgrade():
+            return  # `_feed` parses it again
+        self._head_since = None
+        self._held = 0
+        self._in_body = True
+        super().on_headers_complete()
+
+    def _check_head(self) -> None:
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > self._limits.header_bytes or len(self.headers) > _MOST_HEADERS:
+            raise self._too_large(len(self.url) <= self._limits.header_bytes)
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        if version not in ("1.1", "1.0"):
+            status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
+            raise _Refusal(status, "malformed", f"HTTP/{version} is not supported; use HTTP/1.1")
+        if method == b"CONNECT":
+            raise _Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "malformed", "CONNECT is not answered")
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if len(hosts) > 1 or (not hosts and version == "1.1"):
+            detail = f"the request has {len(hosts)} Host headers; it must have one"
+            raise _Refusal(HTTPStatus.BAD_REQUEST, "malformed", detail)
+        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
+        if codings and (version == "1.0" or [coding.lower() for coding in codings] != [b"chunked"]):
+            detail = f"Transfer-Encoding is {short(b', '.join(codings))}; only chunked is supported"
+            raise _Refusal(HTTPStatus.NOT_IMPLEMENTED, "malformed", detail)
+
+    def _too_large(self, headers: bool) -> _Refusal:
+        limit = self._limits.header_bytes
+        if headers:
+            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            detail = f"the headers are more than {limit} bytes, or more than {_MOST_HEADERS}"
+        else:
+            status, detail = (
+                HTTPStatus.REQUEST_URI_TOO_LONG,
+                f"the URL is longer than {limit} bytes",
+            )
+        return _Refusal(status, "headers_too_large", detail)
+
+    def on_chunk_header(self) -> None:
+        """Pass a chunk's size."""
+        self._held = 0
+
+    def on_body(self, body: bytes) -> None:
+        """Keep a piece of the body."""
+        self._held = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End a request."""
+        if not self.parser.should_upgrade():
+            self._held = 0
+            self._in_body = False
+            super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+
+        async def answer(scope: Any, receive: Any, send: Any) -> None:
+            async def send_message(message: Any) -> None:
+                if cycle.more_body and message["type"] == "http.response.start":
+                    self._close_after(cycle)  # rather than wait for the rest of the body
+                await send(message)
+
+            await app(scope, receive, send_message)
+
+        super()._start_asgi_task(cycle, answer)
+
+    def _close_after(self, cycle: RequestResponseCycle) -> None:
+        cycle.keep_alive = False
+        cycle.transport = cast(Transport, _LingeringTransport(self.transport, self._linger))
+
+    def _refuse(self, refusal: _Refusal) -> None:
+        """Answer what is not a request, after the answers of earlier requests, and close."""
+        self._closing = True
+        self._count(refusal.reason)
+        client = self.client[0] if self.client else "a local socket"
+        logger.warning("%s: refused with %d: %s", client, refusal.status, refusal)
+        running = None if self._idle else self._running
+        if self._in_body and self.pipeline:
+            self.pipeline.popleft()  # the request whose body is malformed
+        elif self._in_body and running is not None:
+            running.disconnected = True
+            running.message_event.set()
+            if running.response_started:
+                self.transport.close()
+                return
+            running = None
+        last = self.pipeline[0][0] if self.pipeline else running
+        if last is None:
+            self._write(problem_response(refusal.status, str(refusal)))
+            self._linger()
+        else:
+            self._close_after(last)
+
+    def _write(self, response: Response) -> None:
+        headers = [*self.server_state.default_headers, *response.raw_headers]
+        lines = [b"%s: %s\r\n" % header for header in headers if header[0] != b"connection"]
+        head = [STATUS_LINE[response.status_code], *lines, b"connection: close\r\n\r\n"]
+        self.transport.write(b"".join([*head, response.body]))
+
+    def _linger(self) -> None:
+        """Close once the client has closed, or a moment later.
+
+        Closing while data of the client is unread would reset the connection, and the client might
+        lose the answer.
+        """
+        self._closing = True
+        if self.transport.is_closing() or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+
+
+class _LingeringTransport:
+    """What a request's answer needs of a transport, with another way to close it."""
+
+    def __init__(self, transport: Transport, close: Callable[[], None]) -> None:
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = close
+
+
+def _is_idle(connection: object) -> TypeGuard[BoundedProtocol]:
+    return isinstance(connection, BoundedProtocol) and connection._idle
