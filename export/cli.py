@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ghm_triton.command import Command
-from ghm_triton.options import add_options, chosen, option
+from ghm_triton.options import Command, add_options, chosen, option
 
 if TYPE_CHECKING:
     from export.card import DetectorCard

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
         ClassThresholds,
         ThresholdWarning,
     )
-    from ghm_triton.imbalance.ohem import OHEM, hard_examples
-    from ghm_triton.imbalance.s_ohem import StratifiedOHEM
+    from ghm_triton.imbalance.ohem import OHEM, StratifiedOHEM, hard_examples
     from ghm_triton.imbalance.sampling_free import (
         GuidedLoss,
         guided,
@@ -41,8 +40,7 @@ _HOMES = {
     name: module
     for module, names in {
         "evidence": "ClassStatistics ClassThreshold ClassThresholds ThresholdWarning",
-        "imbalance.ohem": "OHEM hard_examples",
-        "imbalance.s_ohem": "StratifiedOHEM",
+        "imbalance.ohem": "OHEM StratifiedOHEM hard_examples",
         "imbalance.sampling_free": "GuidedLoss guided initial_loss optimal_prior",
         "losses": "FocalLoss GHMCLoss GHMRLoss GHMSoftmaxLoss GradientDensity StrengthSchedule"
         " focal_loss ghm_c_loss ghm_r_loss ghm_softmax_loss gradient_density",

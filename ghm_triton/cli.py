@@ -10,10 +10,10 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from ghm_triton import __version__
-from ghm_triton.command import Command
 from ghm_triton.demo import DEMO
 from ghm_triton.detection.commands import EVAL, THRESHOLDS, TRAIN
 from ghm_triton.extras import MissingExtraError, needed_by
+from ghm_triton.options import Command
 
 COMMANDS = (TRAIN, EVAL, THRESHOLDS, DEMO)
 

@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import IO
 
-from ghm_triton.command import Command
+from ghm_triton.options import Command
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Command-line options written once, as fields of a dataclass.
+"""Subcommands of `ghm`, and their options: written once, as fields of a dataclass.
 
 A field made by `option` carries its default, help text, choices and value check. `add_options`
 generates the flags of a parser from such fields, `chosen` reads them back, and `check_options`
@@ -13,6 +13,28 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand of `ghm`.
+
+    Packages list theirs under the entry point `ghm.commands`. The list of commands and `--help`
+    must be quick and work without an extra, so `run` imports what it needs itself.
+
+    Attributes:
+        name: The words after `ghm`: one, or two such as `thresholds set`.
+        help: One line for the list of commands.
+        configure: Adds a description, arguments and an example to the parser of the command.
+        run: Runs the command and returns its exit status, 0 for success.
+        extra: The extra of the distribution that `run` needs, as in `ghm-triton[extra]`.
+    """
+
+    name: str
+    help: str
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    extra: str
 
 
 class Check(NamedTuple):

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ghm_triton.command import Command
-from ghm_triton.options import add_options, chosen, option
+from ghm_triton.options import Command, add_options, chosen, option
 from service.predict import PREDICT
 
 if TYPE_CHECKING:

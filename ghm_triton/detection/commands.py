@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ghm_triton.command import Command
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.training.compatibility import from_flags
 from ghm_triton.detection.training.config import TrainOptions
-from ghm_triton.options import add_options, chosen, option
+from ghm_triton.options import Command, add_options, chosen, option
 
 if TYPE_CHECKING:
     from ghm_triton.detection.data import DetectionDataset

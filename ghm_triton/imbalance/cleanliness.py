@@ -1,4 +1,4 @@
-"""Cleanliness of positive anchors, with the labels and weights derived from it.
+"""Cleanliness of positive anchors, and the soft labels made of it.
 
 Li et al., 'Learning from Noisy Anchors for One-stage Object Detection' (CVPR 2020;
 arXiv 1912.05086). The target of a positive anchor is not 1 but its *cleanliness*: how well the
@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 from torchvision.ops import box_iou
 
 TOP = 100
 ALPHA = 0.5
 BACKGROUND = -1
-SMOOTH_L1_DELTA = 1 / 9
-LEAST_GAP = 1e-3  # between the argument of f and its pole: no anchor weighs more than 1,000
 
 
 def assign_top_anchors(boxes: Tensor, anchors: Tensor, top: int = TOP) -> Tensor:
@@ -85,40 +82,9 @@ def cleanliness(loc: Tensor, cls: Tensor, alpha: float = ALPHA) -> Tensor:
         >>> cleanliness(torch.tensor([0.8]), torch.tensor([0.2])).tolist()
         [0.5]
     """
-    _require_alpha(alpha)
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     return (alpha * loc + (1 - alpha) * cls).clamp(0.0, 1.0)
-
-
-@torch.no_grad()
-def reweighting(
-    loc: Tensor,
-    cls: Tensor,
-    alpha: float = ALPHA,
-    gamma: float = 1.0,
-    least_gap: float = LEAST_GAP,
-) -> Tensor:
-    """Compute `r = (alpha * f(loc) + (1 - alpha) * f(cls)) ** gamma` with `f(x) = 1 / (1 - x)`.
-
-    Args:
-        loc: IoU of each positive's predicted box with its ground truth, `[P]` in [0, 1].
-        cls: Its predicted score for the class of that ground truth, `[P]` in [0, 1].
-        alpha: Share of the localisation, in [0, 1].
-        gamma: Emphasis of the cleanest; 0 weights all equally.
-        least_gap: Lower bound of `1 - x`, because `f` is infinite at 1.
-
-    Returns:
-        `[P]` in [1, least_gap ** -gamma], without gradient.
-
-    Raises:
-        ValueError: `alpha` lies outside [0, 1], `gamma` is negative or `least_gap` not positive.
-    """
-    _require_alpha(alpha)
-    if not gamma >= 0:
-        raise ValueError(f"gamma must be at least 0, got {gamma}")
-    if not least_gap > 0:
-        raise ValueError(f"least_gap must be positive, got {least_gap}")
-    f_loc, f_cls = (1 / (1 - x).clamp(min=least_gap) for x in (loc, cls))
-    return torch.pow(alpha * f_loc + (1 - alpha) * f_cls, gamma)
 
 
 def soft_targets(positive: Tensor, clean: Tensor) -> Tensor:
@@ -134,42 +100,3 @@ def soft_targets(positive: Tensor, clean: Tensor) -> Tensor:
     target = torch.zeros(positive.shape, dtype=clean.dtype, device=clean.device)
     target[positive] = clean
     return target
-
-
-def classification_loss(logits: Tensor, target: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
-    """Compute `L_cls = sum_pos r * BCE(p, c) + sum_neg BCE(p, 0)`.
-
-    Args:
-        logits: Float, any shape.
-        target: Soft labels of that shape, from `soft_targets`.
-        positive: bool of that shape.
-        weight: `r` of the positives, `[P]`, in their order.
-
-    Returns:
-        Scalar, a sum.
-    """
-    weights = torch.ones_like(logits).masked_scatter(positive, weight.to(logits.dtype))
-    return F.binary_cross_entropy_with_logits(logits, target, weights, reduction="sum")
-
-
-def regression_loss(
-    pred: Tensor, target: Tensor, weight: Tensor, delta: float = SMOOTH_L1_DELTA
-) -> Tensor:
-    """Compute `L_reg = sum_pos r * SL1`, summed over boxes and coordinates.
-
-    Args:
-        pred: Predicted deltas of the positives, `[P, 4]`.
-        target: Target deltas, `[P, 4]`.
-        weight: `r` of each, `[P]`.
-        delta: Where smooth L1 turns from quadratic to linear.
-
-    Returns:
-        Scalar, a sum.
-    """
-    entries = F.smooth_l1_loss(pred, target, beta=delta, reduction="none")
-    return (weight.unsqueeze(-1) * entries).sum()
-
-
-def _require_alpha(alpha: float) -> None:
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")

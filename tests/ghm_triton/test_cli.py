@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from ghm_triton import __version__, cli
-from ghm_triton.command import Command
+from ghm_triton.options import Command
 
 NAMES = ["train", "eval", "thresholds", "export", "attach", "inspect", "thresholds set"]
 NAMES += ["verify", "predict", "serve", "demo"]

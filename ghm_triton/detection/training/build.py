@@ -36,8 +36,12 @@ from ghm_triton.detection.training.distributed import World
 from ghm_triton.detection.training.priors import start_at_prior, start_proposals
 from ghm_triton.evidence import ClassStatistics
 from ghm_triton.imbalance.adversarial import Adversary
-from ghm_triton.imbalance.ohem import OHEM, SAME_REGION, cross_entropy_of_samples
-from ghm_triton.imbalance.s_ohem import StratifiedOHEM
+from ghm_triton.imbalance.ohem import (
+    OHEM,
+    SAME_REGION,
+    StratifiedOHEM,
+    cross_entropy_of_samples,
+)
 from ghm_triton.imbalance.sampling_free import GuidedLoss
 from ghm_triton.losses import FocalLoss, GHMCLoss, GHMRLoss, GHMSoftmaxLoss
 from ghm_triton.losses.schedule import StrengthSchedule
