@@ -11,6 +11,7 @@ uvicorn's httptools protocol parses and answers; bounds on bodies are in `bodies
 
 from __future__ import annotations
 
+import itertools
 import logging
 from asyncio import AbstractEventLoop, Transport
 from collections.abc import Callable
@@ -36,6 +37,8 @@ logger = logging.getLogger("ghm.service")
 _MOST_PIPELINED = 16
 _MOST_HEADERS = 100  # as Envoy
 _LINGER_SECONDS = 2.0
+
+_USES = itertools.count()  # orders connections by use; the loop's time is too coarse
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_body = False
         self._closing = False  # further data is discarded
         self._running: RequestResponseCycle | None = None
-        self.last_used = self.loop.time()
-        self._head_since: float | None = self.last_used
-        self._unsent, self._unsent_since = 0, self.last_used
+        self.last_used = next(_USES)
+        self._head_since: float | None = self.loop.time()
+        self._unsent, self._unsent_since = 0, self.loop.time()
 
     @property
     def _idle(self) -> bool:
@@ -143,7 +146,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._closing:
             return
         if self._head_since is None and self._idle:
-            self._head_since = self.last_used = self.loop.time()
+            self._head_since = self.loop.time()
+            self.last_used = next(_USES)
         self._unset_keepalive_if_required()
         try:
             while data:
