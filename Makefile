@@ -11,7 +11,7 @@ INTERPRET := $(shell nvidia-smi >/dev/null 2>&1 || echo TRITON_INTERPRET=1)
 OUT ?= runs/demo
 MODEL ?= runs/demo/detector.onnx
 
-.PHONY: demo test test-slow test-all check bench serve clean
+.PHONY: demo test test-slow test-all attack check bench serve clean
 
 demo: $(READY)  ## train, export, verify, serve and detect, on data that is built in
 	$(BIN)/ghm demo --out $(OUT)
@@ -25,6 +25,9 @@ test-slow: $(READY)  ## the rest: fuzzing, a browser, long trainings, benchmark 
 	$(lanes)
 
 test-all: test test-slow  ## every test
+
+attack: $(READY)  ## hostile tries against real services on loopback: 6 minutes on two cores
+	$(PYTEST) tests/attack
 
 # Two lanes side by side, of about the same length; 5 is pytest's status if it selects no test.
 LIBRARY := tests/ghm_triton --doctest-modules ghm_triton export service
