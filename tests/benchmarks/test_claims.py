@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,76 +55,64 @@ def test_nothing_measured():
     assert {each["measured"] for each in verdicts} == {None}
 
 
-# Claim, rows that hold it just, rows that miss it just, and the figure missed.
+def peer(name):
+    """Make rows from a ratio to a peer."""
+    return lambda ratio: ghm(ratios={name: ratio})
+
+
+def share(dtype):
+    return lambda value: ghm(dtype=dtype, share_of_copy=value)
+
+
+def faster(name, of):
+    """Make rows from how many times as fast as a peer they are."""
+    return lambda times: of(**{name: 1 / times})
+
+
+def half(**ratios):
+    return ghm(dtype="bfloat16", ratios=ratios)
+
+
+# Claim, its rows by figure, a figure that just holds and one that just does not.
 EDGES = [
-    (("float32", "12 bytes"), [ghm(share_of_copy=0.85)], [ghm(share_of_copy=0.849)], 0.849),
-    (
-        ("bfloat16", "6 bytes"),
-        [ghm(dtype="bfloat16", share_of_copy=0.85)],
-        [ghm(dtype="bfloat16", share_of_copy=0.849)],
-        0.849,
-    ),
-    (
-        ("float32", "MMDetection"),
-        [ghm(ratios={"ghm_c released": 1 / 40})],
-        [ghm(ratios={"ghm_c released": 1 / 39})],
-        39,
-    ),
-    (
-        ("bfloat16", "MMDetection"),
-        [ghm(dtype="bfloat16", ratios={"ghm_c released": 1 / 40})],
-        [ghm(dtype="bfloat16", ratios={"ghm_c released": 1 / 39})],
-        39,
-    ),
-    (
-        ("float32", "same class indices"),
-        [ghm(ratios={"bce one-hot compiled": 1.0})],
-        [ghm(ratios={"bce one-hot compiled": 1.01})],
-        1.01,
-    ),
-    (
-        ("float32", "ready made"),
-        [ghm(ratios={"bce compiled": 1.0})],
-        [ghm(ratios={"bce compiled": 1.01})],
-        1.01,
-    ),
-    (("GHM-C, 2^23", "memory"), [ghm(peak_ratio=1.05)], [ghm(peak_ratio=1.051)], 1.051),
+    (("float32", "12 bytes"), share("float32"), 0.85, 0.849),
+    (("bfloat16", "6 bytes"), share("bfloat16"), 0.85, 0.849),
+    (("float32", "MMDetection"), faster("ghm_c released", lambda **r: ghm(ratios=r)), 40, 39),
+    (("bfloat16", "MMDetection"), faster("ghm_c released", half), 40, 39),
+    (("float32", "same class indices"), peer("bce one-hot compiled"), 1.0, 1.01),
+    (("float32", "ready made"), peer("bce compiled"), 1.0, 1.01),
+    (("GHM-C, 2^23", "memory"), lambda ratio: ghm(peak_ratio=ratio), 1.05, 1.051),
     (
         ("GHM-R, 2^23", "memory"),
-        [ghm(target="dense") | {"loss": "ghm_r triton", "peak_ratio": 1.05}],
-        [ghm(target="dense") | {"loss": "ghm_r triton", "peak_ratio": 1.06}],
+        lambda ratio: ghm(target="dense") | {"loss": "ghm_r triton", "peak_ratio": ratio},
+        1.05,
         1.06,
     ),
-    (("step", "times plain"), [step(1.02)], [step(1.021)], 1.021),
-    (
-        ("step", "times compiled"),
-        [step(1.02, "bce compiled")],
-        [step(1.03, "bce compiled")],
-        1.03,
-    ),
-    (("CPU", "GHM-C", "index", "plain"), [cpu(bce=2.0)], [cpu(bce=2.01)], 2.01),
+    (("step", "times plain"), step, 1.02, 1.021),
+    (("step", "times compiled"), lambda ratio: step(ratio, "bce compiled"), 1.02, 1.03),
+    (("CPU", "GHM-C", "index", "plain"), lambda ratio: cpu(bce=ratio), 2.0, 2.01),
     (
         ("CPU", "GHM-C", "dense", "MMDetection"),
-        [cpu(target="dense", **{"ghm_c released": 1 / 5})],
-        [cpu(target="dense", **{"ghm_c released": 1 / 4})],
+        faster("ghm_c released", partial(cpu, target="dense")),
+        5,
         4,
     ),
     (
         ("CPU", "GHM-R"),
-        [cpu("ghm_r torch", "dense", **{"ghm_r released": 1 / 5})],
-        [cpu("ghm_r torch", "dense", **{"ghm_r released": 1 / 4})],
+        faster("ghm_r released", partial(cpu, "ghm_r torch", "dense")),
+        5,
         4,
     ),
-    (("repeated",), [repeated(0)], [repeated(1)], 1),
+    (("repeated",), repeated, 0, 1),
 ]
 
 
-@pytest.mark.parametrize(("words", "just", "missed", "figure"), EDGES)
-def test_every_bound(words, just, missed, figure):
-    assert verdict(just, words)["verdict"] == HOLDS
-    failed = verdict(missed, words)
+@pytest.mark.parametrize(("words", "row", "just", "missed"), EDGES)
+def test_every_bound(words, row, just, missed):
+    assert verdict([row(just)], words)["verdict"] == HOLDS
+    failed = verdict([row(missed)], words)
     assert failed["verdict"] == FAILS
-    assert failed["measured"] == pytest.approx(figure)
+    assert failed["measured"] == pytest.approx(missed)
 
 
 def test_the_worst_size_decides_and_is_named():

@@ -1,10 +1,8 @@
 import itertools
-import sys
 
 import pytest
 import torch
 
-from benchmarks import gradient_signal
 from benchmarks.gradient_signal import (
     BATCHES,
     WARM,
@@ -53,17 +51,6 @@ def test_levels_count_apart():
     assert float(by_level(1.0)(logits, labels)) == pytest.approx(
         float(expected / (labels < 3).sum()), rel=1e-6
     )
-
-
-def test_each_network_and_split_has_rows_of_its_own(monkeypatch, tmp_path, capsys):
-    names = ("agreement", "cls_to_reg", "rms_to_reg", "positives", "easy", "hard", "thin")
-    monkeypatch.setattr(gradient_signal, "look", lambda *_: {"focal": dict.fromkeys(names, 0.5)})
-    changes = ([], ["--image-size", "96x96"], ["--channels", "16"], ["--train-split", "trainval"])
-    for words in (*changes, []):
-        monkeypatch.setattr(sys, "argv", ["main", "--out", str(tmp_path / "rows"), *words])
-        gradient_signal.main()
-    # The table after the last call: a row a change, and what was done twice once.
-    assert capsys.readouterr().out.split("| data")[-1].count(" focal ") == len(changes)
 
 
 def test_every_loss_looks_at_one_network(monkeypatch, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.loss_cases import CLASSES, QUICK, TASKS, Case, contenders, plan
+from benchmarks.loss_cases import CLASSES, QUICK, TASKS, Case, plan
 
 
 def case(task="classification", entries=QUICK, dtype="float32", target="index", device="cpu"):
@@ -68,26 +68,3 @@ def test_bytes_that_must_move():
     assert case(target="dense").traffic("focal triton") == 12
     for peer in ("bce", "bce one-hot compiled", "ghm_c released", "ghm_c triton compiled"):
         assert case().traffic(peer) is None
-
-
-def names(problem, compiler="inductor"):
-    return [each.name for each in contenders(problem, compiler)]
-
-
-def test_who_is_timed():
-    on_gpu = names(case(device="cuda", entries=2**26))
-    assert on_gpu[0] == "ghm_c triton"
-    assert len(set(on_gpu)) == len(on_gpu)
-    plain = ("bce", "bce one-hot", "focal torchvision one-hot", "ghm_c torch")
-    assert {*plain, *(f"{name} compiled" for name in plain), "ghm_c released"} <= set(on_gpu)
-    assert {"focal triton", "ghm_c triton streaming", "ghm_c triton exact"} <= set(on_gpu)
-    assert names(case("softmax", device="cuda"))[0] == "ghm_softmax triton"
-    elsewhere = names(case(device="cuda", entries=2**25))
-    assert {"bce compiled", "bce one-hot compiled", "ghm_c released"} <= set(elsewhere)
-    for slow in ("ghm_c torch compiled", "ghm_c triton exact"):  # longer than all the others
-        assert slow not in elsewhere
-    assert "bce one-hot" not in names(case(target="dense"))
-    assert not [name for name in names(case(), None) if "compiled" in name]
-    assert not [name for name in names(case()) if "triton" in name]  # no GPU
-    regression = names(case("regression", target="dense"))
-    assert {"ghm_r torch", "ghm_r released", "smooth_l1", "smooth_l1 compiled"} <= set(regression)

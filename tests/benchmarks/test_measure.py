@@ -1,7 +1,6 @@
 """Rows of a case: every loss in every stage, and failures."""
 
 import pytest
-import torch
 
 from benchmarks import measure as module
 from benchmarks.loss_cases import Case, Contender
@@ -97,19 +96,6 @@ def test_a_loss_that_fails_later_is_timed_in_no_stage(monkeypatch):
     assert [key for key in rows if key[0] == "later"] == [("later", BOTH)]
     assert rows["later", BOTH]["error"] == "RuntimeError: late"
     assert ("good", BOTH) in rows
-
-
-def test_a_runner_rotates_and_scales():
-    sets = [(torch.full((2,), float(j), requires_grad=True), None) for j in range(3)]
-
-    def square(pred, target):
-        return (pred * pred).sum()
-
-    runner = Runner(square, sets)
-    assert [float(runner.forward().detach()) for _ in range(4)] == [0.0, 2.0, 8.0, 0.0]
-    assert runner.both().tolist() == [2.0, 2.0]
-    assert runner.scaled().tolist() == [2.0, 2.0]  # half of 4
-    assert all(pred.grad is None for pred, _ in sets)
 
 
 def test_graphs_are_replayed_on_a_gpu_at_small_sizes(monkeypatch):

@@ -1,6 +1,5 @@
 """A training step with each loss: values of the losses, and that each trains."""
 
-import argparse
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,6 @@ from torch import nn
 
 from benchmarks import step
 from benchmarks.peers import ReleasedGHMC
-from benchmarks.result_file import Rows, read
 
 ORIGIN = {"device": "cpu", "gpu": None, "cpu": "this", "source": "abc"}
 
@@ -102,22 +100,3 @@ def test_the_largest_batch_that_fits(monkeypatch):
     assert step.fitting("cpu", (8, 4, 2, 1), (8, 8), None).batch == 2
     with pytest.raises(RuntimeError, match="no batch of 8, 4 images fits"):
         step.fitting("cpu", (8, 4), (8, 8), None)
-
-
-def options(quick=True):
-    return argparse.Namespace(quick=quick, device="cpu", seconds=0.001)
-
-
-def test_it_is_measured_once(tmp_path, monkeypatch, capsys):
-    bench = SimpleNamespace(device="cpu")
-    monkeypatch.setattr(step, "fitting", lambda *_: bench)
-    ghm = {**step.KEY, "loss": "ghm", "median_ms": 1.0, "ratios": {"bce": 1.01}}
-    monkeypatch.setattr(step, "measure", lambda *_, **__: iter([ghm]))
-    path = tmp_path / "step.jsonl"
-    step.run(options(), Rows(path, ORIGIN))
-    said = " ".join(capsys.readouterr().out.split())
-    assert said == "ghm 1.00 ms per step 1.0100 x bce"
-    step.run(options(), Rows(path, ORIGIN))
-    assert len(read(path)) == 1
-    step.run(options(), Rows(path, {**ORIGIN, "source": "new"}))
-    assert len(read(path)) == 2

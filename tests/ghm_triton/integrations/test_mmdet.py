@@ -136,60 +136,34 @@ def smoothed(released, momentum, criterion):
     return [np.array(released.state.acc) if momentum else criterion.density.smoothed]
 
 
-class TestSignatures:
-    """MMDetection's, in its order: heads and configurations pass these by position or name."""
-
-    @staticmethod
-    def positional(function):
-        parameters = list(inspect.signature(function).parameters.values())
-        return [
-            (p.name, p.default) if p.default is not p.empty else p.name
-            for p in parameters
-            if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
-        ]
-
-    def test_ghmc(self):
-        assert self.positional(GHMC.__init__) == [
-            ("bins", 10),
-            ("momentum", 0),
-            ("use_sigmoid", True),
-            ("loss_weight", 1.0),
-            ("reduction", "mean"),
-        ]
-        assert self.positional(GHMC.forward) == [
-            "pred",
-            "target",
-            ("label_weight", None),
-            ("reduction_override", None),
-        ]
-
-    def test_ghmr(self):
-        assert self.positional(GHMR.__init__) == [
-            ("mu", 0.02),
-            ("bins", 10),
-            ("momentum", 0),
-            ("loss_weight", 1.0),
-            ("reduction", "mean"),
-        ]
-        assert self.positional(GHMR.forward) == [
-            "pred",
-            "target",
-            ("label_weight", None),
-            ("avg_factor", None),
-            ("reduction_override", None),
-        ]
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (GHMC.__init__, "bins=10 momentum=0 use_sigmoid=True loss_weight=1.0 reduction='mean'"),
+        (GHMC.forward, "pred target label_weight=None reduction_override=None"),
+        (GHMR.__init__, "mu=0.02 bins=10 momentum=0 loss_weight=1.0 reduction='mean'"),
+        (GHMR.forward, "pred target label_weight=None avg_factor=None reduction_override=None"),
+    ],
+)
+def test_positional_parameters_are_mmdetections(function, expected):
+    """Heads and configurations pass these by position or name."""
+    _, *parameters = inspect.signature(function).parameters.values()
+    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    given = [p.name + ("" if p.default is p.empty else f"={p.default!r}") for p in positional]
+    assert " ".join(given) == expected
 
 
 class TestCall:
-    def test_heads_that_pass_no_label_weight(self):
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_without_label_weights_every_entry_counts(self, reduction):
         """As FCOS calls it, with an `avg_factor`; as YOLOX and SSD do; and `GHMR` alike."""
-        logits, index = torch.randn(8, 3), torch.tensor([0, 1, 2, 3, 3, 3, 3, 3])
-        everything = torch.ones(8, 3)
-        kept = GHMC()(logits, index, everything[:, 0])
-        assert torch.equal(GHMC()(logits, index, avg_factor=3), kept)
-        dense = torch.zeros(8, 3)
-        assert torch.equal(GHMC()(logits, dense), GHMC()(logits, dense, everything))
-        assert torch.equal(GHMR()(logits, dense), GHMR()(logits, dense, everything))
+        classify, regress = GHMC(reduction=reduction), GHMR(reduction=reduction)
+        logits, index = torch.randn(6, 3), torch.tensor([0, 1, 2, 3, -1, 3])
+        dense, everything = torch.zeros(6, 3), torch.ones(6, 3)
+        kept = classify(logits, index, everything[:, 0])
+        assert torch.equal(classify(logits, index, avg_factor=3, anything=3), kept)
+        assert torch.equal(classify(logits, dense), classify(logits, dense, everything))
+        assert torch.equal(regress(logits, dense), regress(logits, dense, everything))
 
     @pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
     @pytest.mark.parametrize("override", [None, "mean", "none", "sum"])
@@ -211,23 +185,6 @@ class TestCall:
             actual = criterion(*given, reduction_override=override)
             # The same numbers, summed in another order.
             torch.testing.assert_close(actual, expected[override or reduction], rtol=1e-6, atol=0)
-
-    @pytest.mark.parametrize("avg_factor", [None, 1.0, 5, 0.0])
-    def test_avg_factor_is_ignored(self, avg_factor):
-        logits, index, weight = torch.randn(6, 3), torch.tensor([0, 1, 2, 3, 3, 3]), torch.ones(6)
-        loss = GHMC()(logits, index, weight, avg_factor=avg_factor, anything=3)
-        assert torch.equal(loss, GHMC()(logits, index, weight))
-        boxes, zeros, gate = torch.randn(6, 4), torch.zeros(6, 4), torch.ones(6, 4)
-        loss = GHMR()(boxes, zeros, gate, avg_factor=avg_factor)
-        assert torch.equal(loss, GHMR()(boxes, zeros, gate, avg_factor))
-
-    def test_without_weights_everything_counts(self):
-        logits, index = torch.randn(6, 3), torch.tensor([0, 1, 2, 3, -1, 3])
-        assert torch.equal(GHMC()(logits, index, None), GHMC()(logits, index, torch.ones(6)))
-        boxes, zeros = torch.randn(6, 4), torch.zeros(6, 4)
-        for reduction in ("mean", "sum"):
-            weighted = GHMR(reduction=reduction)(boxes, zeros, torch.ones(6, 4))
-            assert torch.equal(GHMR(reduction=reduction)(boxes, zeros, None), weighted)
 
     def test_weights_of_a_column(self):
         # As MMDetection does, whatever the shape: one weight an index.
@@ -280,37 +237,39 @@ class TestCall:
             loss(backend="triton")(ones.double(), ones, ones)
 
 
-class TestRefuses:
-    def test_softmax(self):
-        with pytest.raises(NotImplementedError, match="use_sigmoid must be True"):
-            GHMC(use_sigmoid=False)
+@pytest.mark.parametrize("loss", [GHMC, GHMR])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("reduction", "avg"), ("backend", "cuda"), ("momentum", 1.0), ("bins", 0), ("ema", "x")],
+)
+def test_options_of_both_losses_are_checked(loss, name, value):
+    with pytest.raises(ValueError, match=f"{name} must .* got {value!r}"):
+        loss(**{name: value})
 
-    @pytest.mark.parametrize("loss", [GHMC, GHMR])
-    @pytest.mark.parametrize(
-        ("name", "value"),
-        [("reduction", "avg"), ("backend", "cuda"), ("momentum", 1.0), ("bins", 0), ("ema", "x")],
-    )
-    def test_options(self, loss, name, value):
-        with pytest.raises(ValueError, match=f"{name} must .* got {value!r}"):
-            loss(**{name: value})
 
-    def test_average(self):
-        with pytest.raises(ValueError, match=r"average must .* got 'batch'"):
-            GHMC(average="batch")
+@pytest.mark.parametrize("loss", [GHMC, GHMR])
+def test_an_unknown_override_is_refused(loss):
+    ones = torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"reduction must .* got 'max'"):
+        loss()(ones, ones, ones, reduction_override="max")
 
-    def test_mu(self):
-        with pytest.raises(ValueError, match="mu must be positive, got 0"):
-            GHMR(mu=0)
 
-    @pytest.mark.parametrize("loss", [GHMC, GHMR])
-    def test_override(self, loss):
-        ones = torch.ones(2, 4)
-        with pytest.raises(ValueError, match=r"reduction must .* got 'max'"):
-            loss()(ones, ones, ones, reduction_override="max")
-
-    def test_a_weight_an_entry_with_an_index_a_row(self):
-        with pytest.raises(ValueError, match=r"label_weight \[2, 3\] .* one value .* \[2\]"):
-            GHMC()(torch.ones(2, 3), torch.tensor([0, 1]), torch.ones(2, 3))
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: GHMC(use_sigmoid=False), NotImplementedError, "use_sigmoid must be True"),
+        (lambda: GHMC(average="batch"), ValueError, r"average must .* got 'batch'"),
+        (lambda: GHMR(mu=0), ValueError, "mu must be positive, got 0"),
+        (
+            lambda: GHMC()(torch.ones(2, 3), torch.tensor([0, 1]), torch.ones(2, 3)),
+            ValueError,
+            r"label_weight \[2, 3\] .* one value .* \[2\]",
+        ),
+    ],
+)
+def test_other_arguments_are_checked(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 class TestCheckpoints:
@@ -360,15 +319,3 @@ class TestCheckpoints:
         del state["acc_sum"]
         criterion.load_state_dict(state, strict=True)
         assert not criterion.density.smoothed.any()
-
-    def test_other_bins_do_not_load(self):
-        with pytest.raises(RuntimeError, match="size mismatch"):
-            GHMC(bins=10, momentum=0.5).load_state_dict(self.released_state([0.0] * 5))
-
-    def test_our_own(self):
-        criterion = GHMC(momentum=0.75)
-        criterion(torch.randn(9, 3), torch.arange(9) % 4, torch.ones(9))
-        other = GHMC(momentum=0.75)
-        other.load_state_dict(criterion.state_dict(), strict=True)
-        assert torch.equal(other.density.smoothed, criterion.density.smoothed)
-        assert other.density.updates == 1

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 
 from benchmarks.study.report import figures
@@ -10,31 +9,8 @@ from benchmarks.study.report.style import (
 )
 
 
-def titles(figure):
-    return [axes.get_title() for axes in figure.axes if axes.get_visible()]
-
-
 def lines(axes):
     return [tuple(map(list, line.get_data())) for line in axes.get_lines()]
-
-
-def test_average_precision_draws_seeds_and_means(frame, make):
-    rows = [make("focal", 0, 0.5), make("focal", 1, 0.7), make("ghm", 0, 0.8), make("ce", ap=None)]
-    found = frame(*rows, make("focal", data="voc:bccd", ap=0.3))
-    figure = figures.average_precision(found, styles_of(found), "focal")
-    assert titles(figure) == ["digits\nretinanet, 600 steps", "voc:bccd\nretinanet, 600 steps"]
-    digits, cells = figure.axes
-    dots, mean, baseline, dot, alone = digits.get_lines()
-    assert (list(dots.get_xdata()), list(dots.get_ydata())) == ([0.5, 0.7], [0, 0])
-    assert list(mean.get_xdata()) == pytest.approx([0.6, 0.6])
-    assert list(baseline.get_xdata()) == pytest.approx([0.6, 0.6])
-    assert baseline.get_linestyle() == "--"
-    assert (list(dot.get_xdata()), list(dot.get_ydata())) == ([0.8], [1])
-    assert list(alone.get_xdata()) == [0.8, 0.8]
-    assert dot.get_color() == alone.get_color() == "#0072B2"
-    assert [label.get_text() for label in digits.get_yticklabels()] == ["focal", "ghm"]
-    assert digits.get_ylim()[0] > digits.get_ylim()[1]  # the first method is on top
-    assert len(cells.get_lines()) == 3
 
 
 def curves(step, classification, regression):
@@ -72,42 +48,6 @@ def test_a_guided_classification_is_drawn_as_it_was_before(frame, make):
     assert lacking == ["old"]
     alone = figures.loss_curves(found[found.method == "old"], styles_of(found))
     assert alone.axes[0].get_lines() == []
-
-
-def test_threshold_policies_are_bars_with_their_range(frame, make):
-    def policies(f1, single):
-        return {"f1": {"macro_f1": f1}, "single": {"macro_f1": single}}
-
-    rows = [make(seed=0, policies=policies(0.6, 0.5)), make(seed=1, policies=policies(0.8, 0.6))]
-    found = frame(*rows, make("ghm", policies=policies(0.9, None)), make("ce"))
-    (axes,) = figures.threshold_policies(found).axes
-    single, f1 = axes.containers[1], axes.containers[3]
-    assert [container.get_label() for container in (single, f1)] == [
-        "single (one for all classes)",
-        "f1",
-    ]
-    assert [bar.get_width() for bar in single] == pytest.approx([0.55])
-    assert [bar.get_width() for bar in f1] == pytest.approx([0.7, 0.9])
-    # Two bars of 0.4 about the method's place.
-    assert [bar.get_y() for bar in f1] == pytest.approx([0.0, 1.0])
-    assert [bar.get_y() for bar in single] == pytest.approx([-0.4])
-    (whiskers,) = axes.containers[2].lines[2]
-    reach = [list(segment[:, 0]) for segment in whiskers.get_segments()]
-    np.testing.assert_allclose(reach, [[0.6, 0.8], [0.9, 0.9]])
-
-
-def test_the_initial_loss_is_lowest_at_the_mark():
-    (axes,) = figures.initial_loss().axes
-    positive, negative, total, mark = axes.get_lines()
-    priors = total.get_xdata()
-    at = np.argmin(total.get_ydata())
-    # The optimum is 1 / (1000 x 80); 400 priors over 10 decades lie 6 % apart.
-    assert priors[at] == pytest.approx(1.25e-5, rel=0.06)
-    assert mark.get_xdata()[0] == 1.25e-5
-    assert mark.get_ydata()[0] == pytest.approx(-np.log(1.25e-5) + 79999 * 1.25e-5, rel=1e-4)
-    np.testing.assert_allclose(positive.get_ydata(), -np.log(priors))
-    np.testing.assert_allclose(negative.get_ydata(), -79999 * np.log1p(-priors))
-    np.testing.assert_allclose(total.get_ydata(), positive.get_ydata() + negative.get_ydata())
 
 
 @pytest.mark.parametrize(
@@ -181,75 +121,3 @@ def test_other_options_make_another_line(frame, make):
     found = frame(strength(0.0, 0.5), strength(0.5, 0.6), strength(1.0, 0.1, average="valid"))
     points = points_of(found, ["strength", "reg_strength"])
     assert points == {"": {0.0: [0.5], 0.5: [0.6]}, "average=valid": {1.0: [0.1]}}
-
-
-def norms(positives, negatives):
-    return {"positives": positives, "negatives": negatives}
-
-
-@pytest.fixture
-def harmonized(frame, make):
-    """Focal, and GHM at strength 0.5, with two seeds and two regions; CE has no histogram."""
-    rows = [make("focal", gradient_norms=norms([4, 0], [100, 10])), make("ce")]
-    for seed, many in ((0, 10), (1, 14)):
-        rows.append(
-            make("ghm", seed, strength=0.5, bins=2, gradient_norms=norms([2, 1], [many, 3]))
-        )
-    return frame(*rows)
-
-
-def test_histograms_are_drawn_apart_on_a_logarithmic_axis(harmonized):
-    figure = figures.histograms(harmonized, styles_of(harmonized))
-    positives, negatives = figure.axes
-    for axes, expected in ((positives, [[4, np.nan], [2, 1]]), (negatives, [[100, 10], [12, 3]])):
-        assert axes.get_yscale() == "log"
-        drawn = [patch.get_data() for patch in axes.patches]
-        np.testing.assert_array_equal([each.values for each in drawn], expected)
-        np.testing.assert_array_equal(drawn[0].edges, [0, 0.5, 1])
-    assert positives.get_ylabel() == "positives (entries)"
-    assert negatives.get_ylabel() == "negatives (entries)"
-    assert [patch.get_edgecolor()[:3] for patch in positives.patches][1] == pytest.approx(
-        (0, 0x72 / 255, 0xB2 / 255)
-    )
-
-
-def labelled(axes):
-    return {line.get_label(): line for line in axes.get_lines()}
-
-
-def test_reformulated_gradients_of_every_loss(harmonized):
-    (axes,) = figures.reformulated(harmonized).axes
-    drawn = labelled(axes)
-    assert list(drawn) == [
-        "CE",
-        "focal, of a positive",
-        "focal, of a negative",
-        "GHM, strength 0.5 (as trained)",
-        "GHM, strength 1 (paper)",
-    ]
-    np.testing.assert_array_equal(drawn["CE"].get_xdata(), drawn["CE"].get_ydata())
-    assert drawn["CE"].get_xdata()[-1] == 1
-    assert drawn["focal, of a positive"].get_ydata()[-1] == pytest.approx(0.25)
-    assert drawn["focal, of a negative"].get_ydata()[-1] == pytest.approx(0.75)
-    # 14 and 4 of 18 entries in 2 regions: beta is 18 / 28 and 18 / 8.
-    paper = drawn["GHM, strength 1 (paper)"]
-    np.testing.assert_allclose(paper.get_xdata(), [0.25, 0.75])
-    np.testing.assert_allclose(paper.get_ydata(), [0.25 * 18 / 28, 0.75 * 18 / 8])
-    trained = drawn["GHM, strength 0.5 (as trained)"].get_ydata()
-    np.testing.assert_allclose(trained, [0.25 * (18 / 28) ** 0.5, 0.75 * (18 / 8) ** 0.5])
-    assert axes.get_title().endswith("density of ghm")
-
-
-def test_contributions_are_shares_of_the_same_entries(harmonized):
-    (axes,) = figures.contribution(harmonized).axes
-    drawn = labelled(axes)
-    assert list(drawn) == [
-        "CE",
-        "focal",
-        "GHM, strength 0.5 (as trained)",
-        "GHM, strength 1 (paper)",
-    ]
-    # 14 x 0.25 and 4 x 0.75: 3.5 and 3.
-    np.testing.assert_allclose(drawn["CE"].get_ydata(), [3.5 / 6.5, 3 / 6.5])
-    np.testing.assert_allclose(drawn["GHM, strength 1 (paper)"].get_ydata(), [0.25, 0.75])
-    assert drawn["CE"].get_color() == "#7f7f7f"

@@ -56,41 +56,18 @@ def test_a_section_without_baseline_is_compared_with_another_sections(
     ]
 
 
+def test_loss_curves_become_event_files(write, make, tmp_path):
+    curves = {"step": [10, 20], "bbox_regression": [0.5, None]}
+    path = write(make("ghm", 1, curves=curves), make("ce"))
+    assert write_events(read_study([path]), tmp_path / "events") == 1
+    (folder,) = (tmp_path / "events" / "methods").glob("*/ghm/seed_1")
+    (event,) = EventAccumulator(str(folder)).Reload().Scalars("loss/bbox_regression")
+    assert (event.step, event.value) == (10, 0.5)
+
+
 def test_what_cannot_be_reported_is_one_line(write, make, tmp_path, capsys):
     words = ["--out", str(tmp_path / "out")]
     assert main([str(tmp_path / "none.jsonl"), *words]) == 2
     assert "none.jsonl" in capsys.readouterr().err
     assert main([str(write(make(), "{")), *words]) == 2
     assert "study.jsonl, line 2 is damaged" in capsys.readouterr().err
-
-
-def curves(losses):
-    return {
-        "step": [10, 20],
-        "classification": losses,
-        "bbox_regression": [0.5, None],
-        "grad_norm": [4.0, 3.0],
-    }
-
-
-def scalars(folder):
-    events = EventAccumulator(str(folder)).Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-    }
-
-
-def test_every_run_with_curves_has_its_own(write, make, tmp_path):
-    guided = {**curves([2.0, 1.0]), "unguided_classification": [9.0, 8.0]}
-    rows = [make("ghm", 1, curves=guided), make("ce"), make(curves=curves([3.0, 3.0]))]
-    assert write_events(read_study([write(*rows)]), tmp_path / "events") == 2
-    setting = "digits_retinanet_600_steps_batch_16_128x128_pixels_48_channels"
-    home = tmp_path / "events" / "methods" / setting
-    assert sorted(path.name for path in home.iterdir()) == ["focal", "ghm"]
-    assert scalars(home / "ghm" / "seed_1") == {
-        "loss/classification": [(10, 2.0), (20, 1.0)],
-        "loss/unguided_classification": [(10, 9.0), (20, 8.0)],
-        "loss/bbox_regression": [(10, 0.5)],
-        "optimiser/grad_norm": [(10, 4.0), (20, 3.0)],
-    }
