@@ -8,6 +8,7 @@ used in training only.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -193,22 +194,20 @@ def hide(pooled: Tensor, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def hardest_windows(pooled: Tensor, probability: Probability, side: int = WINDOW) -> Tensor:
+def hardest_windows(pooled: Tensor, probability: Probability) -> Tensor:
     """Find the window of each region whose removal most lowers its true class's probability.
 
     Args:
-        pooled: `[R, channels, d, d]`.
+        pooled: `[R, channels, 7, 7]`.
         probability: Called once for each position of the window.
-        side: Of the window, in cells.
 
     Returns:
-        bool `[R, d, d]`: true in that window (of equals, the first by rows, then columns).
+        bool `[R, 7, 7]`: true in that window (of equals, the first by rows, then columns).
     """
-    height, width = pooled.shape[-2:]
-    positions = [(y, x) for y in range(height - side + 1) for x in range(width - side + 1)]
-    windows = torch.zeros(len(positions), height, width, dtype=torch.bool, device=pooled.device)
-    for mask, (y, x) in zip(windows, positions, strict=True):
-        mask[y : y + side, x : x + side] = True
+    starts = range(CELLS - WINDOW + 1)
+    windows = torch.zeros(len(starts) ** 2, CELLS, CELLS, dtype=torch.bool, device=pooled.device)
+    for mask, (y, x) in zip(windows, itertools.product(starts, starts), strict=True):
+        mask[y : y + WINDOW, x : x + WINDOW] = True
     left = torch.stack(
         [probability(hide(pooled, mask.expand(len(pooled), -1, -1))) for mask in windows]
     )
@@ -216,25 +215,15 @@ def hardest_windows(pooled: Tensor, probability: Probability, side: int = WINDOW
 
 
 @torch.no_grad()
-def draw_cells(heat: Tensor, top: int = TOP, dropped: int = DROPPED) -> Tensor:
-    """Draw `dropped` cells of each region from the `top` with the largest values.
-
-    Args:
-        heat: `[R, d, d]`, logits of dropping each cell.
-        top: Cells to draw from, at most `d * d`.
-        dropped: Cells to draw, without replacement, at most `top`.
+def draw_cells(heat: Tensor) -> Tensor:
+    """Draw 15 cells of each region from the 20 with the largest logits `heat`, `[R, 7, 7]`.
 
     Returns:
-        bool `[R, d, d]`, drawn by torch's generator.
-
-    Raises:
-        ValueError: `dropped` exceeds `top`, or `top` the cells.
+        bool `[R, 7, 7]`, drawn without replacement by torch's generator.
     """
     flat = heat.flatten(1)
-    if not 0 <= dropped <= top <= flat.shape[1]:
-        raise ValueError(f"cannot draw {dropped} of the top {top} of {flat.shape[1]} cells")
-    hottest = flat.topk(top, dim=1).indices
-    order = torch.rand(hottest.shape, device=heat.device).argsort(dim=1)[:, :dropped]
+    hottest = flat.topk(TOP, dim=1).indices
+    order = torch.rand(hottest.shape, device=heat.device).argsort(dim=1)[:, :DROPPED]
     hidden = torch.zeros_like(flat, dtype=torch.bool)
     return hidden.scatter(1, hottest.gather(1, order), True).view_as(heat)
 
@@ -264,19 +253,9 @@ def rotate_groups(pooled: Tensor, angles: Tensor) -> Tensor:
     return turned.reshape(pooled.shape).to(pooled.dtype)
 
 
-class _ReverseGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        del ctx
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> Tensor:
-        del ctx
-        return -gradients[0]
-
-
 def reverse_gradient(x: Tensor) -> Tensor:
     """Return `x`, with the sign of its gradient reversed."""
-    result: Tensor = _ReverseGradient.apply(x)
-    return result
+    view = x.view_as(x)
+    if view.requires_grad:
+        view.register_hook(torch.neg)
+    return view

@@ -89,45 +89,10 @@ def hard_examples(
     """
     require_keep(keep)
     losses = losses.detach()
-    allowed = torch.ones_like(losses, dtype=torch.bool) if valid is None else valid
-    require_samples("valid", allowed, losses)
-    if boxes is not None:
-        allowed = distinct(losses, boxes, allowed, iou_threshold)
+    allowed = candidates(losses, valid, boxes, None if boxes is None else iou_threshold)
     score = losses.masked_fill(~allowed, -torch.inf)
     best = score.topk(min(keep, score.shape[-1]), dim=-1).indices
     return torch.zeros_like(allowed).scatter(-1, best, True) & allowed
-
-
-def distinct(
-    losses: Tensor, boxes: Tensor, valid: Tensor, iou_threshold: float = SAME_REGION
-) -> Tensor:
-    """Select the samples that overlap none with a larger loss: NMS with the loss as score.
-
-    Args:
-        losses: `[..., A]`, one loss per sample; each row is an image.
-        boxes: `[..., A, 4]`, x1 y1 x2 y2.
-        valid: bool `[..., A]`: samples to select from.
-        iou_threshold: Overlap from which a sample is left out, in [0, 1].
-
-    Returns:
-        bool `[..., A]`, false where not `valid`.
-
-    Raises:
-        ValueError: A shape does not agree, or the threshold is out of range.
-    """
-    from torchvision.ops import nms  # of the extra `train`
-
-    if boxes.shape != (*losses.shape, 4):
-        raise ValueError(f"boxes must be {[*losses.shape, 4]}, got {list(boxes.shape)}")
-    if not 0.0 <= iou_threshold <= 1.0:
-        raise ValueError(f"iou_threshold must lie in [0, 1], got {iou_threshold}")
-    shape = (losses.shape[:-1].numel(), losses.shape[-1])
-    selected = torch.zeros(shape, dtype=torch.bool, device=losses.device)
-    rows = (losses.reshape(shape), boxes.reshape(*shape, 4), valid.reshape(shape))
-    for kept, loss, box, row_valid in zip(selected, *rows, strict=True):
-        index = torch.nonzero(row_valid).squeeze(1)
-        kept[index[nms(box[index].float(), loss[index].float(), iou_threshold)]] = True
-    return selected.view(losses.shape)
 
 
 class OHEM(nn.Module):
@@ -180,8 +145,9 @@ class OHEM(nn.Module):
         if localization is not None:
             require_samples("localization", localization, losses)
             losses = losses + localization.detach()
-        valid = distinct_if_required(losses, boxes, valid, self.iou_threshold)
-        return hard_examples(losses, self.keep, valid)
+        return hard_examples(
+            losses, self.keep, candidates(losses, valid, boxes, self.iou_threshold)
+        )
 
 
 def strata(classification: Tensor, localization: Tensor) -> Tensor:
@@ -222,8 +188,7 @@ def stratified_hard_examples(
         ValueError: A shape does not agree.
     """
     require_samples("stratum", stratum, losses)
-    allowed = torch.ones_like(losses, dtype=torch.bool) if valid is None else valid
-    require_samples("valid", allowed, losses)
+    allowed = candidates(losses, valid, None, None)
     score = losses.detach().masked_fill(~allowed, -torch.inf)
     order = score.argsort(dim=-1, descending=True, stable=True)
     allowed, stratum = allowed.gather(-1, order), stratum.gather(-1, order)
@@ -315,7 +280,7 @@ class StratifiedOHEM(nn.Module):
         classification = alpha * classification.detach()
         localization = (1 - alpha) * localization.detach()
         losses = classification + localization
-        valid = distinct_if_required(losses, boxes, valid, self.iou_threshold)
+        valid = candidates(losses, valid, boxes, self.iou_threshold)
         if self.training:
             self.updates += 1
         stratum = strata(classification, localization)
@@ -338,21 +303,33 @@ def allot(keep: int, shares: Sequence[float]) -> tuple[int, ...]:
     return tuple(whole)
 
 
-def distinct_if_required(
-    losses: Tensor, boxes: Tensor | None, valid: Tensor | None, iou_threshold: float | None
-) -> Tensor | None:
-    """Apply `distinct` unless `iou_threshold` is None.
+def candidates(
+    losses: Tensor, valid: Tensor | None, boxes: Tensor | None, iou_threshold: float | None
+) -> Tensor:
+    """Select the valid samples; with `iou_threshold`, those that overlap none with a larger loss.
 
-    Raises:
-        ValueError: There is an `iou_threshold` but no boxes.
+    This is NMS of each row with the loss as score. Arguments as of `hard_examples`, whose errors
+    it raises; `iou_threshold` None needs no boxes.
     """
-    if iou_threshold is None:
-        return valid
-    if boxes is None:
-        raise ValueError(f"iou_threshold={iou_threshold} needs boxes, got None")
     allowed = torch.ones_like(losses, dtype=torch.bool) if valid is None else valid
     require_samples("valid", allowed, losses)
-    return distinct(losses, boxes, allowed, iou_threshold)
+    if iou_threshold is None:
+        return allowed
+    if boxes is None:
+        raise ValueError(f"iou_threshold={iou_threshold} needs boxes, got None")
+    if boxes.shape != (*losses.shape, 4):
+        raise ValueError(f"boxes must be {[*losses.shape, 4]}, got {list(boxes.shape)}")
+    if not 0.0 <= iou_threshold <= 1.0:
+        raise ValueError(f"iou_threshold must lie in [0, 1], got {iou_threshold}")
+    from torchvision.ops import nms  # of the extra `train`
+
+    shape = (losses.shape[:-1].numel(), losses.shape[-1])
+    selected = torch.zeros(shape, dtype=torch.bool, device=losses.device)
+    rows = (losses.reshape(shape), boxes.reshape(*shape, 4), allowed.reshape(shape))
+    for kept, loss, box, row_valid in zip(selected, *rows, strict=True):
+        index = torch.nonzero(row_valid).squeeze(1)
+        kept[index[nms(box[index].float(), loss[index].float(), iou_threshold)]] = True
+    return selected.view(losses.shape)
 
 
 def require_keep(keep: int) -> int:

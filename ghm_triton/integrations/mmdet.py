@@ -132,8 +132,10 @@ class GHMC(_Released):
             ValueError: A shape, device, option or (on the CPU) value is invalid.
         """
         if pred.dim() != target.dim():
-            target = _background_outside(target, pred.shape[-1])
-            label_weight = _by_row(label_weight, target)
+            classes = pred.shape[-1]
+            target = torch.where((target < 0) | (target > classes), classes, target)
+            if label_weight is not None:
+                label_weight = _by_row(label_weight, target)
         elif not (target.is_floating_point() or target.dtype == torch.bool):
             target = target.float()
         options = self._options(reduction_override)
@@ -221,10 +223,8 @@ class GHMR(_Released):
 def register() -> bool:
     """Register `GHMC` and `GHMR` with MMDetection, in place of its own.
 
-    Called when this module is imported; may be called again.
-
-    Returns:
-        Whether MMDetection is installed.
+    Called when this module is imported; may be called again. Returns whether MMDetection is
+    installed.
 
     Raises:
         ImportError: MMDetection is installed but cannot be imported.
@@ -246,13 +246,7 @@ def _registry() -> Any:
         return import_module("mmdet.models.builder").LOSSES  # MMDetection 2.x
 
 
-def _background_outside(index: Tensor, classes: int) -> Tensor:
-    return torch.where((index < 0) | (index > classes), classes, index)
-
-
-def _by_row(label_weight: Tensor | None, index: Tensor) -> Tensor | None:
-    if label_weight is None:
-        return None
+def _by_row(label_weight: Tensor, index: Tensor) -> Tensor:
     if label_weight.numel() != index.numel():
         raise ValueError(
             f"label_weight {list(label_weight.shape)} must have one value per class index,"

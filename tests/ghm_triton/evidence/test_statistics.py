@@ -26,10 +26,6 @@ def observed(seed, images=3):
     return statistics
 
 
-def same(one, another):
-    return one.class_names == another.class_names and one.to_dict() == another.to_dict()
-
-
 def test_anchors_and_positives_add_up():
     statistics = ClassStatistics(("cat", "dog"))
     statistics.add_labels(torch.tensor([3, 0, 97]))
@@ -60,7 +56,7 @@ def test_an_image_without_anything():
     statistics = ClassStatistics(("cat", "dog"))
     none = torch.zeros(0)
     statistics.observe_detections(none, none.long(), none.bool(), none.long())
-    assert statistics.to_dict() == ClassStatistics(("cat", "dog")).to_dict()
+    assert statistics == ClassStatistics(("cat", "dog"))
 
 
 def test_a_score_on_an_edge_reaches_the_threshold_of_that_edge():
@@ -86,8 +82,8 @@ def test_merge_is_the_sum():
     both.anchors = one.anchors + another.anchors
     for name in ("positives", "ground_truths", "positive_scores", "negative_scores"):
         setattr(both, name, getattr(one, name) + getattr(another, name))
-    assert same(merged, both)
-    assert same(one, observed(1))  # neither is changed
+    assert merged == both
+    assert one == observed(1)  # neither is changed
     with pytest.raises(ValueError, match="classes differ"):
         one.merge(ClassStatistics(("cat",)))
 
@@ -95,10 +91,10 @@ def test_merge_is_the_sum():
 def test_json_round_trip():
     statistics = observed(3)
     restored = ClassStatistics.from_dict(json.loads(json.dumps(statistics.to_dict())))
-    assert same(restored, statistics)
+    assert restored == statistics
     assert restored.positives.dtype == np.int64
     restored.add_labels(torch.tensor([1, 1, 1, 1]))  # it can go on counting
-    assert not same(restored, statistics)
+    assert restored != statistics
 
 
 def test_forgetting_the_held_out_keeps_training():
@@ -162,7 +158,7 @@ def test_bad_detections_change_nothing(match, scores, labels, ground_truths):
             torch.tensor([True]),
             torch.tensor(ground_truths, dtype=torch.int64),
         )
-    assert same(statistics, ClassStatistics(("cat", "dog")))
+    assert statistics == ClassStatistics(("cat", "dog"))
 
 
 def test_bad_label_counts():

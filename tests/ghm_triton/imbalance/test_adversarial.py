@@ -280,8 +280,6 @@ def test_the_number_of_batches_is_in_the_state_dict():
         (lambda: Adversary(8, "asdn", -1), "start must be at least 0, got -1"),
         (lambda: Adversary(8, share=0.0), r"share must lie in \(0, 1\], got 0.0"),
         (lambda: ASTN(6), "channels must be a multiple of 4, got 6"),
-        (lambda: draw_cells(torch.zeros(1, 2, 2)), "cannot draw 15 of the top 20 of 4 cells"),
-        (lambda: draw_cells(torch.zeros(1, 7, 7), 5, 6), "cannot draw 6 of the top 5"),
     ],
 )
 def test_what_does_not_fit_is_named(call, message):
