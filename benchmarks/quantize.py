@@ -26,8 +26,7 @@ from benchmarks.provenance import provenance
 from benchmarks.result_file import Row, Rows, latest, markdown, read
 from export.graph import build_graph
 from export.quantize.convert import Int8Recipe, to_float16, to_int8
-from export.quantize.measure import Image, measure, prepared, race, spread
-from export.quantize.tradeoff import open_splits
+from export.quantize.tradeoff import Image, measure, open_splits, prepared, race, spread
 from ghm_triton.detection.models.config import DetectorConfig, image_size
 from ghm_triton.detection.models.registry import build_detector
 from ghm_triton.detection.training.checkpoint import Checkpoint

@@ -19,10 +19,9 @@ from pathlib import Path
 from benchmarks.provenance import provenance
 from benchmarks.result_file import Row, Rows, latest, markdown, read
 from export.detector import export_detector
-from export.verify.report import VerifyReport
-from export.verify.runtimes import RUNTIME_NAMES, RUNTIMES
+from export.runtimes import RUNTIME_NAMES, RUNTIMES
 from export.verify.side_by_side import CHECKPOINT
-from export.verify.verify import verify
+from export.verify.verify import VerifyReport, verify
 from ghm_triton.detection.data import open_dataset
 from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.evidence import ThresholdWarning

@@ -30,7 +30,7 @@ from export.attach.outputs import (
 from export.card import INPUT, OUTPUTS, DetectorCard
 from export.file import refuse_output, write_detector
 from export.graph import IR_VERSION, OPSET, trace
-from export.session import FATAL, open_session
+from export.runtimes import FATAL, open_session
 from ghm_triton.detection.training.checkpoint import sha256_of
 
 PREFIX = "attached/"

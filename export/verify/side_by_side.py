@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from export.card import IOU_INPUT, THRESHOLDS_INPUT
 from export.file import DetectorFile
+from export.runtimes import Runtime, UnrunnableError
 from export.verify.compare import (
     Comparison,
     Detections,
@@ -25,8 +27,6 @@ from export.verify.compare import (
     contract_violations,
     split_batch,
 )
-from export.verify.report import VerifyReport
-from export.verify.runtimes import Runtime, UnrunnableError
 from ghm_triton.detection import evaluate
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.data.transforms import Letterbox
@@ -43,7 +43,6 @@ class SideBySide:
     """A file and its checkpoint, both loaded.
 
     Args:
-        report: Comparisons and failures of runtimes are added to it.
         file: The file.
         checkpoint: The checkpoint, of the same classes and input size; run by torch on the CPU.
         runtimes: The runtimes of the file.
@@ -52,20 +51,22 @@ class SideBySide:
 
     Attributes:
         runtimes: The runtimes that have not failed.
+        problems: A description of each failure of a runtime.
+        runs: The comparison of each runtime, setting and batch size.
         detected: All detections above `SCORE_FLOOR` in image pixels, to measure mAP: of the
             checkpoint, and of the file in each runtime that is not slow.
     """
 
     def __init__(
         self,
-        report: VerifyReport,
         file: DetectorFile,
         checkpoint: Checkpoint,
         runtimes: Sequence[type[Runtime]],
         tolerance: Tolerance | None = None,
         slow_images: int = 2,
     ) -> None:
-        self.report = report
+        self.problems: list[str] = []
+        self.runs: dict[tuple[str, str, int], Comparison] = {}
         self.card = file.card
         self.deployed = DeployedDetector(checkpoint.detector()).eval()
         self.letterbox = Letterbox(checkpoint.config)
@@ -77,7 +78,7 @@ class SideBySide:
             try:
                 self.runtimes.append(runtime(file))
             except UnrunnableError as error:
-                report.problems.append(str(error))
+                self.problems.append(str(error))
 
     @torch.inference_mode()
     def compare(self, samples: Sequence[Sample], batch_sizes: Sequence[int]) -> None:
@@ -103,7 +104,9 @@ class SideBySide:
                 for setting, right in zip(settings, expected, strict=True):
                     for size in batch_sizes:
                         outputs = _run(runtime, images[rows], setting, size)
-                        run = self.report.run(runtime.name, setting.name, size)
+                        run = self.runs.setdefault(
+                            (runtime.name, setting.name, size), self._nothing_matched()
+                        )
                         for sample, ours, theirs, proposed in zip(
                             samples[rows], right[rows], outputs, proposals[rows], strict=True
                         ):
@@ -119,8 +122,8 @@ class SideBySide:
                     ]
                     self._keep(runtime.name, samples, scales, found)
             except UnrunnableError as error:
-                self.report.problems.append(str(error))
-                self.report.drop(runtime.name)
+                self.problems.append(str(error))
+                self.runs = {key: run for key, run in self.runs.items() if key[0] != runtime.name}
                 self.detected.pop(runtime.name, None)
                 self.runtimes.remove(runtime)
         self.slow_images_left = max(0, self.slow_images_left - len(samples))
@@ -173,9 +176,11 @@ class SideBySide:
         self, expected: Detections, outputs: Outputs, proposals: Proposals, setting: Setting
     ) -> Comparison:
         if violations := contract_violations(outputs, setting):
-            nothing = np.zeros(len(setting.class_names), dtype=np.int64)
-            return Comparison(nothing, mismatches=violations)
+            return replace(self._nothing_matched(), mismatches=violations)
         return compare(expected, Detections.of(outputs), proposals, setting, self.tolerance)
+
+    def _nothing_matched(self) -> Comparison:
+        return Comparison(np.zeros(len(self.card.class_names), dtype=np.int64))
 
     def _keep(
         self,

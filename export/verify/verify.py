@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from export.card import DetectorCard
 from export.detector import make_card
 from export.file import read_detector
+from export.runtimes import find_runtimes
 from export.thresholds import set_thresholds
-from export.verify.compare import Tolerance
-from export.verify.report import VerifyReport
-from export.verify.runtimes import Runtime, find_runtimes
+from export.verify.compare import Comparison, Tolerance
 from export.verify.side_by_side import CHECKPOINT, SideBySide
 from ghm_triton.detection.data import Sample
-from ghm_triton.detection.evaluate import mean_average_precision
+from ghm_triton.detection.evaluate import MeanAveragePrecision, mean_average_precision
 from ghm_triton.detection.training.checkpoint import Checkpoint, sha256_of
 from ghm_triton.evidence import ThresholdWarning
+from ghm_triton.tables import table
 
 SLOW_IMAGES = 2  # a number that a slow runtime runs in seconds
 GROUP = 24  # images in memory at a time; whole batches of 1, 3 and 8
+# Rounding may decide this share of the detections, or one; more indicates a fault.
+BORDERLINE_SHARE = 0.01
+SHOWN = 10  # mismatches listed per run
 
 
 class Samples(Protocol):
@@ -31,6 +37,91 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Sample: ...
+
+
+@dataclass
+class VerifyReport:
+    """A comparison of a file with its checkpoint.
+
+    Attributes:
+        images: Number of images compared.
+        class_names: The classes in label order.
+        runs: The comparison of each runtime, setting and batch size.
+        problems: A description of each difference; empty if there is none.
+        titles: Name and version of each runtime.
+        missing: Runtimes that are not installed, with the command that installs them.
+        average_precision: Of the checkpoint, and of the file in each runtime that runs all images,
+            on those images; empty if they have no ground truth.
+    """
+
+    images: int
+    class_names: tuple[str, ...]
+    runs: dict[tuple[str, str, int], Comparison] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    titles: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    average_precision: dict[str, MeanAveragePrecision] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the file detects the same as the checkpoint."""
+        return not self.problems
+
+    def total(self, runtime: str | None = None) -> Comparison:
+        """The sum of all runs, or of those of one runtime."""
+        total = Comparison(np.zeros(len(self.class_names), dtype=np.int64))
+        for key, run in self.runs.items():
+            if runtime in (None, key[0]):
+                total.add(run)
+        return total
+
+    def conclude(self) -> None:
+        """Add what the runs show to `problems`."""
+        for (runtime, name, batch), run in self.runs.items():
+            where = f"{runtime}, {name}, batch {batch}"
+            self.problems += [f"{where}: {text}" for text in run.mismatches[:SHOWN]]
+            if len(run.mismatches) > SHOWN:
+                self.problems.append(f"{where}: {len(run.mismatches) - SHOWN} more like these")
+        for runtime in self._runtimes():
+            total = self.total(runtime)
+            matched = int(total.matched.sum())
+            allowed = max(1, int(BORDERLINE_SHARE * matched))
+            if total.borderline > allowed:
+                self.problems.append(
+                    f"{runtime}: {total.borderline} detections are borderline, on one side alone;"
+                    f" rounding explains at most {allowed} among {matched}"
+                )
+            if not matched and not total.mismatches:
+                self.problems.append(
+                    f"{runtime}: neither side detects anything in these images; nothing was"
+                    " compared"
+                )
+
+    def table(self) -> str:
+        """Format the report for a terminal."""
+        lines = [f"{self.images} images, the file on a CPU against the checkpoint in torch"]
+        lines += [f"{name} is not installed: {how}" for name, how in self.missing.items()]
+        head = ("setting", "batch", "detections", "borderline", "max |score|", "max |box| px")
+        for runtime in self._runtimes():
+            rows = [
+                (*key, run.matched.sum(), run.borderline, f"{run.score:.1e}", f"{run.box:.1e}")
+                for (ran, *key), run in self.runs.items()
+                if ran == runtime
+            ]
+            by_class = zip(self.class_names, self.total(runtime).matched.tolist(), strict=True)
+            counts = ", ".join(f"{name} {count}" for name, count in by_class)
+            title = self.titles.get(runtime, runtime)
+            lines += ["", title, table(head, rows), f"compared by class: {counts}"]
+        if self.average_precision:
+            results = self.average_precision.items()
+            maps = [(side, f"{each.ap:.4f}", f"{each.ap50:.4f}") for side, each in results]
+            lines += ["", table(("mAP", "AP", "AP50"), maps)]
+        lines += [f"PROBLEM {problem}" for problem in self.problems]
+        lines.append("the file does what the checkpoint does" if self.ok else "FAILED")
+        return "\n".join(lines)
+
+    def _runtimes(self) -> list[str]:
+        return list(dict.fromkeys(runtime for runtime, _, _ in self.runs))
 
 
 def verify(
@@ -58,7 +149,7 @@ def verify(
         images: Number of images to compare, spread evenly; all if None.
         batch_sizes: Images per call of the file, 1 to 64; too few are repeated to fill a batch.
         tolerance: How far matched detections may differ; 0.1 px and 1e-4 if None.
-        runtimes: Names of runtimes, of `export.verify.runtimes.RUNTIME_NAMES`; or `all` for those
+        runtimes: Names of runtimes, of `export.runtimes.RUNTIME_NAMES`; or `all` for those
             installed.
         slow_images: Number of images that slow runtimes (`reference`) run, the first ones.
 
@@ -83,19 +174,21 @@ def verify(
     installed, missing = find_runtimes(runtimes)
     file, checkpoint_path = read_detector(onnx_path), Path(checkpoint_path)
     checkpoint = Checkpoint.load(checkpoint_path)
-    report = VerifyReport(count, checkpoint.config.class_names)
-    report.titles = {runtime.name: _title(runtime, count, slow_images) for runtime in installed}
-    report.missing = {runtime.name: runtime.how_to_install() for runtime in missing}
+    report = VerifyReport(count, checkpoint.config.class_names, missing=missing)
+    few = f", slow: {slow_images} of the images" if slow_images < count else ""
+    report.titles = {each.name: each.title() + few * each.slow for each in installed}
     report.problems += card_problems(file.card, checkpoint, sha256_of(checkpoint_path))
     config, frame = checkpoint.config, file.card.preprocessing
     sizes = (frame.height, frame.width), config.image_size
     if tuple(file.card.class_names) != config.class_names or sizes[0] != sizes[1]:
         return report
-    pair = SideBySide(report, file, checkpoint, installed, tolerance, slow_images)
+    pair = SideBySide(file, checkpoint, installed, tolerance, slow_images)
     chosen = [i * len(samples) // count for i in range(count)]
     group = max(GROUP, *batch_sizes)
     for start in range(0, count if pair.runtimes else 0, group):
         pair.compare([samples[i] for i in chosen[start:][:group]], batch_sizes)
+    report.runs = pair.runs
+    report.problems += pair.problems
     report.conclude()
     if any(len(sample.boxes) for sample, _ in pair.detected[CHECKPOINT]):
         report.average_precision = {
@@ -105,21 +198,13 @@ def verify(
     return report
 
 
-def _title(runtime: type[Runtime], count: int, slow_images: int) -> str:
-    few = runtime.slow and slow_images < count
-    return runtime.title() + (f", slow: {slow_images} of the images" if few else "")
-
-
 def card_problems(card: DetectorCard, checkpoint: Checkpoint, sha256: str) -> list[str]:
-    """Compare a card with the one that a checkpoint yields.
+    """Describe each difference of a card from the one that a checkpoint yields.
 
     Args:
         card: The card.
         checkpoint: The checkpoint.
         sha256: The digest of its file.
-
-    Returns:
-        A description of each difference.
     """
     problems = []
     named = card.training.checkpoint_sha256

@@ -23,7 +23,7 @@ DATA = "digits:images=9,held_out_images=3,size=96"
 def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use one recipe and few timed calls."""
     monkeypatch.setattr(quantize, "RECIPES", {"int8": Int8Recipe()})
-    monkeypatch.setattr("export.quantize.measure.SECONDS", 0.1)
+    monkeypatch.setattr("export.quantize.tradeoff.SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("briefly")

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.verify import findings, table
 from export.verify.compare import Comparison
-from export.verify.report import VerifyReport
+from export.verify.verify import VerifyReport
 from ghm_triton.detection.evaluate import MeanAveragePrecision
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from export.card import CARD_KEY, DetectorCard, Preprocessing, TrainingCard
 from export.detector import export_detector
-from export.quantize.measure import detect_all
+from export.quantize.tradeoff import detect_all
 from ghm_triton.detection.data import DetectionDataset, Sample
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.registry import Detector, build_detector

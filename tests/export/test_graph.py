@@ -11,7 +11,7 @@ import torch
 
 from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
 from export.graph import IR_VERSION, MAX_BATCH, OPSET, build_graph
-from export.session import open_session
+from export.runtimes import open_session
 from export.verify.compare import (
     Detections,
     Proposals,

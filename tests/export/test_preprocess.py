@@ -17,7 +17,7 @@ from PIL import Image
 from export.card import IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard, Preprocessing
 from export.file import read_detector
 from export.preprocess import PREFIX, accept_uint8
-from export.session import open_session
+from export.runtimes import open_session
 from export.verify.compare import (
     Detections,
     Proposals,

@@ -7,7 +7,7 @@ import pytest
 
 from export.card import OUTPUTS, CardError
 from export.file import SEAL_KEY, detector_bytes, is_broken, read_detector, seal
-from export.verify.runtimes import RUNTIMES
+from export.runtimes import RUNTIMES
 
 
 def test_a_seal_holds_until_a_bit_changes():

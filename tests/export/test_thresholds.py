@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from export.card import CARD_KEY, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
 from export.file import read_detector
-from export.session import open_session
+from export.runtimes import open_session
 from export.thresholds import rewrite_thresholds, set_thresholds
 from export.verify.verify import card_problems
 from ghm_triton.cli import main

@@ -16,8 +16,8 @@ from export.attach.attach import attach
 from export.attach.outputs import AttachError, OutputLayout, join_outputs
 from export.card import CARD_KEY, IOU_INPUT, THRESHOLDS_INPUT
 from export.file import SEAL_KEY, read_detector
+from export.runtimes import RUNTIMES, OnnxRuntime
 from export.thresholds import rewrite_thresholds
-from export.verify.runtimes import RUNTIMES, OnnxRuntime
 from ghm_triton.cli import main
 from service.app import create_app
 from service.core.settings import Settings

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from onnx import ModelProto, numpy_helper, parser
 
-from export.quantize.calibrate import BINS, observe_ranges
+from export.quantize.convert import BINS, observe_ranges
 from export.quantize.core import find_core
 
 # One layer, whose result is `factor` times what it sees; and a tail that the core does not need.

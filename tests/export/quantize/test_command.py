@@ -6,12 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import export.quantize.measure
 import export.quantize.tradeoff
 from export.card import DetectorCard
 from export.file import read_detector
-from export.quantize.measure import Measured
-from export.quantize.tradeoff import AccuracyLossError, Tradeoff
+from export.quantize.tradeoff import AccuracyLossError, Measured, Tradeoff
 from ghm_triton.cli import main
 from ghm_triton.detection.evaluate import MeanAveragePrecision
 from ghm_triton.detection.models.config import DetectorConfig
@@ -56,7 +54,7 @@ def test_a_smaller_file_and_what_it_costs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(export.quantize.measure, "SECONDS", 0.0)
+    monkeypatch.setattr(export.quantize.tradeoff, "SECONDS", 0.0)
     out = tmp_path / "small.onnx"
     options = ("--policy", "prior", "--name", "tiny", "--input", "uint8", "--iou", 0.4)
     quantize = ("--quantize", "int8", "--calibrate-images", 4, "--test-split", "val")

@@ -17,7 +17,7 @@ from export.file import read_detector, write_detector
 from export.graph import build_graph
 from export.quantize.convert import Int8Recipe, to_float16, to_int8
 from export.quantize.core import find_core
-from export.session import open_session
+from export.runtimes import open_session
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.models.config import DetectorConfig

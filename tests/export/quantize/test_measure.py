@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import pytest
 
-import export.quantize.measure
+import export.quantize.tradeoff
 from export.card import CARD_KEY, INPUT, DetectorCard
-from export.quantize.measure import ROUNDS, detect_all, measure, prepared, race, spread
+from export.quantize.tradeoff import ROUNDS, detect_all, measure, prepared, race, spread
 from ghm_triton.detection.data import DetectionDataset, Sample
 from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.evaluate import detect, mean_average_precision, torch_predictor
@@ -28,7 +28,7 @@ def test_the_precision_is_that_of_the_detector(
     clouds: DetectionDataset,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(export.quantize.measure, "SECONDS", 0.0)
+    monkeypatch.setattr(export.quantize.tradeoff, "SECONDS", 0.0)
     other = content + b""
     files = {"float32": content, "other": other}
     first, second = measure(files, checkpoint.config, clouds)
@@ -65,7 +65,7 @@ def test_images_without_boxes_measure_nothing(
     clouds: DetectionDataset,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(export.quantize.measure, "SECONDS", 0.0)
+    monkeypatch.setattr(export.quantize.tradeoff, "SECONDS", 0.0)
     with pytest.raises(ValueError, match="clouds, split 'test', has no boxes"):
         measure({"float32": content}, config, type(clouds)(samples[:2], config.class_names, "test"))
 
@@ -100,11 +100,11 @@ def test_files_take_turns_on_the_same_images(monkeypatch: pytest.MonkeyPatch) ->
         threads.append(threads_of_one)
         return Runner(clock, float(content), log)
 
-    monkeypatch.setattr(export.quantize.measure, "time", clock)
+    monkeypatch.setattr(export.quantize.tradeoff, "time", clock)
     monkeypatch.setattr(
-        export.quantize.measure, "open_session", lambda content, threads: load(content, threads)
+        export.quantize.tradeoff, "open_session", lambda content, threads: load(content, threads)
     )
-    monkeypatch.setattr(export.quantize.measure, "SECONDS", 0.2 * ROUNDS)
+    monkeypatch.setattr(export.quantize.tradeoff, "SECONDS", 0.2 * ROUNDS)
     images = [np.full((3, 2, 2), number, np.float32) for number in range(5)]
     # One image in five takes a second more: the median does not see it.
     assert race([b"100", b"20"], images) == [pytest.approx(100), pytest.approx(20)]

@@ -13,18 +13,18 @@ import onnx
 import pytest
 from onnx import ModelProto, numpy_helper
 
-import export.quantize.measure
 import export.quantize.tradeoff
 from export.card import THRESHOLDS_INPUT, DetectorCard
 from export.file import read_detector
 from export.quantize.convert import Int8Recipe
-from export.quantize.measure import detect_all, prepared
 from export.quantize.tradeoff import (
     AccuracyLossError,
     Splits,
     Tradeoff,
+    detect_all,
     export_quantized,
     open_splits,
+    prepared,
 )
 from ghm_triton.detection.data import DetectionDataset, Sample
 from ghm_triton.detection.evaluate import mean_average_precision, observe
@@ -46,7 +46,7 @@ def splits(clouds: DetectionDataset, config: DetectorConfig) -> Splits:
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch, detector_path: Path) -> None:
     """One call a round, and a graph that was exported before: its thresholds are put in again."""
-    monkeypatch.setattr(export.quantize.measure, "SECONDS", 0.0)
+    monkeypatch.setattr(export.quantize.tradeoff, "SECONDS", 0.0)
 
     def build(detector: object, thresholds: list[float], iou: float) -> ModelProto:
         graph = onnx.load(detector_path)

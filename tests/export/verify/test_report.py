@@ -11,10 +11,9 @@ import torch
 from onnx import ModelProto
 
 from export.detector import export_detector
+from export.runtimes import OpenVino
 from export.verify.compare import Comparison, Tolerance
-from export.verify.report import VerifyReport
-from export.verify.runtimes import OpenVino
-from export.verify.verify import verify
+from export.verify.verify import VerifyReport, verify
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.evaluate import in_image_pixels

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from export.file import read_detector
+from export.runtimes import OnnxRuntime, Reference, Runtime, UnrunnableError
 from export.verify.compare import Outputs, Setting, contract_violations
-from export.verify.report import VerifyReport
-from export.verify.runtimes import OnnxRuntime, Reference, Runtime, UnrunnableError
 from export.verify.side_by_side import SideBySide
 from ghm_triton.detection.data import Sample
 from ghm_triton.detection.training.checkpoint import Checkpoint
@@ -60,9 +59,7 @@ def test_a_number_of_detections_that_cannot_be(count: int) -> None:
 def pair_of(
     path: Path, checkpoint: Checkpoint, *runtimes: type[Runtime], slow_images: int = 2
 ) -> SideBySide:
-    report = VerifyReport(0, checkpoint.config.class_names)
-    file = read_detector(path)
-    return SideBySide(report, file, checkpoint, runtimes, slow_images=slow_images)
+    return SideBySide(read_detector(path), checkpoint, runtimes, slow_images=slow_images)
 
 
 @pytest.fixture
@@ -72,7 +69,7 @@ def pair(detector_path: Path, checkpoint: Checkpoint) -> SideBySide:
 
 def test_every_setting_and_batch_size_is_run(pair: SideBySide, samples: list[Sample]) -> None:
     pair.compare(samples, [1, 3, 8])
-    runs = pair.report.runs
+    runs = pair.runs
     assert set(runs) == {
         ("onnxruntime", name, size)
         for name in ("the file's own thresholds", "every class shown", "every class, IoU 0.6")
@@ -111,8 +108,8 @@ def test_a_runtime_that_fails_is_told_and_not_asked_again(
 
     monkeypatch.setattr(pair.runtimes[0], "run", fail)
     pair.compare(samples[:2], [1])
-    assert pair.report.problems == ["out of memory"]
-    assert (pair.runtimes, pair.report.runs, list(pair.detected)) == ([], {}, ["checkpoint"])
+    assert pair.problems == ["out of memory"]
+    assert (pair.runtimes, pair.runs, list(pair.detected)) == ([], {}, ["checkpoint"])
 
 
 def test_slow_runtimes_get_the_first_images_of_all_that_are_compared(
@@ -131,9 +128,7 @@ def test_slow_runtimes_get_the_first_images_of_all_that_are_compared(
     matched = []
     for start in (0, 2, 4):
         pair.compare(samples[start : start + 2], [1])
-        totals = [
-            pair.report.run(name, *key).matched.sum() for name in ("reference", "onnxruntime")
-        ]
+        totals = [pair.runs[name, *key].matched.sum() for name in ("reference", "onnxruntime")]
         matched.append(totals)
     (slow_1, fast_1), (slow_2, fast_2), (slow_3, fast_3) = matched
     assert 0 < slow_1 < slow_2 == slow_3
@@ -165,5 +160,5 @@ def test_an_answer_that_breaks_the_contract_is_a_mismatch(
 
     pair = pair_of(tampered(pad_with_zero), checkpoint, OnnxRuntime)
     pair.compare(samples, [3])
-    run = pair.report.runs["onnxruntime", "the file's own thresholds", 3]
+    run = pair.runs["onnxruntime", "the file's own thresholds", 3]
     assert run.mismatches[0] == "cloud_0.png: the padding is not 0, 0 and -1"

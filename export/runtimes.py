@@ -15,15 +15,16 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime
 
 from export.card import INPUT, OUTPUTS
 from export.file import DetectorFile, set_default
-from export.session import open_session
 from ghm_triton.extras import how_to_install
 
 Array = npt.NDArray[Any]
 Overrides = Mapping[str, npt.NDArray[np.float32]]
 ALL = "all"
+ERRORS, FATAL = 3, 4
 
 
 class MissingRuntimeError(ValueError):
@@ -34,20 +35,29 @@ class UnrunnableError(RuntimeError):
     """A runtime cannot load or run the file."""
 
 
-class Runtime(ABC):
-    """A detector's file, loaded for the CPU.
+def open_session(content: bytes, *, threads: int = 0, log_severity: int = ERRORS) -> Any:
+    """Load a serialized model into an `onnxruntime.InferenceSession`, on the CPU.
 
     Args:
-        file: The detector.
+        content: The model.
+        threads: Threads within an operator; 0 for one per core.
+        log_severity: Lowest severity that onnxruntime logs. Warnings are left out: there is one
+            for each initializer that callers can override.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = log_severity
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+class Runtime(ABC):
+    """A detector's file, loaded for the CPU; raises UnrunnableError if the runtime refuses it.
 
     Attributes:
         name: The name that `find_runtimes` takes.
         package: The package to import.
         extra: The extra of `ghm-triton` that installs it.
         slow: Whether comparing many images takes minutes.
-
-    Raises:
-        UnrunnableError: The runtime cannot load the file.
     """
 
     name: ClassVar[str]
@@ -82,20 +92,10 @@ class Runtime(ABC):
             ) from error
 
     @classmethod
-    def missing(cls) -> bool:
-        """Whether the runtime is not installed."""
-        return find_spec(cls.package) is None
-
-    @classmethod
     def title(cls) -> str:
         """Name and version."""
         number = str(import_module(cls.package).__version__)
         return f"{cls.name} {number.partition('-')[0]}"  # OpenVINO appends its build
-
-    @classmethod
-    def how_to_install(cls) -> str:
-        """The command that installs the runtime."""
-        return how_to_install(cls.extra)
 
     @abstractmethod
     def _load(self, content: bytes) -> None: ...
@@ -170,14 +170,14 @@ RUNTIMES: tuple[type[Runtime], ...] = (OnnxRuntime, OpenVino, Reference)
 RUNTIME_NAMES = tuple(runtime.name for runtime in RUNTIMES)
 
 
-def find_runtimes(names: Sequence[str]) -> tuple[list[type[Runtime]], list[type[Runtime]]]:
+def find_runtimes(names: Sequence[str]) -> tuple[list[type[Runtime]], dict[str, str]]:
     """Look runtimes up by name.
 
     Args:
         names: Entries of `RUNTIME_NAMES`, or `all` for those that are installed.
 
     Returns:
-        The runtimes found, in the order of `RUNTIMES`; and, for `all`, those not installed.
+        The runtimes found, in the order of `RUNTIMES`; and, for `all`, how to install the others.
 
     Raises:
         MissingRuntimeError: A runtime requested by name is not installed.
@@ -189,11 +189,16 @@ def find_runtimes(names: Sequence[str]) -> tuple[list[type[Runtime]], list[type[
     for name in names:
         if name not in known:
             raise ValueError(f"unknown runtime {name!r}; known: {', '.join(known)}")
-    requested = [runtime for runtime in RUNTIMES if ALL in names or runtime.name in names]
-    missing = [runtime for runtime in requested if runtime.missing()]
-    for runtime in missing:
-        if runtime.name in names:
+    found, missing = [], {}
+    for runtime in RUNTIMES:
+        if ALL not in names and runtime.name not in names:
+            continue
+        if find_spec(runtime.package) is not None:
+            found.append(runtime)
+        elif runtime.name in names:
             raise MissingRuntimeError(
-                f"{runtime.name} is not installed: {runtime.how_to_install()}"
+                f"{runtime.name} is not installed: {how_to_install(runtime.extra)}"
             )
-    return [runtime for runtime in requested if runtime not in missing], missing
+        else:
+            missing[runtime.name] = how_to_install(runtime.extra)
+    return found, missing

@@ -6,14 +6,13 @@ import numpy as np
 import onnx
 import pytest
 
+from export import runtimes
 from export.card import IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
 from export.file import read_detector
-from export.verify import runtimes
-from export.verify.runtimes import (
+from export.runtimes import (
     RUNTIMES,
     MissingRuntimeError,
     OnnxRuntime,
-    OpenVino,
     Reference,
     Runtime,
     UnrunnableError,
@@ -84,8 +83,8 @@ def test_titles_name_versions() -> None:
 
 
 def test_runtimes_are_found_by_name() -> None:
-    assert find_runtimes(["reference", "onnxruntime"]) == ([OnnxRuntime, Reference], [])
-    assert find_runtimes(["all"]) == (list(RUNTIMES), [])
+    assert find_runtimes(["reference", "onnxruntime"]) == ([OnnxRuntime, Reference], {})
+    assert find_runtimes(["all"]) == (list(RUNTIMES), {})
 
 
 @pytest.fixture
@@ -98,7 +97,8 @@ def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_openvino")
 def test_a_missing_one_is_an_error_only_by_its_name() -> None:
-    assert find_runtimes(["all"]) == ([OnnxRuntime, Reference], [OpenVino])
+    command = "pip install 'ghm-triton[openvino]'"
+    assert find_runtimes(["all"]) == ([OnnxRuntime, Reference], {"openvino": command})
     message = r"openvino is not installed: pip install 'ghm-triton\[openvino\]'"
     for names in (["openvino"], ["all", "openvino"]):
         with pytest.raises(MissingRuntimeError, match=message):
