@@ -74,6 +74,7 @@ def create_app(settings: Settings | None = None, model: ServedModel | None = Non
         version=version("ghm-triton"),
         description=_DESCRIPTION,
         lifespan=lifespan,
+        redirect_slashes=False,  # the redirect would lead to whatever `Host` the client sent
         middleware=build_middleware(service.settings, service.metrics),
         routes=detect.first_routes(),
     )

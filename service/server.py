@@ -110,6 +110,7 @@ class DrainingServer(uvicorn.Server):
             log_config=None,  # done by service.observability.logs
             access_log=False,  # service.http.access logs more
             ws="none",
+            proxy_headers=False,  # done by service.http.middleware
             server_header=False,
             timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds),
         )

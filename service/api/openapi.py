@@ -152,5 +152,5 @@ def _correct(document: dict[str, Any], settings: Settings) -> None:
             if guarded and has_tokens:
                 operation["security"] = [{"bearer": []}]
                 responses.setdefault("401", problems(401)[401])
-            if guarded and settings.rate_limit:
+            if guarded and (settings.rate_limit or has_tokens):
                 responses.setdefault("429", problems(429)[429])

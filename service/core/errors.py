@@ -73,9 +73,12 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     detail = error.detail
     if error.status_code == HTTPStatus.NOT_FOUND and detail == HTTPStatus.NOT_FOUND.phrase:
         detail = f"there is nothing at {short(request.url.path)}; /docs lists what there is"
+    headers = dict(error.headers or {})
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         detail = f"{request.method} is not answered at {short(request.url.path)}"
-    return problem_response(error.status_code, detail, error.headers)
+        methods = headers.get("Allow", "").split(", ")
+        headers["Allow"] = ", ".join([*methods, "HEAD"] if methods == ["GET"] else methods)
+    return problem_response(error.status_code, detail, headers)
 
 
 async def _on_validation_error(request: Request, error: RequestValidationError) -> Response:  # noqa: ARG001

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "GHM_"
@@ -117,6 +118,8 @@ class Settings(BaseSettings):
         tokens_file: A file of such tokens, one a line; read again when it changes.
         public_health: Whether `/health` needs no token.
         public_metrics: Whether `/metrics` needs no token.
+        trusted_proxies: Comma-separated addresses and networks of proxies whose `X-Forwarded-For`
+            and `X-Forwarded-Proto` are believed; `unix` is whoever connects by a Unix socket.
         rate_limit: Requests per second of one token, or of one address without tokens; 0 is no
             limit. Holds over all workers.
         rate_burst: Requests that may come at once within that limit.
@@ -162,6 +165,7 @@ class Settings(BaseSettings):
     tokens_file: Path | None = None
     public_health: bool = True
     public_metrics: bool = False
+    trusted_proxies: str = ""
     rate_limit: float = Field(default=0, ge=0, allow_inf_nan=False)
     rate_burst: int = Field(default=20, ge=1)
     cors_origins: str = ""
@@ -177,6 +181,14 @@ class Settings(BaseSettings):
                 f"both a model ({self.model}) and a folder of models ({self.models}) are given"
             )
         return self
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _addresses(cls, text: str) -> str:
+        for part in filter(None, map(str.strip, text.split(","))):
+            if part != "unix":
+                ipaddress.ip_network(part)  # raises a ValueError that names it
+        return text
 
     @property
     def source(self) -> Path:

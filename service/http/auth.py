@@ -15,7 +15,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.core.errors import problem_response
 from service.core.settings import Settings, SettingsError
+from service.http.limiter import Limiter, client_network
 from service.observability import logs
 from service.observability.metrics import Metrics
 
@@ -33,6 +36,10 @@ logger = logging.getLogger("ghm.service")
 
 # Seconds between checks of the tokens file for changes.
 CHECK_SECONDS = 1.0
+
+# Wrong tokens from an address before they are slowed down.
+GUESSES = 20
+_MOST_KNOWN = 4096
 
 # RFC 6750's b64token, and the names that a log line can carry.
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
@@ -170,7 +177,9 @@ def is_public(path: str, settings: Settings) -> bool:
 class AuthMiddleware:
     """Refuses requests without a valid token with 401, before their body is read.
 
-    The name of the token is put into the scope's state as `token`, and into the log.
+    The name of the token is put into the scope's state as `token`, and into the log. After
+    `GUESSES` wrong tokens from an address, further tokens from it are compared once a second; those
+    that were right before still pass.
     """
 
     def __init__(
@@ -180,6 +189,8 @@ class AuthMiddleware:
         self.store = store
         self.settings = settings
         self.metrics = metrics
+        self.guesses = Limiter(1.0, GUESSES, "guesses")
+        self._known: OrderedDict[tuple[str, bytes], None] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -190,7 +201,17 @@ class AuthMiddleware:
         scheme, _, presented = header.partition(" ")
         is_bearer = scheme.lower() == "bearer"
         token = self.store.find(presented.strip()) if is_bearer else None
+        client = client_network(scope)
+        known = token is not None and (client, token.digest) in self._known
+        seconds = 0.0 if known or not is_bearer else self.guesses.wait(client, take=token is None)
+        if seconds > 0:
+            self.metrics.rejected("guesses")
+            detail = f"too many unknown tokens; ask again in {seconds:.3g} seconds"
+            headers = {"Retry-After": str(math.ceil(seconds))}
+            await problem_response(429, detail, headers)(scope, receive, send)
+            return
         if token is not None:
+            self._remember(client, token)
             scope["state"]["token"] = token.name
             logs.note(token=token.name)
             await self.app(scope, receive, send)
@@ -200,3 +221,9 @@ class AuthMiddleware:
         challenge = 'Bearer realm="ghm"' + (', error="invalid_token"' if is_bearer else "")
         response = problem_response(401, detail, {"WWW-Authenticate": challenge})
         await response(scope, receive, send)
+
+    def _remember(self, client: str, token: Token) -> None:
+        self._known[client, token.digest] = None
+        self._known.move_to_end((client, token.digest))
+        if len(self._known) > _MOST_KNOWN:
+            self._known.popitem(last=False)

@@ -106,12 +106,17 @@ def compress(body: bytes, accepted: str) -> tuple[bytes, str | None]:
     """
     if len(body) < _WORTH_COMPRESSING:
         return body, None
-    weights = parse_weights(accepted)
-    if weights.get("gzip", weights.get("*", 0.0)) > 0:
+    if accepts_gzip(accepted):
         return gzip.compress(body, _FAST, mtime=0), "gzip"
-    if weights.get("deflate", 0.0) > 0:
+    if parse_weights(accepted).get("deflate", 0.0) > 0:
         return zlib.compress(body, _FAST), "deflate"
     return body, None
+
+
+def accepts_gzip(accepted: str) -> bool:
+    """Whether an `Accept-Encoding` header accepts gzip."""
+    weights = parse_weights(accepted)
+    return weights.get("gzip", weights.get("*", 0.0)) > 0
 
 
 def parse_weights(header: str) -> dict[str, float]:

@@ -17,12 +17,13 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from service.core.errors import problem_response
 from service.core.settings import Settings, SettingsError
 from service.http.auth import AuthMiddleware, TokenStore
 from service.http.bodies import BodyLimitMiddleware
-from service.http.rate_limit import RateLimitMiddleware, client_address
+from service.http.rate_limit import RateLimitMiddleware
 from service.observability import logs, traces
 from service.observability.metrics import Metrics
 
@@ -61,10 +62,13 @@ def build_middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
         allow_headers=("*",),
         expose_headers=(REQUEST_ID, "Retry-After", "Inference-Header-Content-Length"),
     )
+    proxies = Middleware(ProxyMiddleware, trusted_hosts=settings.trusted_proxies)
     auth = Middleware(AuthMiddleware, store=store, settings=settings, metrics=metrics)
     rate_limit = Middleware(RateLimitMiddleware, settings=settings, metrics=metrics)
     return [
-        # The id comes first, so that every answer and every log line has one.
+        # Before everything that logs, counts or limits by address.
+        *([proxies] if settings.trusted_proxies else []),
+        # The id comes early, so that every answer and every log line has one.
         Middleware(
             CorrelationIdMiddleware,
             header_name=REQUEST_ID,
@@ -105,6 +109,16 @@ def parse_origins(text: str) -> list[str]:
                 " a path or a slash at the end"
             )
     return origins
+
+
+class ProxyMiddleware(ProxyHeadersMiddleware):
+    """Takes the client's address and scheme from the headers of trusted proxies."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle one connection."""
+        if scope["type"] == "http" and not scope.get("client"):
+            scope["client"] = ("unix", 0)
+        await super().__call__(scope, receive, send)
 
 
 class ErrorMiddleware:
@@ -160,6 +174,8 @@ class AccessMiddleware:
         notes = logs.begin_request(request_id)
         traces.identify(request_id)
         path, started = scope["path"], perf_counter()
+        # HEAD is answered as GET; the server leaves the body out.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         status = bytes_in = bytes_out = 0
 
         async def counted_receive() -> Message:
@@ -177,18 +193,18 @@ class AccessMiddleware:
             await send(message)
 
         try:
-            await self.app(scope, counted_receive, counted_send)
+            await self.app(inner, counted_receive, counted_send)
         finally:
             seconds = perf_counter() - started
             request = {
                 "method": scope["method"] if scope["method"] in _METHODS else OTHER,
                 "path": path[:200],
-                "route": getattr(scope.get("route"), "path", OTHER),
+                "route": getattr(inner.get("route"), "path", OTHER),
                 "status": status or CLIENT_GONE,
                 "ms": round(seconds * 1000, 3),
                 "bytes_in": bytes_in,
                 "bytes_out": bytes_out,
-                "client": client_address(scope),
+                "client": (scope.get("client") or ["unknown"])[0],
             }
             self.metrics.request(request["route"], request["method"], request["status"], seconds)
             _log({**notes, **request})

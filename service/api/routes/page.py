@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.state import service_state
 from service.core.errors import ProblemError, short
+from service.http.encodings import accepts_gzip
 
 router = APIRouter(include_in_schema=False)
 
@@ -70,7 +71,7 @@ async def static(request: Request, name: str) -> Response:
         raise ProblemError(404, f"there is nothing at {path}; /docs lists what there is")
     media_type, content, compressed, digest = asset
     headers = {**_HEADERS, "ETag": f'"{digest}"'}
-    if "gzip" in request.headers.get("accept-encoding", ""):
+    if accepts_gzip(request.headers.get("accept-encoding", "")):
         content = compressed
         headers |= {"ETag": f'"{digest}-gzip"', "Content-Encoding": "gzip"}
     if headers["ETag"] in request.headers.get("if-none-match", ""):

@@ -15,16 +15,29 @@ def test_nothing_there_is_404(client, method, problem):
     ("method", "path", "allowed"),
     [
         ("GET", "/v1/detect", "POST"),
-        ("DELETE", "/v1/models", "GET"),
-        ("POST", "/v1/models/colours", "GET"),
-        ("PUT", "/health/live", "GET"),
-        ("POST", "/health/ready", "GET"),
+        ("DELETE", "/v1/models", "GET, HEAD"),
+        ("POST", "/v1/models/colours", "GET, HEAD"),
+        ("PUT", "/health/live", "GET, HEAD"),
+        ("POST", "/health/ready", "GET, HEAD"),
     ],
 )
 def test_another_method_is_405_and_says_which_is_allowed(client, method, path, allowed, problem):
     response = client.request(method, path)
     assert method in problem(response, 405)
     assert response.headers["allow"] == allowed
+
+
+def test_a_slash_at_the_end_leads_nowhere(client, png, problem):
+    response = client.post("/v1/detect/", content=png, headers={"Host": "evil.example"})
+    assert "'/v1/detect/'" in problem(response, 404)
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/v1/models", "/v2"])
+def test_head_has_the_headers_of_get(client, path):
+    head, get = client.head(path), client.get(path)
+    assert head.status_code == get.status_code == 200
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert client.head("/v1/detect").status_code == 405
 
 
 def test_members_of_rfc_9457_and_error():

@@ -65,6 +65,7 @@ def test_a_value_that_cannot_be_is_named(monkeypatch, name, value, message):
     ("arguments", "message"),
     [
         ({"model": "m.onnx", "port": 70000}, r"^port is 70000"),
+        ({"model": "m.onnx", "trusted_proxies": "10.0.0.1, *"}, r"trusted_proxies .*'\*'"),
         ({}, "neither GHM_MODEL nor GHM_MODELS is set"),
         ({"model": "m.onnx", "models": "folder"}, r"both a model \(m.onnx\) and a folder"),
     ],

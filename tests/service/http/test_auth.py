@@ -3,10 +3,20 @@ import hmac
 import logging
 
 import pytest
+from starlette.testclient import TestClient
 
+from service.app import create_app
 from service.core.settings import SettingsError
 from service.http import auth
-from service.http.auth import CHECK_SECONDS, TokenStore, is_public, parse_tokens
+from service.http.auth import (
+    CHECK_SECONDS,
+    GUESSES,
+    AuthMiddleware,
+    TokenStore,
+    is_public,
+    parse_tokens,
+)
+from service.http.limiter import Limiter
 
 ALICE, BOB = "alice-Token_1.~+/==", "bob-token"
 
@@ -198,3 +208,27 @@ def test_tokens_are_neither_kept_nor_shown(told):
     tokens = parse_tokens([ALICE], "here")
     assert BOB not in repr(settings) + str(settings.model_dump())
     assert ALICE not in repr(tokens)
+
+
+def test_guesses_of_a_token_are_slowed_for_the_address_that_guesses(told, model, clock):
+    app = create_app(told(tokens=f"a:{ALICE},b:{BOB}"), model)
+
+    def ask(token: str, host: str = "198.51.100.7") -> int:
+        async def connected(scope, receive, send):
+            await app({**scope, "client": (host, 1)}, receive, send)
+
+        return TestClient(connected).get("/v1/models", headers=bearer(token)).status_code
+
+    assert ask(ALICE) == 200
+    middleware = app.middleware_stack
+    while not isinstance(middleware, AuthMiddleware):
+        middleware = middleware.app
+    middleware.guesses = Limiter(1.0, GUESSES, "guesses", clock=clock)
+    assert [ask("wrong") for _ in range(GUESSES)] == [401] * GUESSES
+    assert [ask("wrong"), ask(BOB)] == [429, 429]  # a right guess is not told from a wrong one
+    assert ask(ALICE) == 200  # it was right before
+    assert ask(BOB, "203.0.113.9") == 200
+    clock.now += 1
+    assert [ask("wrong"), ask("wrong")] == [401, 429]
+    clock.now += 1
+    assert ask(BOB) == 200

@@ -1,17 +1,20 @@
 import asyncio
+import os
 import subprocess
 import sys
 
-import httpx
 import pytest
+from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.http.rate_limit import SETS, WAYS, Limiter, RateLimitMiddleware
+from service.core.worker_files import VARIABLE
+from service.http.limiter import SETS, WAYS, Limiter, client_network
+from service.http.rate_limit import RateLimitMiddleware
 from service.observability.metrics import Metrics
 
 
 def test_a_burst_and_then_the_rate(clock):
-    limiter = Limiter(rate=2, burst=3, clock=clock)
+    limiter = Limiter(rate=2, burst=3, name="x", clock=clock)
     assert [limiter.wait("a") for _ in range(3)] == [0, 0, 0]
     assert limiter.wait("a") == 0.5
     clock.now += 0.25
@@ -22,14 +25,14 @@ def test_a_burst_and_then_the_rate(clock):
 
 
 def test_waiting_as_long_as_it_says_is_enough(clock):
-    limiter = Limiter(rate=8, burst=1, clock=clock)  # eighths are exact in binary
+    limiter = Limiter(rate=8, burst=1, name="x", clock=clock)  # eighths are exact in binary
     for _ in range(50):
         assert limiter.wait("a") == 0
         clock.now += limiter.wait("a")
 
 
 def test_a_bucket_holds_no_more_than_its_burst(clock):
-    limiter = Limiter(rate=1, burst=2, clock=clock)
+    limiter = Limiter(rate=1, burst=2, name="x", clock=clock)
     clock.now += 1000
     assert [limiter.wait("a") > 0 for _ in range(3)] == [False, False, True]
     clock.now += 1000
@@ -37,13 +40,13 @@ def test_a_bucket_holds_no_more_than_its_burst(clock):
 
 
 def test_clients_do_not_share(clock):
-    limiter = Limiter(rate=1, burst=1, clock=clock)
+    limiter = Limiter(rate=1, burst=1, name="x", clock=clock)
     assert limiter.wait("a") == limiter.wait("b") == 0
     assert limiter.wait("a") == limiter.wait("b") == 1
 
 
 def test_as_many_clients_as_may_be_the_longest_unseen_forgotten(clock):
-    limiter = Limiter(rate=1e-6, burst=1, sets=1, clock=clock)
+    limiter = Limiter(rate=1e-6, burst=1, sets=1, name="x", clock=clock)
     for client in [*range(WAYS), 0, "one more"]:
         clock.now += 1
         limiter.wait(str(client))
@@ -53,7 +56,7 @@ def test_as_many_clients_as_may_be_the_longest_unseen_forgotten(clock):
 
 
 def test_many_clients_find_room(clock):
-    limiter = Limiter(rate=1e-6, burst=1, clock=clock)
+    limiter = Limiter(rate=1e-6, burst=1, name="x", clock=clock)
     for _ in range(2):
         clock.now += 1
         again = [limiter.wait(f"10.0.{i // 256}.{i % 256}") for i in range(SETS)]
@@ -63,9 +66,8 @@ def test_many_clients_find_room(clock):
 
 TAKER = """
 import sys
-from pathlib import Path
-from service.http.rate_limit import SETS, WAYS, Limiter
-limiter = Limiter(rate=1e-6, burst=9_600, file=Path(sys.argv[1]))
+from service.http.limiter import Limiter
+limiter = Limiter(rate=1e-6, burst=9_600, name="rates")
 print("ready", flush=True)
 sys.stdin.read()
 print(sum(limiter.wait("a") == 0 for _ in range(8_000)))
@@ -73,9 +75,10 @@ print(sum(limiter.wait("a") == 0 for _ in range(8_000)))
 
 
 def test_workers_take_from_the_same_buckets(tmp_path):
-    command = [sys.executable, "-c", TAKER, tmp_path / "rates"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    environment = os.environ | {VARIABLE: str(tmp_path)}
+    command = [sys.executable, "-c", TAKER]
+    running = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
     assert [one.stdout.readline() for one in running] == ["ready\n"] * 2
     for one in running:
         one.stdin.close()
@@ -106,7 +109,7 @@ def test_retry_after_is_whole_seconds_and_never_too_few(told, clock):
         sent.append(message)
 
     middleware = RateLimitMiddleware(None, told(rate_limit=0.8, rate_burst=1), Metrics())
-    middleware.limiter = Limiter(0.8, 1, clock=clock)
+    middleware.limiter = Limiter(0.8, 1, name="x", clock=clock)
     middleware.limiter.wait("unknown")
     clock.now += 0.25
     scope = {"type": "http", "path": "/v1/models", "state": {}}
@@ -138,13 +141,37 @@ def test_openapi_has_the_429_where_there_is_a_limit(limited, client):
     assert "429" not in unlimited["/v1/models"]["get"]["responses"]
 
 
-def test_a_trusted_proxy_names_the_client(serve, told, model, monkeypatch):
-    settings = told(rate_limit=1e-3, rate_burst=1)
-    for trusted, statuses in (("127.0.0.1", [200, 200]), ("10.0.0.1", [200, 429])):
-        monkeypatch.setenv("FORWARDED_ALLOW_IPS", trusted)
-        with serve(create_app(settings, model)) as url:
-            answers = [
-                httpx.get(f"{url}/v1/models", headers={"X-Forwarded-For": f"203.0.113.{n}"})
-                for n in (1, 2)
-            ]
-        assert [answer.status_code for answer in answers] == statuses
+@pytest.mark.parametrize(
+    ("trusted", "host", "statuses"),
+    [
+        ("", "127.0.0.1", [200, 429]),
+        ("127.0.0.1", "127.0.0.1", [200, 200]),
+        ("10.0.0.0/8, 127.0.0.1", "10.1.2.3", [200, 200]),
+        ("10.0.0.1", "127.0.0.1", [200, 429]),
+        ("unix", None, [200, 200]),
+        ("10.0.0.1", None, [200, 429]),
+    ],
+)
+def test_a_trusted_proxy_names_the_client(told, model, trusted, host, statuses):
+    app = create_app(told(rate_limit=1e-3, rate_burst=1, trusted_proxies=trusted), model)
+
+    async def connected(scope, receive, send):
+        await app({**scope, "client": (host, 1) if host else None}, receive, send)
+
+    client = TestClient(connected)
+    for number, status in enumerate(statuses):
+        headers = {"X-Forwarded-For": f"198.51.100.7, 203.0.113.{number}"}
+        assert client.get("/v1/models", headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("address", "client"),
+    [
+        ("203.0.113.9", "203.0.113.9"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("::ffff:203.0.113.9", "203.0.113.9"),
+        ("testclient", "testclient"),
+    ],
+)
+def test_an_ipv6_network_is_one_client(address, client):
+    assert client_network({"client": (address, 1)}) == client
