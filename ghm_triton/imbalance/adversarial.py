@@ -257,5 +257,5 @@ def reverse_gradient(x: Tensor) -> Tensor:
     """Return `x`, with the sign of its gradient reversed."""
     view = x.view_as(x)
     if view.requires_grad:
-        view.register_hook(torch.neg)
+        view.register_hook(torch.neg)  # type: ignore[no-untyped-call]
     return view
