@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import re
@@ -45,7 +44,7 @@ def read_form(case: bytes) -> None:
     """Run a case of a Content-Type, a line feed and a form."""
     content_type, _, body = case.partition(b"\n")
     try:
-        upload = asyncio.run(bodies.read_form(content_type.decode("latin-1"), body, 4))
+        upload = bodies.read_form(content_type.decode("latin-1"), body, 4)
         read_options(upload.fields, DetectOptions)
     except ProblemError as error:
         raise _plain(error) from error

@@ -12,10 +12,10 @@ import asyncio
 import binascii
 import re
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 from urllib.parse import unquote_to_bytes
 
 import orjson
@@ -37,8 +37,16 @@ _FORM = "multipart/form-data"
 _MOST_VALUES = 20_000
 _MOST_FIELDS = 32
 _MOST_FIELD_BYTES = 64 * 1024  # of an option; files are bounded by the body
+_PARSED_AT_ONCE = 64 * 1024  # larger bodies are parsed in a thread, beside other requests
 
-OffLoop = Callable[..., Awaitable[object]]
+T = TypeVar("T")
+
+
+class OffLoop(Protocol):
+    """Runs a blocking function in a thread."""
+
+    def __call__(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
+        """Run it, and wait for its result."""
 
 
 class BodyLimitMiddleware:
@@ -193,9 +201,12 @@ async def read_upload(
     body = await read_body(request, max_bytes, off_loop)
     if is_image:
         return Upload([("the body", body)], [])
-    if kind == _FORM:
-        return await read_form(content_type, body, max_images)
-    return read_json(body, max_images)
+
+    def parse() -> Upload:
+        is_form = kind == _FORM
+        return read_form(content_type, body, max_images) if is_form else read_json(body, max_images)
+
+    return parse() if len(body) <= _PARSED_AT_ONCE else await off_loop(parse)
 
 
 class _FormParser(MultiPartParser):
@@ -226,7 +237,7 @@ _EXTENDED_FILENAME = re.compile(
 )
 
 
-async def read_form(content_type: str, body: bytes, max_images: int) -> Upload:
+def read_form(content_type: str, body: bytes, max_images: int) -> Upload:
     """Read the images and options of a `multipart/form-data` body, at most `max_images` files.
 
     Raises:
@@ -244,7 +255,7 @@ async def read_form(content_type: str, body: bytes, max_images: int) -> Upload:
         max_part_size=_MOST_FIELD_BYTES,
     )
     try:
-        form = await parser.parse()
+        form = _run(parser.parse())
     except MultiPartException as error:
         raise ProblemError(400, f"the form is malformed: {error.message}") from error
     if not parser.ended:
@@ -258,6 +269,15 @@ async def read_form(content_type: str, body: bytes, max_images: int) -> Upload:
         prefix = f"files[{index}]" if many else "file"
         images.append((f"{prefix} {short(file.filename)}", file.file.read()))
     return Upload(images, fields, many)
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return the result of a coroutine that never waits: the form is in memory."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return cast(T, done.value)
+    raise RuntimeError("a form in memory was waited for")
 
 
 def _is_many(files: list[str], fields: list[str]) -> bool:
@@ -311,9 +331,8 @@ def _from_base64(name: str, text: object) -> bytes:
         raise ProblemError(400, f"{name} is {short(text)}, and not base64")
     if text.startswith("data:"):  # as browsers write it
         text = text.partition(",")[2]
-    if any(space in text for space in "\r\n\t "):  # tools break long lines
-        text = "".join(text.split())
+    encoded = text.encode().translate(None, b"\r\n\t ")  # tools break long lines
     try:
-        return binascii.a2b_base64(text, strict_mode=True)
+        return binascii.a2b_base64(encoded, strict_mode=True)
     except (binascii.Error, ValueError) as error:
         raise ProblemError(400, f"{name} is not base64: {error}") from error

@@ -2,7 +2,9 @@ import asyncio
 import base64
 import gzip
 import json
+import tracemalloc
 import zlib
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.core.errors import ProblemError
-from service.http.bodies import BodyLimitMiddleware, read_body
+from service.http import bodies
+from service.http.bodies import BodyLimitMiddleware, read_body, read_upload
 
 pytestmark = pytest.mark.anyio
 
@@ -292,6 +295,40 @@ def test_an_option_that_is_also_in_the_query_is_422(client, png, problem):
     for body in (as_json(image=text_of(png), iou=0.5), form):
         response = client.post(URL, **body, params={"iou": "0.6"})
         assert "'iou' is given twice" in problem(response, 422)
+
+
+async def test_large_forms_and_json_are_parsed_in_a_thread_and_small_ones_are_not():
+    form = form_body(b'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\n%s')
+    ran = []
+
+    async def off_loop(function, *arguments):
+        ran.append(function)
+        return await asyncio.to_thread(function, *arguments)
+
+    for size, threads in ((3000, 0), (300_000, 1)):
+        for body, kind in (
+            (form["content"] % (b"x" * size), form["headers"]["Content-Type"]),
+            (b'{"image": "%s"}' % (b"AAA=" * (size // 4)), "application/json"),
+        ):
+            ran.clear()
+
+            async def receive(body=body):
+                return {"type": "http.request", "body": body, "more_body": False}
+
+            headers = [(b"content-type", kind.encode())]
+            request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
+            with suppress(ProblemError):  # the base64 has padding in its middle
+                await read_upload(request, 10**6, 1, off_loop)
+            assert len(ran) == threads
+
+
+def test_base64_full_of_white_space_takes_little_memory():
+    text = " A" * 2**20
+    tracemalloc.start()
+    assert len(bodies._from_base64("image", text)) == 2**20 * 3 // 4
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 2**20  # splitting at white space takes 50 bytes a letter
 
 
 def test_a_form_of_too_many_or_too_long_fields_is_400(client, png, problem):
