@@ -52,25 +52,6 @@ def test_a_loop_is_counted_without_what_surrounds_it():
     assert found.outside == 3
 
 
-def test_every_branch_of_the_loop_counts():
-    found = sass(
-        ".L_loop:",
-        "BSSY B0, `(.L_join)",
-        "@P6 BRA `(.L_skip)",
-        "ATOMS.POPC.INC.32 RZ, [R23+URZ]",
-        ".L_skip:",
-        "BSYNC B0",
-        ".L_join:",
-        "BRA.U UP0, `(.L_out)",
-        "FADD R0, R0, R0",
-        "BRA `(.L_loop)",
-        ".L_out:",
-        "EXIT",
-    )
-    assert found.instructions == 7
-    assert found.outside == 1
-
-
 def test_a_subroutine_and_the_block_that_calls_it_are_left_out():
     found = sass(
         ".L_loop:",

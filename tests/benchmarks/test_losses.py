@@ -82,16 +82,6 @@ def test_it_goes_on_where_it_stopped(tmp_path, measured):
     assert [row["gb_per_s"] for row in roofs] == [5.0] * 4  # once a run that measures
 
 
-def test_it_stops_where_the_longest_case_so_far_would_not_fit(tmp_path, measured, capsys):
-    measured.takes = {100: 40, 200: 10, 300: 10}
-    losses.run(CASES, SETTINGS, Rows(tmp_path / "rows.jsonl", ORIGIN), limit=89)
-    assert measured.cases == [100, 200]
-    assert "no time left for classification, 300 entries" in capsys.readouterr().out
-    measured.cases.clear()
-    losses.run(CASES, SETTINGS, Rows(tmp_path / "other.jsonl", ORIGIN), limit=91)
-    assert measured.cases == [100, 200, 300]
-
-
 def test_a_spoiled_device_ends_the_process_and_the_next_leaves_out_who_spoiled_it(
     tmp_path, measured, monkeypatch
 ):

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import measure as module
 from benchmarks.loss_cases import Case, Contender
-from benchmarks.measure import Runner, Settings, measure
+from benchmarks.measure import Settings, measure
 from benchmarks.result_file import BOTH, FORWARD, SCALED
 from benchmarks.timing import Timing
 
@@ -80,44 +80,3 @@ def test_figures_are_derived(monkeypatch):
     assert scaled["ratios"] == {"bce": 0.75, "ghm_c released": 0.03}
     assert ("bce", SCALED) not in rows
     assert "share_of_copy" not in rows["bce", BOTH]
-
-
-def test_a_loss_that_fails_later_is_timed_in_no_stage(monkeypatch):
-    calls = []
-
-    def later(logits, target):
-        calls.append(None)
-        if len(calls) == 6:  # the second time that it goes backward as well
-            raise RuntimeError("late")
-        return good(logits, target)
-
-    field(monkeypatch, Contender("later", lambda: later), Contender("good", lambda: good))
-    rows = rows_of()
-    assert [key for key in rows if key[0] == "later"] == [("later", BOTH)]
-    assert rows["later", BOTH]["error"] == "RuntimeError: late"
-    assert ("good", BOTH) in rows
-
-
-def test_graphs_are_replayed_on_a_gpu_at_small_sizes(monkeypatch):
-    """A replay has one call per input set, which share its time."""
-    monkeypatch.setattr(
-        module, "race", lambda works, *_: ({label: Timing(((6.0,),)) for label in works}, {})
-    )
-
-    def capture(work, calls):
-        if work.__self__.criterion is not good:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return work
-
-    monkeypatch.setattr(module, "capture", capture)
-    ready = {}
-    for name, loss in {"ghm_c triton": good, "bce": good, "waits": good, "bad": None}.items():
-        contender = Contender(name, list, capturable=name != "waits")
-        ready[name] = module.Ready(contender, Runner(loss, [CASE.tensors(0)]), {})
-    rows = {row["loss"]: row for row in module._graphs(CASE, ready, 3, SETTINGS, 1.0)}
-    assert set(rows) == {"ghm_c triton", "bce", "bad"}
-    assert rows["ghm_c triton"]["median_ms"] == 2.0
-    assert rows["ghm_c triton"]["ratios"] == {"bce": 1.0}
-    assert rows["ghm_c triton"]["share_of_copy"] == pytest.approx(4000 * 12 / 2e-3 / 1e9)
-    assert rows["bad"]["error"].endswith("when stream is capturing")
-    assert {row["stage"] for row in rows.values()} == {"graph"}

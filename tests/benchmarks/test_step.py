@@ -1,7 +1,5 @@
 """A training step with each loss: values of the losses, and that each trains."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -88,15 +86,3 @@ def test_a_loss_that_fails_or_is_not_finite_has_a_row_that_says_so():
     assert rows["late"]["error"] == "RuntimeError: late fails"
     assert list(rows["good"]["ratios"]) == ["bce"]
     assert all(row["stage"] == "step" and row["image_size"] == [8, 9] for row in rows.values())
-
-
-def test_the_largest_batch_that_fits(monkeypatch):
-    class Small(SimpleNamespace):
-        def step(self, chosen):
-            if self.batch > 2:
-                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(step, "Bench", lambda device, batch, _: Small(device=device, batch=batch))
-    assert step.fitting("cpu", (8, 4, 2, 1), (8, 8), None).batch == 2
-    with pytest.raises(RuntimeError, match="no batch of 8, 4 images fits"):
-        step.fitting("cpu", (8, 4), (8, 8), None)

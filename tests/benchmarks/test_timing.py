@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import timing
-from benchmarks.timing import Timing, burst, input_sets, peak_bytes, race
+from benchmarks.timing import Timing, input_sets, race
 
 
 @pytest.fixture
@@ -78,58 +78,9 @@ def test_who_fails_is_out_and_the_others_go_on(clock, call):
     assert calls == call
 
 
-@pytest.fixture
-def cuda(monkeypatch):
-    """Replace the parts of CUDA that timing uses: `now` in ms, `held` and `peak` in bytes."""
-    state = SimpleNamespace(now=0.0, held=1000, peak=0, synchronized=0)
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = state.now
-
-        def elapsed_time(self, end):
-            assert state.synchronized, "read before the work was done"
-            return end.at - self.at
-
-    def synchronize():
-        state.synchronized += 1
-
-    def reset():
-        state.peak = state.held
-
-    for name, value in {
-        "Event": Event,
-        "synchronize": synchronize,
-        "memory_allocated": lambda: state.held,
-        "reset_peak_memory_stats": reset,
-        "max_memory_allocated": lambda: state.peak,
-        "get_device_properties": lambda _: SimpleNamespace(L2_cache_size=50_000_000),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    return state
-
-
-def test_a_gpu_is_timed_by_its_events(cuda):
-    def work():
-        cuda.now += 2.5
-
-    assert burst(work, 3, "cuda") == (2.5, 2.5, 2.5)
-    assert cuda.synchronized == 1
-
-
-def test_peak_memory_is_beyond_what_was_there(cuda):
-    def work():
-        cuda.peak = max(cuda.peak, cuda.held + 64)
-
-    cuda.peak = 10**9  # of something earlier
-    assert peak_bytes(work, "cuda") == 64
-    assert peak_bytes(work, "cpu") is None
-
-
-def test_sets_of_inputs_exceed_the_cache(cuda):
+def test_sets_of_inputs_exceed_the_cache(monkeypatch):
+    properties = SimpleNamespace(L2_cache_size=50_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     assert input_sets(2**30, "cuda") == 1
     assert input_sets(200_000_000, "cuda") == 1
     assert input_sets(199_999_999, "cuda") == 2

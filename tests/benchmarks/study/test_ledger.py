@@ -63,18 +63,6 @@ def test_what_failed_is_not_done(place):
     assert lookup(read(place.out), good)["ap"] == 0.5  # the last line counts
 
 
-def test_again_nothing_counts_but_to_estimate(place):
-    (good,) = place.add("a", "good").runs()
-    with Ledger(place.out, HERE) as ledger:
-        ledger.settle([good], row_of(good))
-    with Ledger(place.out, HERE, again=True) as ledger:
-        assert ledger.found(good) is None
-        assert ledger.estimate(good) > 0
-        ledger.settle([good], row_of(good, ap=0.75))
-        assert ledger.found(good)["ap"] == 0.75
-    assert [row["ap"] for row in read(place.out)] == [0.5, 0.75]
-
-
 def test_an_estimate_is_by_the_step_and_of_this_machine(place):
     short, long = place.add("a", "good", steps=10).add("b", "good", steps=40).runs()
     with Ledger(place.out, HERE) as ledger:

@@ -8,7 +8,7 @@ import pytest
 import benchmarks.study.__main__ as command
 from benchmarks.provenance import provenance
 from benchmarks.result_file import read
-from benchmarks.study.__main__ import Study, cores, main
+from benchmarks.study.__main__ import cores, main
 from benchmarks.study.ledger import Ledger
 from benchmarks.study.pool import Failure
 
@@ -84,24 +84,6 @@ def test_it_can_be_ended_and_goes_on_from_there(place, worked, capsys):
     assert signal.getsignal(signal.SIGTERM) is before
     assert main(words, lambda run: {**run.head(), "ap": 0.75}) == 0
     assert worked == ["good", "slow", "slow", "fine"]
-
-
-def waiting(place, seconds, told):
-    """Return the runs that a study starts in turn within a time limit."""
-    ledger = Ledger(place.out, {"cpu": "c", "gpu": None})
-    for run, took in told:
-        row = {**run.head(), "total_seconds": took, "cpu": "c", "gpu": None}
-        ledger.settle([run], row)
-    with ledger:
-        study = Study(place.runs(), ledger, 1, seconds)
-        return [study._following() for _ in range(4)]
-
-
-def test_what_does_not_fit_into_the_time_is_not_begun(place):
-    done, long, short = place.add("a", "good, fine", steps=100).add("b", "fine", steps=50).runs()
-    begun = waiting(place, 90.0, [(done, 100.0)])  # a second a step, and something on top
-    assert begun == [short, None, None, None]
-    assert long.options.steps == 100
 
 
 def test_what_never_fits_is_named(place, worked, capsys):
