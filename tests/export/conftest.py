@@ -67,7 +67,7 @@ def save_checkpoint(path: Path, config: DetectorConfig, seed: int = 0) -> Path:
 
 
 @pytest.fixture(scope="session")
-def config() -> DetectorConfig:
+def config():
     return DetectorConfig(
         CLASSES,
         (64, 96),
@@ -80,24 +80,24 @@ def config() -> DetectorConfig:
 
 
 @pytest.fixture(scope="session")
-def checkpoint_path(tmp_path_factory: pytest.TempPathFactory, config: DetectorConfig) -> Path:
+def checkpoint_path(tmp_path_factory, config):
     return save_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint.pt", config)
 
 
 @pytest.fixture(scope="session")
-def checkpoint(checkpoint_path: Path) -> Checkpoint:
+def checkpoint(checkpoint_path):
     return Checkpoint.load(checkpoint_path)
 
 
 @pytest.fixture(scope="session")
-def detector_path(tmp_path_factory: pytest.TempPathFactory, checkpoint_path: Path) -> Path:
+def detector_path(tmp_path_factory, checkpoint_path):
     path = tmp_path_factory.mktemp("export") / "detector.onnx"
     export_detector(checkpoint_path, path)
     return path
 
 
 @pytest.fixture(scope="session")
-def samples() -> list[Sample]:
+def samples():
     """Coloured clouds of many shapes; no ground truth, which no export needs."""
     generator = np.random.default_rng(0)
     made = []
@@ -129,7 +129,7 @@ class Listed(DetectionDataset):
 
 
 @pytest.fixture(scope="session")
-def clouds(samples: list[Sample], detector_path: Path, config: DetectorConfig) -> Listed:
+def clouds(samples, detector_path, config):
     """The samples, labelled with every other of the best detections: neither all nor none."""
     blank = Listed(samples, config.class_names, "test")
     made = []
@@ -144,7 +144,7 @@ Change = Callable[[onnx.ModelProto], None]
 
 
 @pytest.fixture
-def tampered(detector_path: Path, tmp_path: Path) -> Callable[[Change], Path]:
+def tampered(detector_path, tmp_path):
     """A copy of the exported file with something changed in it."""
 
     def change(how: Change) -> Path:
@@ -158,7 +158,7 @@ def tampered(detector_path: Path, tmp_path: Path) -> Callable[[Change], Path]:
 
 
 @pytest.fixture
-def small_card() -> DetectorCard:
+def small_card():
     """Of two classes; what it says of training is the least that a card may say."""
     return DetectorCard(
         name="pets",
@@ -189,7 +189,7 @@ def small_card() -> DetectorCard:
 
 
 @pytest.fixture
-def small_model(small_card: DetectorCard) -> onnx.ModelProto:
+def small_model(small_card):
     """A detector that finds half a cat everywhere, with its card and without a seal; it runs."""
     floats, info = TensorProto.FLOAT, helper.make_tensor_value_info
     make = helper.make_node

@@ -25,16 +25,14 @@ from export.detector import (
 )
 from export.file import read_detector, write_detector
 from export.preprocess import accept_uint8
-from ghm_triton.detection.training.checkpoint import Checkpoint, CheckpointError
+from ghm_triton.detection.training.checkpoint import CheckpointError
 from ghm_triton.detection.training.config import TrainOptions
 from ghm_triton.evidence import ClassStatistics, ClassThresholds, ThresholdWarning
 
 SHA = "0" * 64
 
 
-def test_the_card_says_what_the_checkpoint_holds(
-    detector_path: Path, checkpoint_path: Path, checkpoint: Checkpoint
-) -> None:
+def test_the_card_says_what_the_checkpoint_holds(detector_path, checkpoint_path, checkpoint):
     card = read_detector(detector_path).card
     config, options = checkpoint.config, TrainOptions().settled("retinanet")
     assert (card.architecture, card.backbone, card.name) == ("retinanet", "tiny", "retinanet-tiny")
@@ -65,9 +63,7 @@ def test_the_card_says_what_the_checkpoint_holds(
     ],
 )
 @pytest.mark.parametrize("assigner", ["iou", "cleanliness"])
-def test_the_card_names_the_methods_that_were_used(
-    checkpoint: Checkpoint, used: dict[str, object], said: dict[str, object], assigner: str
-) -> None:
+def test_the_card_names_the_methods_that_were_used(checkpoint, used, said, assigner):
     config = replace(checkpoint.config, assigner=assigner)
     said = said | ({} if assigner == "iou" else {"assigner": assigner})
     checkpoint = replace(checkpoint, config=config, training={**checkpoint.training, **used})
@@ -75,17 +71,13 @@ def test_the_card_names_the_methods_that_were_used(
     assert {name: losses[name] for name in losses if name not in LOSS_OPTIONS} == said
 
 
-def test_a_checkpoint_from_before_there_were_methods_is_told_of_none(
-    checkpoint: Checkpoint,
-) -> None:
+def test_a_checkpoint_from_before_there_were_methods_is_told_of_none(checkpoint):
     before = {k: v for k, v in checkpoint.training.items() if k not in METHOD_OPTIONS}
     checkpoint = replace(checkpoint, training=before)
     assert set(make_card(checkpoint, SHA).training.losses) == set(LOSS_OPTIONS)
 
 
-def test_the_thresholds_are_the_policys_in_card_and_graph(
-    detector_path: Path, checkpoint: Checkpoint
-) -> None:
+def test_the_thresholds_are_the_policys_in_card_and_graph(detector_path, checkpoint):
     card = read_detector(detector_path).card
     chosen = ClassThresholds.from_statistics(checkpoint.statistics, "f1")
     assert card.threshold_policy == "f1"
@@ -98,9 +90,7 @@ def test_the_thresholds_are_the_policys_in_card_and_graph(
     assert values[IOU_INPUT].tolist() == [np.float32(0.3)] == [card.iou_threshold]
 
 
-def test_the_same_checkpoint_gives_the_same_bytes(
-    detector_path: Path, checkpoint_path: Path, tmp_path: Path
-) -> None:
+def test_the_same_checkpoint_gives_the_same_bytes(detector_path, checkpoint_path, tmp_path):
     again, other = tmp_path / "another_name.onnx", tmp_path / "another_name.uint8.onnx"
     code = (
         "import sys; from export.detector import export_detector;"
@@ -117,7 +107,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(
     assert other.read_bytes() == (tmp_path / "here.onnx").read_bytes()
 
 
-def test_the_file_tells_no_path_of_the_machine(detector_path: Path, checkpoint_path: Path) -> None:
+def test_the_file_tells_no_path_of_the_machine(detector_path, checkpoint_path):
     content = detector_path.read_bytes()
     places = [Path.cwd(), Path.home(), Path(sys.prefix), Path(torch.__file__).parent]
     places += [checkpoint_path.parent, detector_path.parent, Path(export.detector.__file__).parent]
@@ -128,7 +118,7 @@ def test_the_file_tells_no_path_of_the_machine(detector_path: Path, checkpoint_p
 
 
 @pytest.fixture
-def no_tracing(detector_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_tracing(detector_path, monkeypatch):
     """Take the graph that was exported before, to save the time."""
     monkeypatch.setattr(export.detector, "build_graph", lambda *_: onnx.load(detector_path))
 
@@ -142,9 +132,7 @@ def no_tracing(detector_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("both", {"d.onnx": "float32", "d.uint8.onnx": "uint8"}),
     ],
 )
-def test_one_export_writes_the_variants_asked_for(
-    checkpoint_path: Path, tmp_path: Path, input_type: str, files: dict[str, str]
-) -> None:
+def test_one_export_writes_the_variants_asked_for(checkpoint_path, tmp_path, input_type, files):
     card = export_detector(checkpoint_path, tmp_path / "d.onnx", input_type=input_type)
     cards = {path.name: read_detector(path).card for path in tmp_path.iterdir()}
     assert {name: its.input for name, its in cards.items()} == files
@@ -153,7 +141,7 @@ def test_one_export_writes_the_variants_asked_for(
     assert all(one == rest[0] for one in rest)
 
 
-def test_the_second_file_is_no_folder_either(checkpoint_path: Path, tmp_path: Path) -> None:
+def test_the_second_file_is_no_folder_either(checkpoint_path, tmp_path):
     (tmp_path / "d.uint8.onnx").mkdir()
     with pytest.raises(ValueError, match=r"d\.uint8\.onnx is a folder"):
         export_detector(checkpoint_path, tmp_path / "d.onnx", input_type="both")
@@ -161,9 +149,7 @@ def test_the_second_file_is_no_folder_either(checkpoint_path: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("no_tracing")
-def test_an_export_that_fails_half_way_leaves_the_old_file(
-    checkpoint_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_that_fails_half_way_leaves_the_old_file(checkpoint_path, tmp_path, monkeypatch):
     path = tmp_path / "detector.onnx"
     path.write_bytes(b"the old file")
 
@@ -177,7 +163,7 @@ def test_an_export_that_fails_half_way_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_checkpoint_is_not_overwritten(checkpoint_path: Path) -> None:
+def test_the_checkpoint_is_not_overwritten(checkpoint_path):
     before = checkpoint_path.read_bytes()
     with pytest.raises(ValueError, match="it would be overwritten"):
         export_detector(checkpoint_path, checkpoint_path)
@@ -191,14 +177,12 @@ def test_the_checkpoint_is_not_overwritten(checkpoint_path: Path) -> None:
         ("d.onnx", "int8", "one of float32, uint8, both, got 'int8'"),
     ],
 )
-def test_what_cannot_be_written_is_named(
-    checkpoint_path: Path, tmp_path: Path, name: str, input_type: str, said: str
-) -> None:
+def test_what_cannot_be_written_is_named(checkpoint_path, tmp_path, name, input_type, said):
     with pytest.raises(ValueError, match=said):
         export_detector(checkpoint_path, tmp_path / name, input_type=input_type)
 
 
-def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"missing\.pt: no such checkpoint"):
         export_detector(tmp_path / "missing.pt", tmp_path / "detector.onnx")
 
@@ -211,17 +195,13 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
         ({"name": " "}, "name must not be blank"),
     ],
 )
-def test_options_out_of_range_are_named(
-    checkpoint: Checkpoint, options: dict[str, object], said: str
-) -> None:
+def test_options_out_of_range_are_named(checkpoint, options, said):
     with pytest.raises(ValueError, match=said):
         make_card(checkpoint, SHA, **options)
 
 
 @pytest.mark.parametrize("key", ["data", "seed", "step", "versions", "strength"])
-def test_a_checkpoint_that_does_not_say_how_it_was_trained(
-    checkpoint: Checkpoint, key: str
-) -> None:
+def test_a_checkpoint_that_does_not_say_how_it_was_trained(checkpoint, key):
     silent = replace(
         checkpoint, training={k: v for k, v in checkpoint.training.items() if k != key}
     )
@@ -229,14 +209,14 @@ def test_a_checkpoint_that_does_not_say_how_it_was_trained(
         make_card(silent, SHA)
 
 
-def test_statistics_of_other_classes_are_refused(checkpoint: Checkpoint) -> None:
+def test_statistics_of_other_classes_are_refused(checkpoint):
     values = {**checkpoint.statistics.to_dict(), "class_names": ["red", "green", "pink"]}
     other = replace(checkpoint, statistics=ClassStatistics.from_dict(values))
     with pytest.raises(CheckpointError, match="of red, green, pink and the detector of red, green"):
         make_card(other, SHA)
 
 
-def test_a_class_without_evidence_is_warned_of_and_told_in_the_card(checkpoint: Checkpoint) -> None:
+def test_a_class_without_evidence_is_warned_of_and_told_in_the_card(checkpoint):
     poor = copy.deepcopy(checkpoint)
     poor.statistics.positives[1] = 0
     with pytest.warns(ThresholdWarning, match="'green' was never a positive"):
@@ -255,5 +235,5 @@ def test_a_class_without_evidence_is_warned_of_and_told_in_the_card(checkpoint: 
         ("coco:C:\\Users\\someone\\cells", "coco:C:cells"),
     ],
 )
-def test_a_data_set_is_told_without_its_folders(data: str, told: str) -> None:
+def test_a_data_set_is_told_without_its_folders(data, told):
     assert without_folders(data) == told

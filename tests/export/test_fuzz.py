@@ -29,12 +29,12 @@ Damage = Callable[[bytes, Rng], bytes]
 
 
 @pytest.fixture
-def sealed(small_model: ModelProto, small_card: DetectorCard) -> bytes:
+def sealed(small_model, small_card):
     return detector_bytes(small_model, small_card)
 
 
 @pytest.fixture
-def unsealed(small_model: ModelProto) -> bytes:
+def unsealed(small_model):
     content: bytes = small_model.SerializeToString()
     return content
 
@@ -204,9 +204,7 @@ def read_or_refuse(path: Path, content: bytes, refusals: list[str]) -> DetectorF
 
 @FILES
 @pytest.mark.parametrize("damage", [cut, flip, splice])
-def test_a_sealed_file_is_read_only_if_what_was_sealed_is_whole(
-    sealed: bytes, tmp_path: Path, damage: Damage, files: int
-) -> None:
+def test_a_sealed_file_is_read_only_if_what_was_sealed_is_whole(sealed, tmp_path, damage, files):
     rng, refusals = np.random.default_rng(1), []
     body = sealed[:-120]
     for _ in range(files):
@@ -224,9 +222,7 @@ def serve(file: DetectorFile) -> None:
 
 @FILES
 @pytest.mark.parametrize("damage", [cut, flip, splice, spoil_card, restructure])
-def test_an_unsealed_file_is_refused_or_served_as_its_card_says(
-    unsealed: bytes, tmp_path: Path, damage: Damage, files: int
-) -> None:
+def test_an_unsealed_file_is_refused_or_served_as_its_card_says(unsealed, tmp_path, damage, files):
     rng, refusals, read = np.random.default_rng(2), [], 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(files):
@@ -242,7 +238,7 @@ def test_an_unsealed_file_is_refused_or_served_as_its_card_says(
     assert grown < MEMORY
 
 
-def test_the_undamaged_file_is_read_and_served(sealed: bytes, unsealed: bytes, tmp_path) -> None:
+def test_the_undamaged_file_is_read_and_served(sealed, unsealed, tmp_path):
     for content in (sealed, unsealed):
         file = read_or_refuse(tmp_path / "x.onnx", content, [])
         assert file is not None
@@ -252,7 +248,7 @@ def test_the_undamaged_file_is_read_and_served(sealed: bytes, unsealed: bytes, t
 
 
 @pytest.mark.parametrize("version", [3, 99, 10**30])
-def test_a_newer_card_says_upgrade(unsealed: bytes, tmp_path: Path, version: int) -> None:
+def test_a_newer_card_says_upgrade(unsealed, tmp_path, version):
     model = onnx.load_model_from_string(unsealed)
     card = {"format_version": version, "a field of the future": {}}
     helper.set_model_props(model, {CARD_KEY: json.dumps(card)})
@@ -261,7 +257,7 @@ def test_a_newer_card_says_upgrade(unsealed: bytes, tmp_path: Path, version: int
     assert f"format_version {version}; this package reads up to 2. Upgrade" in refusals[0]
 
 
-def test_a_graph_within_graphs_without_end_is_refused(unsealed: bytes, tmp_path: Path) -> None:
+def test_a_graph_within_graphs_without_end_is_refused(unsealed, tmp_path):
     def field(number: int, content: bytes) -> bytes:
         size, length = len(content), b""
         while size > 127:

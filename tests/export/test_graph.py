@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from export.verify.compare import (
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.postprocess import DeployedDetector
 from ghm_triton.detection.models.registry import build_detector
-from ghm_triton.detection.training.checkpoint import Checkpoint
 
 # Two float32 runtimes: scores agree to 1e-6 and boxes to 1e-4 px in practice, ten times that here.
 CLOSE = Tolerance(box=1e-3, score=1e-5)
@@ -61,25 +59,23 @@ def assert_equal(
 
 
 @pytest.fixture(scope="module")
-def file(detector_path: Path) -> onnxruntime.InferenceSession:
+def file(detector_path):
     return open_session(detector_path.read_bytes())
 
 
 @pytest.fixture(scope="module")
-def defaults(detector_path: Path) -> tuple[np.ndarray, float]:
+def defaults(detector_path):
     model = onnx.load(detector_path)
     values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     return values[THRESHOLDS_INPUT], float(values[IOU_INPUT][0])
 
 
 @pytest.fixture(scope="module")
-def deployed(checkpoint: Checkpoint) -> DeployedDetector:
+def deployed(checkpoint):
     return DeployedDetector(checkpoint.detector()).eval()
 
 
-def test_the_file_takes_images_and_overridable_thresholds(
-    file: onnxruntime.InferenceSession,
-) -> None:
+def test_the_file_takes_images_and_overridable_thresholds(file):
     (images,) = file.get_inputs()
     assert (images.name, images.type, images.shape) == (
         INPUT,
@@ -93,9 +89,7 @@ def test_the_file_takes_images_and_overridable_thresholds(
     }
 
 
-def test_the_outputs_are_named_and_typed_as_the_contract_says(
-    file: onnxruntime.InferenceSession,
-) -> None:
+def test_the_outputs_are_named_and_typed_as_the_contract_says(file):
     assert [(x.name, x.type, x.shape) for x in file.get_outputs()] == [
         ("boxes", "tensor(float)", ["batch", 150, 4]),
         ("scores", "tensor(float)", ["batch", 150]),
@@ -104,7 +98,7 @@ def test_the_outputs_are_named_and_typed_as_the_contract_says(
     ]
 
 
-def test_versions_are_pinned_and_weights_are_inside(detector_path: Path) -> None:
+def test_versions_are_pinned_and_weights_are_inside(detector_path):
     model = onnx.load(detector_path, load_external_data=False)
     assert model.ir_version == IR_VERSION == 10
     assert [(x.domain, x.version) for x in model.opset_import] == [("", OPSET)] == [("", 18)]
@@ -113,13 +107,13 @@ def test_versions_are_pinned_and_weights_are_inside(detector_path: Path) -> None
     assert (model.producer_name, model.graph.name) == ("ghm-triton", "detector")
 
 
-def test_the_file_passes_the_checker_and_strict_shape_inference(detector_path: Path) -> None:
+def test_the_file_passes_the_checker_and_strict_shape_inference(detector_path):
     model = onnx.load(detector_path)
     onnx.checker.check_model(model, full_check=True)
     onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
 
 
-def test_nothing_of_the_exporter_is_left_in_the_graph(detector_path: Path) -> None:
+def test_nothing_of_the_exporter_is_left_in_the_graph(detector_path):
     model = onnx.load(detector_path)
     assert [entry.key for entry in model.metadata_props] == ["ghm.card", "ghm.sha256"]
     graph = model.graph
@@ -127,12 +121,7 @@ def test_nothing_of_the_exporter_is_left_in_the_graph(detector_path: Path) -> No
     assert not [part for part in parts if part.doc_string or part.metadata_props]
 
 
-def test_one_file_takes_any_batch(
-    file: onnxruntime.InferenceSession,
-    deployed: DeployedDetector,
-    defaults: tuple[np.ndarray, float],
-    config: DetectorConfig,
-) -> None:
+def test_one_file_takes_any_batch(file, deployed, defaults, config):
     for batch in (1, 3, 8, MAX_BATCH):
         found = assert_equal(file, deployed, clouds(batch, config, batch), *defaults, {})
         assert {int(x) for one in found for x in one.labels} == {0, 1, 2}
@@ -148,14 +137,7 @@ THRESHOLDS = {
 
 @pytest.mark.parametrize("thresholds", THRESHOLDS.values(), ids=THRESHOLDS)
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_thresholds_are_overridden_by_a_call(
-    file: onnxruntime.InferenceSession,
-    deployed: DeployedDetector,
-    defaults: tuple[np.ndarray, float],
-    config: DetectorConfig,
-    thresholds: list[float],
-    batch: int,
-) -> None:
+def test_thresholds_are_overridden_by_a_call(file, deployed, defaults, config, thresholds, batch):
     given = np.array(thresholds, dtype=np.float32)
     feeds = {THRESHOLDS_INPUT: given}
     found = assert_equal(file, deployed, clouds(batch, config), given, defaults[1], feeds)
@@ -165,9 +147,7 @@ def test_thresholds_are_overridden_by_a_call(
     assert shown == {label for label in range(3) if thresholds[label] < 1}
 
 
-def test_a_threshold_of_0_without_nms_fills_the_answer(
-    file: onnxruntime.InferenceSession, config: DetectorConfig
-) -> None:
+def test_a_threshold_of_0_without_nms_fills_the_answer(file, config):
     zeros, one = np.zeros(3, dtype=np.float32), np.ones(1, dtype=np.float32)
     feeds = {THRESHOLDS_INPUT: zeros, IOU_INPUT: one}
     *_, counts = file.run(list(OUTPUTS), {INPUT: clouds(3, config).numpy(), **feeds})
@@ -175,13 +155,7 @@ def test_a_threshold_of_0_without_nms_fills_the_answer(
 
 
 @pytest.mark.parametrize("iou", [0.0, 0.2, 0.75, 1.0])
-def test_iou_is_overridden_by_a_call(
-    file: onnxruntime.InferenceSession,
-    deployed: DeployedDetector,
-    defaults: tuple[np.ndarray, float],
-    config: DetectorConfig,
-    iou: float,
-) -> None:
+def test_iou_is_overridden_by_a_call(file, deployed, defaults, config, iou):
     iou = float(np.float32(iou))
     feeds = {IOU_INPUT: np.array([iou], dtype=np.float32)}
     images = clouds(3, config)
@@ -190,9 +164,7 @@ def test_iou_is_overridden_by_a_call(
     assert [len(one) for one in found] != [len(one) for one in usual]
 
 
-def test_an_image_without_detections_is_all_padding(
-    file: onnxruntime.InferenceSession, config: DetectorConfig
-) -> None:
+def test_an_image_without_detections_is_all_padding(file, config):
     feeds = {THRESHOLDS_INPUT: np.full(3, 1.0, dtype=np.float32)}
     boxes, scores, labels, counts = file.run(
         list(OUTPUTS), {INPUT: clouds(3, config).numpy(), **feeds}
@@ -204,12 +176,7 @@ def test_an_image_without_detections_is_all_padding(
         assert not np.signbit(padding).any()
 
 
-def test_empty_and_full_images_share_a_batch(
-    file: onnxruntime.InferenceSession,
-    deployed: DeployedDetector,
-    defaults: tuple[np.ndarray, float],
-    config: DetectorConfig,
-) -> None:
+def test_empty_and_full_images_share_a_batch(file, deployed, defaults, config):
     images = clouds(3, config)
     with torch.inference_mode():
         best = deployed.detector.raw(images)[0].sigmoid().flatten(1).amax(dim=1).sort()
@@ -221,7 +188,7 @@ def test_empty_and_full_images_share_a_batch(
 
 
 @pytest.mark.slow
-def test_a_resnet_exports_even_if_it_was_left_training() -> None:
+def test_a_resnet_exports_even_if_it_was_left_training():
     config = DetectorConfig(("cat", "dog"), (64, 64), backbone="resnet18", head_convs=1, prior=0.2)
     torch.manual_seed(0)
     detector = build_detector(config).train()
@@ -235,6 +202,6 @@ def test_a_resnet_exports_even_if_it_was_left_training() -> None:
     assert all(len(one) > 10 for one in found)
 
 
-def test_a_threshold_a_class(checkpoint: Checkpoint) -> None:
+def test_a_threshold_a_class(checkpoint):
     with pytest.raises(ValueError, match="2 thresholds for 3 classes"):
         build_graph(checkpoint.detector(), [0.5, 0.5], 0.5)

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -37,7 +36,7 @@ def session(model: ModelProto) -> onnxruntime.InferenceSession:
 
 
 @pytest.fixture(scope="module")
-def card(detector_path: Path) -> DetectorCard:
+def card(detector_path):
     return read_detector(detector_path).card
 
 
@@ -83,7 +82,7 @@ FRAMES = [(64, 96), (33, 51), (127, 128), (6, 4)]
 
 
 @pytest.fixture(scope="module")
-def probes(card: DetectorCard) -> dict[tuple[int, int], onnxruntime.InferenceSession]:
+def probes(card):
     return {frame: session(probe(card, *frame)) for frame in FRAMES}
 
 
@@ -125,7 +124,7 @@ def test_any_image_is_prepared_as_the_service_does(probes, frame, height, width,
 
 
 @pytest.mark.parametrize("size", [(48, 64), (640, 481), (97, 301), (1200, 1600), (31, 47)])
-def test_what_is_prepared_is_the_services_to_the_last_bit(probes, size: tuple[int, int]) -> None:
+def test_what_is_prepared_is_the_services_to_the_last_bit(probes, size):
     image = noise(*size)
     host, _ = letterbox(Image.fromarray(image), frame_of(64, 96))
     (ours,) = probes[64, 96].run(["seen"], {"images": image[None]})
@@ -147,9 +146,7 @@ def in_reference(model: ModelProto) -> Callable[[np.ndarray], np.ndarray]:
 
 @pytest.mark.parametrize("runtime", [in_openvino, in_reference])
 @pytest.mark.parametrize("frame", [(64, 96), (33, 51)])
-def test_other_runtimes_prepare_the_same(
-    card: DetectorCard, runtime: Callable[..., Callable[[np.ndarray], np.ndarray]], frame
-) -> None:
+def test_other_runtimes_prepare_the_same(card, runtime, frame):
     run = runtime(probe(card, *frame))
     for size in [(64, 96), (48, 64), (481, 640), (97, 301), (31, 47), (1, 3)]:
         image = noise(*size)
@@ -159,27 +156,27 @@ def test_other_runtimes_prepare_the_same(
 
 
 @pytest.mark.parametrize("size", [(400, 100), (700, 20), (97, 31)])
-def test_few_levels_of_a_tall_image_differ_at_all(probes, size: tuple[int, int]) -> None:
+def test_few_levels_of_a_tall_image_differ_at_all(probes, size):
     ours, host = grey_levels(probes[64, 96], noise(*size), (64, 96))
     width, _ = frame_of(64, 96).resized(size[1], size[0])
     # Half a level is rounded away between the axes. Truncating there would move every second.
     assert (ours != host)[:, :, :width].mean() < 0.3
 
 
-def test_an_image_of_the_networks_size_stays_as_it_is(probes) -> None:
+def test_an_image_of_the_networks_size_stays_as_it_is(probes):
     image = noise(64, 96)
     ours, _ = grey_levels(probes[64, 96], image, (64, 96))
     np.testing.assert_array_equal(ours, image.transpose(2, 0, 1))
 
 
-def test_channels_stay_in_order_and_padding_is_grey(probes) -> None:
+def test_channels_stay_in_order_and_padding_is_grey(probes):
     image = np.full((64, 48, 3), (250, 120, 10), dtype=np.uint8)
     ours, _ = grey_levels(probes[64, 96], image, (64, 96))
     assert ours[:, :, :48].reshape(3, -1).T.tolist() == [[250, 120, 10]] * (64 * 48)
     assert (ours[:, :, 48:] == 114).all()
 
 
-def test_boxes_come_back_in_pixels_of_the_image(probes) -> None:
+def test_boxes_come_back_in_pixels_of_the_image(probes):
     # The probe's box is the whole frame, most of which is padding below a wide image.
     for height, width in ((50, 200), (200, 50), (64, 96), (1, 500)):
         (boxes,) = probes[64, 96].run(["boxes"], {"images": noise(height, width)[None]})
@@ -187,9 +184,7 @@ def test_boxes_come_back_in_pixels_of_the_image(probes) -> None:
 
 
 @pytest.fixture(scope="module")
-def both(
-    detector_path: Path,
-) -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession, DetectorCard]:
+def both(detector_path):
     """The exported detector, and the same that takes uint8."""
     model, card = onnx.load(detector_path), read_detector(detector_path).card
     return session(model), session(accept_uint8(model, card)[0]), card
@@ -231,7 +226,7 @@ OVERRIDES = [
 
 
 @pytest.mark.parametrize("feeds", OVERRIDES, ids=["defaults", "thresholds", "iou"])
-def test_detections_of_scenes_are_those_of_the_float_file(both, feeds: Feeds) -> None:
+def test_detections_of_scenes_are_those_of_the_float_file(both, feeds):
     dataset = open_dataset("digits:held_out_images=6", "test")
     scenes = [dataset[i].image for i in range(len(dataset))]
     sizes = [(128, 128), (96, 64), (301, 97), (50, 40), (640, 480), (77, 133)]
@@ -240,7 +235,7 @@ def test_detections_of_scenes_are_those_of_the_float_file(both, feeds: Feeds) ->
 
 
 @pytest.fixture(scope="module")
-def cells() -> Iterator[list[Image.Image]]:
+def cells():
     root = os.environ.get("BCCD_ROOT")
     if not root:
         pytest.skip("BCCD_ROOT is not set: no blood cells to detect")
@@ -249,18 +244,18 @@ def cells() -> Iterator[list[Image.Image]]:
 
 
 @pytest.mark.bccd
-def test_detections_of_blood_cells_are_those_of_the_float_file(both, cells) -> None:
+def test_detections_of_blood_cells_are_those_of_the_float_file(both, cells):
     assert assert_same_detections(both, cells, {}) > 100
 
 
 @pytest.mark.bccd
-def test_blood_cells_are_prepared_as_the_service_does(probes, cells) -> None:
+def test_blood_cells_are_prepared_as_the_service_does(probes, cells):
     for frame in FRAMES:
         np.testing.assert_array_equal(*grey_levels(probes[frame], np.asarray(cells[0]), frame))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_images_of_a_batch_are_answered_for_alike(both, batch: int) -> None:
+def test_images_of_a_batch_are_answered_for_alike(both, batch):
     images = np.stack([noise(50, 70, seed) for seed in range(batch)])
     together = both[1].run(list(OUTPUTS), {"images": images})
     for i in range(batch):
@@ -271,7 +266,7 @@ def test_images_of_a_batch_are_answered_for_alike(both, batch: int) -> None:
         np.testing.assert_allclose(together[1][i], alone[1][0], atol=1e-5)
 
 
-def test_an_answer_is_padded_as_before(both) -> None:
+def test_an_answer_is_padded_as_before(both):
     nothing = {THRESHOLDS_INPUT: np.full(3, 2.0, np.float32)}
     boxes, scores, labels, counts = both[1].run(
         list(OUTPUTS), {"images": noise(20, 30)[None], **nothing}
@@ -282,7 +277,7 @@ def test_an_answer_is_padded_as_before(both) -> None:
     assert not scores.any()
 
 
-def test_the_graph_passes_the_checker_and_strict_shape_inference(detector_path: Path) -> None:
+def test_the_graph_passes_the_checker_and_strict_shape_inference(detector_path):
     model, card = onnx.load(detector_path), read_detector(detector_path).card
     made, _ = accept_uint8(model, card)
     onnx.checker.check_model(made, full_check=True)
@@ -294,7 +289,7 @@ def test_the_graph_passes_the_checker_and_strict_shape_inference(detector_path: 
     assert prepared == ["batch", 3, 64, 96]  # static, so that runtimes plan the network ahead
 
 
-def test_the_same_graph_gives_the_same_bytes_and_is_left_alone(detector_path: Path) -> None:
+def test_the_same_graph_gives_the_same_bytes_and_is_left_alone(detector_path):
     model, card = onnx.load(detector_path), read_detector(detector_path).card
     before = model.SerializeToString(deterministic=True)
     made = [accept_uint8(model, card)[0].SerializeToString(deterministic=True) for _ in range(2)]
@@ -302,13 +297,13 @@ def test_the_same_graph_gives_the_same_bytes_and_is_left_alone(detector_path: Pa
     assert model.SerializeToString(deterministic=True) == before
 
 
-def test_a_detector_that_takes_uint8_is_refused(detector_path: Path) -> None:
+def test_a_detector_that_takes_uint8_is_refused(detector_path):
     made = accept_uint8(onnx.load(detector_path), read_detector(detector_path).card)
     with pytest.raises(ValueError, match="retinanet-tiny takes uint8 images already"):
         accept_uint8(*made)
 
 
-def test_images_are_renamed_inside_branches_too(card: DetectorCard) -> None:
+def test_images_are_renamed_inside_branches_too(card):
     info = helper.make_tensor_value_info
     branches = [
         helper.make_graph(

@@ -16,7 +16,6 @@ from export.file import read_detector, write_detector
 from export.inspect import describe
 from export.preprocess import accept_uint8
 from ghm_triton.cli import build_parser, gather, main
-from ghm_triton.detection.data import Sample
 
 README = Path(__file__).parents[2] / "README.md"
 CLASSES = ["Platelets", "RBC", "WBC"]  # as the README's detector
@@ -60,9 +59,7 @@ def another() -> onnx.ModelProto:
 
 
 @pytest.fixture
-def folder(
-    detector_path: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def folder(detector_path, samples, tmp_path, monkeypatch):
     """The folder that the README's reader is in: a detector's two variants, and a photo."""
     model, card = onnx.load(detector_path), read_detector(detector_path).card
     entries = [
@@ -85,7 +82,7 @@ def run(block: str, names: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_every_command_is_one_that_works(folder: Path) -> None:
+def test_every_command_is_one_that_works(folder):
     typed = commands()
     assert [words[1] for words in typed] == [
         *("export", "inspect", "thresholds"),
@@ -100,7 +97,7 @@ def test_every_command_is_one_that_works(folder: Path) -> None:
     assert read_detector("pets.onnx").card.class_names == ["cat", "dog"]
 
 
-def test_what_inspect_shows_is_of_the_shape_that_it_prints(folder: Path) -> None:
+def test_what_inspect_shows_is_of_the_shape_that_it_prints(folder):
     shown = blocks("console")[0].partition("$ ghm inspect detector.onnx\n")[2]
     printed = describe(read_detector("detector.onnx"))
 
@@ -112,9 +109,7 @@ def test_what_inspect_shows_is_of_the_shape_that_it_prints(folder: Path) -> None
     assert len(labels(shown)) > 15
 
 
-def test_the_detector_runs_and_its_thresholds_are_overridden(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_detector_runs_and_its_thresholds_are_overridden(folder, capsys):
     first, override, _ = blocks("python")
     names = run(first, {})
     count = int(names["count"][0])
@@ -129,7 +124,7 @@ def test_the_detector_runs_and_its_thresholds_are_overridden(
     assert names["scores"][0, :stricter].min() >= 0.8
 
 
-def test_openvino_detects_the_same_by_thresholds_set_by_hand(folder: Path) -> None:
+def test_openvino_detects_the_same_by_thresholds_set_by_hand(folder):
     pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
     (words,) = [words for words in commands() if words[1] == "thresholds"]
     assert main(words[1:]) == 0

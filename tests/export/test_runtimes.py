@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
@@ -14,7 +12,6 @@ from export.runtimes import (
     MissingRuntimeError,
     OnnxRuntime,
     Reference,
-    Runtime,
     UnrunnableError,
     find_runtimes,
 )
@@ -24,18 +21,16 @@ OTHER_NMS = {**OTHERS, IOU_INPUT: np.array([0.9], np.float32)}
 
 
 @pytest.fixture(scope="module")
-def loaded(detector_path: Path) -> list[Runtime]:
+def loaded(detector_path):
     return [runtime(read_detector(detector_path)) for runtime in RUNTIMES]
 
 
 @pytest.fixture(scope="module")
-def images() -> np.ndarray:
+def images():
     return np.random.default_rng(0).normal(size=(2, 3, 64, 96)).astype(np.float32)
 
 
-def test_all_answer_alike_with_and_without_overrides(
-    loaded: list[Runtime], images: np.ndarray
-) -> None:
+def test_all_answer_alike_with_and_without_overrides(loaded, images):
     counts = []
     # Back and forth: a runtime that bakes overrides in must take them out again.
     for overrides in ({}, OTHERS, OTHER_NMS, {}):
@@ -51,7 +46,7 @@ def test_all_answer_alike_with_and_without_overrides(
     assert counts[3] == counts[0]
 
 
-def test_an_answer_outlives_the_next(loaded: list[Runtime], images: np.ndarray) -> None:
+def test_an_answer_outlives_the_next(loaded, images):
     for runtime in loaded:
         scores = runtime.run(images, OTHERS)[1]
         before = scores.copy()
@@ -60,9 +55,7 @@ def test_an_answer_outlives_the_next(loaded: list[Runtime], images: np.ndarray) 
 
 
 @pytest.mark.parametrize("kind", RUNTIMES, ids=[runtime.name for runtime in RUNTIMES])
-def test_what_does_not_load_or_run_is_told(
-    kind: type[Runtime], detector_path: Path, images: np.ndarray
-) -> None:
+def test_what_does_not_load_or_run_is_told(kind, detector_path, images):
     file = read_detector(detector_path)
     with pytest.raises(UnrunnableError, match=f"{kind.name} fails on a batch of 2: "):
         kind(file).run(images[:, :, :, ::2].copy(), {})
@@ -75,20 +68,20 @@ def test_what_does_not_load_or_run_is_told(
         kind(broken).run(images, {})
 
 
-def test_titles_name_versions() -> None:
+def test_titles_name_versions():
     for runtime in RUNTIMES:
         name, number = runtime.title().split()
         assert name == runtime.name
         assert number[0].isdigit()
 
 
-def test_runtimes_are_found_by_name() -> None:
+def test_runtimes_are_found_by_name():
     assert find_runtimes(["reference", "onnxruntime"]) == ([OnnxRuntime, Reference], {})
     assert find_runtimes(["all"]) == (list(RUNTIMES), {})
 
 
 @pytest.fixture
-def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_openvino(monkeypatch):
     real = runtimes.find_spec
     monkeypatch.setattr(
         runtimes, "find_spec", lambda name: None if name == "openvino" else real(name)
@@ -96,7 +89,7 @@ def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_openvino")
-def test_a_missing_one_is_an_error_only_by_its_name() -> None:
+def test_a_missing_one_is_an_error_only_by_its_name():
     command = "pip install 'ghm-triton[openvino]'"
     assert find_runtimes(["all"]) == ([OnnxRuntime, Reference], {"openvino": command})
     message = r"openvino is not installed: pip install 'ghm-triton\[openvino\]'"
@@ -106,6 +99,6 @@ def test_a_missing_one_is_an_error_only_by_its_name() -> None:
 
 
 @pytest.mark.parametrize(("names", "said"), [(["tensorrt"], "'tensorrt'"), ([], "no runtime")])
-def test_an_unknown_one_is_refused(names: list[str], said: str) -> None:
+def test_an_unknown_one_is_refused(names, said):
     with pytest.raises(ValueError, match=f"{said}.*known: onnxruntime, openvino, reference, all"):
         find_runtimes(names)

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 import warnings
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,18 +10,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from export.card import CARD_KEY, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
+from export.card import IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
 from export.file import read_detector
 from export.runtimes import open_session
 from export.thresholds import rewrite_thresholds, set_thresholds
 from export.verify.verify import card_problems
-from ghm_triton.cli import main
 from ghm_triton.detection.training.checkpoint import Checkpoint
 from ghm_triton.evidence import ClassStatistics, ClassThresholds, ThresholdWarning, as_float32
 
 
 @pytest.fixture(scope="module")
-def card(detector_path: Path) -> DetectorCard:
+def card(detector_path):
     return read_detector(detector_path).card
 
 
@@ -47,7 +42,7 @@ def test_the_evidence_is_what_a_policy_would_give(
         assert replace(ours, source="policy") == replace(theirs, source="policy")
 
 
-def test_a_class_without_evidence_has_none() -> None:
+def test_a_class_without_evidence_has_none():
     statistics = ClassStatistics(
         ("red", "green"),
         anchors=1,
@@ -63,7 +58,7 @@ def test_a_class_without_evidence_has_none() -> None:
     assert without_bins.precision_recall_at(1, 0.0) == (None, 0.0)
 
 
-def test_only_what_is_named_changes(card: DetectorCard) -> None:
+def test_only_what_is_named_changes(card):
     changed = set_thresholds(card, {"green": 0.4})
     before, after = ([asdict(e) for e in one.thresholds] for one in (card, changed))
     assert (after[0], after[2]) == (before[0], before[2])
@@ -74,14 +69,14 @@ def test_only_what_is_named_changes(card: DetectorCard) -> None:
     assert DetectorCard.from_json(changed.to_json()) == changed
 
 
-def test_a_class_named_wins_over_all(card: DetectorCard) -> None:
+def test_a_class_named_wins_over_all(card):
     changed = set_thresholds(card, {"blue": 0.75}, every=0.25, iou_threshold=0.6)
     assert changed.class_thresholds == [0.25, 0.25, 0.75]
     assert [entry.source for entry in changed.thresholds] == ["manual"] * 3
     assert changed.iou_threshold == as_float32(0.6)
 
 
-def test_a_card_of_the_first_format_becomes_one_of_the_newest(card: DetectorCard) -> None:
+def test_a_card_of_the_first_format_becomes_one_of_the_newest(card):
     old = card.model_copy(update={"format_version": 1})
     assert set_thresholds(old, every=0.5).format_version == 2
 
@@ -98,12 +93,12 @@ def test_a_card_of_the_first_format_becomes_one_of_the_newest(card: DetectorCard
         ({"every": 0.5, "iou_threshold": 2.0}, "iou_threshold must lie in .*, got 2.0"),
     ],
 )
-def test_what_cannot_be_set_is_named(card: DetectorCard, wanted: dict, message: str) -> None:
+def test_what_cannot_be_set_is_named(card, wanted, message):
     with pytest.raises(ValueError, match=message):
         set_thresholds(card, **wanted)
 
 
-def test_the_new_file_answers_by_its_new_thresholds(detector_path: Path, tmp_path: Path) -> None:
+def test_the_new_file_answers_by_its_new_thresholds(detector_path, tmp_path):
     path = tmp_path / "new.onnx"
     before = detector_path.read_bytes()
     card = rewrite_thresholds(detector_path, path, {"red": 0.2, "blue": 0.9}, iou_threshold=0.7)
@@ -122,7 +117,7 @@ def test_the_new_file_answers_by_its_new_thresholds(detector_path: Path, tmp_pat
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_nothing_but_card_and_defaults_changes(detector_path: Path, tmp_path: Path) -> None:
+def test_nothing_but_card_and_defaults_changes(detector_path, tmp_path):
     path = tmp_path / "new.onnx"
     rewrite_thresholds(detector_path, path, every=0.5, iou_threshold=0.7)
     models = [onnx.load(detector_path), onnx.load(path)]
@@ -134,7 +129,7 @@ def test_nothing_but_card_and_defaults_changes(detector_path: Path, tmp_path: Pa
     assert models[0] == models[1]
 
 
-def test_the_same_wish_gives_the_same_bytes(detector_path: Path, tmp_path: Path) -> None:
+def test_the_same_wish_gives_the_same_bytes(detector_path, tmp_path):
     paths = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
     for path in paths:
         rewrite_thresholds(detector_path, path, {"red": 0.1}, every=0.3)
@@ -143,7 +138,7 @@ def test_the_same_wish_gives_the_same_bytes(detector_path: Path, tmp_path: Path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_a_file_set_by_hand_still_verifies(card: DetectorCard, checkpoint: Checkpoint) -> None:
+def test_a_file_set_by_hand_still_verifies(card, checkpoint):
     sha256 = card.training.checkpoint_sha256
     changed = set_thresholds(card, {"green": 0.4}, iou_threshold=0.6)
     assert card_problems(changed, checkpoint, sha256) == []
@@ -155,9 +150,7 @@ def test_a_file_set_by_hand_still_verifies(card: DetectorCard, checkpoint: Check
     assert problem.startswith("the card's thresholds is")
 
 
-def test_an_unknown_class_set_by_hand_does_not_verify(
-    card: DetectorCard, checkpoint: Checkpoint
-) -> None:
+def test_an_unknown_class_set_by_hand_does_not_verify(card, checkpoint):
     odd = [replace(entry, source="manual") for entry in card.thresholds]
     odd[0] = replace(odd[0], name="pink")
     (problem,) = card_problems(
@@ -166,93 +159,6 @@ def test_an_unknown_class_set_by_hand_does_not_verify(
     assert "unknown class 'pink'" in problem
 
 
-def ghm(*words: object) -> int:
-    return main([str(word) for word in words])
-
-
-def test_by_command(
-    detector_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "new.onnx"
-    wish = ("--class", "red=0.4", "--class", "blue=0.5", "--all", 0.3, "--iou", 0.55)
-    assert ghm("thresholds", "set", detector_path, *wish, "--out", out) == 0
-    card = read_detector(out).card
-    assert card.class_thresholds == [as_float32(0.4), as_float32(0.3), 0.5]
-    assert card.iou_threshold == as_float32(0.55)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "thresholds by policy 'f1', or by hand (manual)"
-    assert lines[3].split()[:3] == ["red", "0.4000", "manual"]
-    assert lines[-1] == f"{out}: IoU 0.55"
-
-
-def test_in_place_by_command(detector_path: Path, tmp_path: Path) -> None:
-    path = Path(shutil.copy(detector_path, tmp_path / "x.onnx"))
-    assert ghm("thresholds", "set", path, "--all", 0.5, "--in-place") == 0
-    assert read_detector(path).card.class_thresholds == [0.5] * 3
-    assert ghm("thresholds", "set", path, "--all", 0.25, "--out", path) == 0
-    assert read_detector(path).card.class_thresholds == [0.25] * 3
-    assert [entry.name for entry in tmp_path.iterdir()] == ["x.onnx"]
-
-
-@pytest.mark.parametrize(
-    ("wish", "said"),
-    [
-        (["--class", "pink=0.5"], "unknown class 'pink'; known: red, green, blue"),
-        (["--class", "red=nan"], "class 'red' must lie in [0, 1], got nan"),
-        (["--class", "red=0.5", "--class", "red=0.6"], "class 'red' is set twice"),
-        ([], "nothing to set"),
-    ],
-)
-def test_what_cannot_be_done_is_said_in_a_sentence(
-    detector_path: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    wish: list[str],
-    said: str,
-) -> None:
-    assert ghm("thresholds", "set", detector_path, *wish, "--out", tmp_path / "x.onnx") == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert len(error.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--class", "red", "--in-place"], "expected NAME=SCORE such as WBC=0.4, got 'red'"),
-        (["--class", "red=high", "--in-place"], "expected NAME=SCORE such as WBC=0.4"),
-        (["--class", "=0.5", "--in-place"], "expected NAME=SCORE such as WBC=0.4"),
-        (["--all", "0.5"], "one of the arguments --out --in-place is required"),
-        (["--all", "0.5", "--in-place", "--out", "y"], "not allowed with argument"),
-    ],
-)
-def test_what_is_mistyped_is_said_with_the_usage(
-    detector_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        ghm("thresholds", "set", detector_path, *words)
-    assert ended.value.code == 2
-    assert said in capsys.readouterr().err
-
-
-def test_a_folder_is_not_a_file_to_write(detector_path: Path, tmp_path: Path) -> None:
+def test_a_folder_is_not_a_file_to_write(detector_path, tmp_path):
     with pytest.raises(ValueError, match="is a folder; name a file"):
         rewrite_thresholds(detector_path, tmp_path, every=0.5)
-
-
-def test_setting_imports_no_torch(detector_path: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; from export.thresholds import rewrite_thresholds;"
-        "rewrite_thresholds(*sys.argv[1:], every=0.5); print('torch' in sys.modules)"
-    )
-    out = tmp_path / "new.onnx"
-    done = subprocess.run(
-        [sys.executable, "-c", code, detector_path, out],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.stdout == "False\n"
-    assert CARD_KEY in {entry.key for entry in onnx.load(out).metadata_props}

@@ -146,7 +146,7 @@ def assert_found(ours: list[Any], wanted: list[Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def yolo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def yolo(tmp_path_factory):
     model = another(YOLO)
     helper.set_model_props(model, {"author": "somebody at /home/somebody"})
     paths = write(tmp_path_factory.mktemp("yolo"), model)
@@ -156,7 +156,7 @@ def yolo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pair(tmp_path_factory):
     """Newer than our opset, trained on BGR; the size of its input is open."""
     model = another(PAIR, opset=20, size=("h", "w"), channels=(0, 0, 1))
     paths = write(tmp_path_factory.mktemp("pair"), model, color_order="BGR")
@@ -167,9 +167,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("runtime", RUNTIMES, ids=[one.name for one in RUNTIMES])
 @pytest.mark.parametrize("which", ["yolo", "pair"])
-def test_it_finds_what_the_model_says_in_any_batch(
-    which: str, runtime: Any, request: pytest.FixtureRequest
-) -> None:
+def test_it_finds_what_the_model_says_in_any_batch(which, runtime, request):
     loaded = runtime(read_detector(request.getfixturevalue(which)))
     if which == "yolo":
         assert_found(found(loaded.run(images(1.0), {}), 0), WHITE)
@@ -182,7 +180,7 @@ def test_it_finds_what_the_model_says_in_any_batch(
     assert [label for _, label, _ in found(more, 0)] == [0, 0, 2, 0, 0, 1]
 
 
-def test_the_card_says_what_was_told_and_no_more(yolo: Path) -> None:
+def test_the_card_says_what_was_told_and_no_more(yolo):
     card = read_detector(yolo).card
     assert card.class_thresholds == [0.5, 0.25, 0.75]
     assert {entry.source for entry in card.thresholds} == {"manual"}
@@ -196,7 +194,7 @@ def test_the_card_says_what_was_told_and_no_more(yolo: Path) -> None:
     assert [entry.key for entry in model.metadata_props] == [CARD_KEY, SEAL_KEY]
 
 
-def test_bgr_is_swapped_in_the_graph(pair: Path) -> None:
+def test_bgr_is_swapped_in_the_graph(pair):
     """It looks at its first channel twice, which is blue and our last; at green once."""
     colours = np.zeros((3, 3, HEIGHT, WIDTH), np.float32)
     for colour in range(3):  # red, green, blue
@@ -208,7 +206,7 @@ def test_bgr_is_swapped_in_the_graph(pair: Path) -> None:
     assert onnx.load(pair).opset_import[0].version == 20
 
 
-def test_it_is_served_with_equal_answers(yolo: Path) -> None:
+def test_it_is_served_with_equal_answers(yolo):
     model = ServedModel(read_detector(yolo), provider="cpu")
     stream = io.BytesIO()
     Image.new("RGB", (WIDTH * 2, HEIGHT * 2), "white").save(stream, "PNG")
@@ -222,14 +220,14 @@ def test_it_is_served_with_equal_answers(yolo: Path) -> None:
     assert [d["threshold"] for d in answer["detections"]] == [0.5, 0.75, 0.5, 0.25]
 
 
-def test_its_thresholds_can_be_set(yolo: Path, tmp_path: Path) -> None:
+def test_its_thresholds_can_be_set(yolo, tmp_path):
     out = tmp_path / "strict.onnx"
     rewrite_thresholds(yolo, out, {"cat": 0.6})
     answer = OnnxRuntime(read_detector(out)).run(images(1.0), {})
     assert [label for _, label, _ in found(answer, 0)] == [0, 2, 1]
 
 
-def test_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_by_command(tmp_path, capsys):
     paths = write(tmp_path, another(YOLO, transposed=True), thresholds=0.5, max_detections=2)
     words = [paths["model_path"], "--card", paths["card_path"], "--out", paths["output_path"]]
     assert main(["attach", *map(str, words)]) == 0
@@ -254,9 +252,7 @@ def test_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (another(PAIR), {"layout": "yolo"}, r"one output float32 \[batch, 7, A\]"),
     ],
 )
-def test_what_cannot_be_attached_to_is_refused_in_a_sentence(
-    tmp_path: Path, model: ModelProto, flags: dict[str, Any], said: str
-) -> None:
+def test_what_cannot_be_attached_to_is_refused_in_a_sentence(tmp_path, model, flags, said):
     paths = write(tmp_path, model)
     with pytest.raises(AttachError, match=said) as caught:
         attach(**paths, **flags)
@@ -264,7 +260,7 @@ def test_what_cannot_be_attached_to_is_refused_in_a_sentence(
     assert not paths["output_path"].exists()
 
 
-def test_scores_above_1_are_no_probabilities(tmp_path: Path) -> None:
+def test_scores_above_1_are_no_probabilities(tmp_path):
     model = another(YOLO)
     (table,) = (one for one in model.graph.initializer if one.name == "scores_table")
     table.CopyFrom(numpy_helper.from_array(3 * numpy_helper.to_array(table), "scores_table"))
@@ -274,7 +270,7 @@ def test_scores_above_1_are_no_probabilities(tmp_path: Path) -> None:
         attach(**write(tmp_path, model))
 
 
-def test_scores_of_other_places_than_the_boxes_are_passed_over() -> None:
+def test_scores_of_other_places_than_the_boxes_are_passed_over():
     shapes = {"more": (2, 9, 3), "boxes": (2, 5, 4), "fewer": (2, 4, 3), "scores": (2, 5, 3)}
     answers = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     node, rows = join_outputs(answers, "boxes+scores", 3)
@@ -282,7 +278,7 @@ def test_scores_of_other_places_than_the_boxes_are_passed_over() -> None:
     assert rows.shape == (2, 5, 7)
 
 
-def test_a_batch_that_is_fixed_inside_is_refused(tmp_path: Path) -> None:
+def test_a_batch_that_is_fixed_inside_is_refused(tmp_path):
     model = another(YOLO)
     (column,) = (one for one in model.graph.initializer if one.name == "column")
     column.CopyFrom(numpy_helper.from_array(np.array([1, 1, 1]), "column"))
@@ -290,14 +286,14 @@ def test_a_batch_that_is_fixed_inside_is_refused(tmp_path: Path) -> None:
         attach(**write(tmp_path, model))
 
 
-def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
+def test_another_number_of_classes_is_refused(tmp_path):
     paths = write(tmp_path, another(YOLO), class_names=["cat", "dog"], thresholds=0.5)
     with pytest.raises(AttachError, match=r"outputs are float32 \[2, 7, 5\]; 'yolo' for 2 classes"):
         attach(**paths)
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x0a"])
-def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_model_is_refused(tmp_path, content):
     paths = write(tmp_path, another(YOLO))
     paths["model_path"].write_bytes(content)
     with pytest.raises(AttachError, match="not an ONNX file"):
@@ -319,9 +315,7 @@ def end_to_end() -> ModelProto:
     return model
 
 
-def test_end_to_end_rows_of_two_classes_are_not_taken_for_a_box_and_two_scores(
-    tmp_path: Path,
-) -> None:
+def test_end_to_end_rows_of_two_classes_are_not_taken_for_a_box_and_two_scores(tmp_path):
     two = {"class_names": ["cat", "dog"], "thresholds": 0.25}
     paths = write(tmp_path, end_to_end(), **two)
     with pytest.raises(AttachError, match=r"look like x1 y1 x2 y2 score class.*--layout yolo"):

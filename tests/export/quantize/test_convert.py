@@ -4,21 +4,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, parser
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, parser
 
 from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT
 from export.file import read_detector, write_detector
 from export.graph import build_graph
-from export.quantize.convert import Int8Recipe, to_float16, to_int8
-from export.quantize.core import find_core
+from export.quantize.convert import BINS, Int8Recipe, observe_ranges, to_float16, to_int8
+from export.quantize.core import cut_out, find_core, name_nodes, products_per_output
 from export.runtimes import open_session
-from ghm_triton.detection.data import Sample
 from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.registry import build_detector
@@ -27,28 +25,28 @@ Tensors = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def images(samples: list[Sample], config: DetectorConfig) -> list[np.ndarray]:
+def images(samples, config):
     letterbox = Letterbox(config)
     return [letterbox(sample.image)[0].numpy() for sample in samples]
 
 
 @pytest.fixture(scope="module")
-def model(detector_path: Path) -> ModelProto:
+def model(detector_path):
     return onnx.load(detector_path)
 
 
 @pytest.fixture(scope="module")
-def int8(model: ModelProto, images: list[np.ndarray]) -> ModelProto:
+def int8(model, images):
     return to_int8(model, images)
 
 
 @pytest.fixture(scope="module")
-def float16(model: ModelProto) -> ModelProto:
+def float16(model):
     return to_float16(model)
 
 
 @pytest.fixture(params=["int8", "float16"])
-def smaller(request: pytest.FixtureRequest) -> ModelProto:
+def smaller(request):
     return request.getfixturevalue(request.param)
 
 
@@ -73,9 +71,7 @@ def outside(model: ModelProto) -> Iterator[NodeProto]:
     return (node for node in model.graph.node if node.name not in core)
 
 
-def test_the_contract_is_kept(
-    smaller: ModelProto, detector_path: Path, tmp_path: Path, images: list[np.ndarray]
-) -> None:
+def test_the_contract_is_kept(smaller, detector_path, tmp_path, images):
     card = read_detector(detector_path).card
     write_detector(tmp_path / "smaller.onnx", smaller, card)  # onnx's own checks are in it
     file = read_detector(tmp_path / "smaller.onnx")
@@ -99,7 +95,7 @@ def test_the_contract_is_kept(
     assert none["num_detections"].tolist() == [0]
 
 
-def test_only_the_core_changes(model: ModelProto, smaller: ModelProto) -> None:
+def test_only_the_core_changes(model, smaller):
     """What compares scores, decodes boxes and suppresses is there as it was, on the same names."""
     before = {node.name: node for node in outside(model)}
     after = {node.name: node for node in smaller.graph.node}
@@ -115,7 +111,7 @@ def test_only_the_core_changes(model: ModelProto, smaller: ModelProto) -> None:
             assert np.array_equal(kept[name], tensor)
 
 
-def test_the_model_is_left_as_it_was(detector_path: Path, images: list[np.ndarray]) -> None:
+def test_the_model_is_left_as_it_was(detector_path, images):
     model = onnx.load(detector_path)
     before = model.SerializeToString(deterministic=True)
     to_int8(model, images[:1])
@@ -124,12 +120,8 @@ def test_the_model_is_left_as_it_was(detector_path: Path, images: list[np.ndarra
 
 
 def test_the_same_model_and_images_give_the_same_graph(
-    int8: ModelProto,
-    float16: ModelProto,
-    detector_path: Path,
-    tmp_path: Path,
-    images: list[np.ndarray],
-) -> None:
+    int8, float16, detector_path, tmp_path, images
+):
     np.save(tmp_path / "images.npy", np.stack(images))
     code = """
 import sys, numpy, onnx
@@ -164,7 +156,7 @@ def in_integers(model: ModelProto) -> list[NodeProto]:
     return [node for node in layers_of(model) if all(name in made for name in node.input)]
 
 
-def test_layers_compute_with_integers_of_7_and_8_bits(int8: ModelProto) -> None:
+def test_layers_compute_with_integers_of_7_and_8_bits(int8):
     kept, made, chosen = initializers(int8), dequantized(int8), in_integers(int8)
     # All but the first, which sees three colours in windows of 3 x 3.
     left = [node.input[0] for node in layers_of(int8) if node not in chosen]
@@ -222,16 +214,12 @@ FLOAT16_ERROR = 10**0.5 / 2**11
 NORMED = 3.0
 
 
-def test_the_detector_says_nearly_what_it_said(
-    model: ModelProto, int8: ModelProto, float16: ModelProto, images: list[np.ndarray]
-) -> None:
+def test_the_detector_says_nearly_what_it_said(model, int8, float16, images):
     assert max(errors(model, int8, images)) < INT8_ERROR
     assert max(errors(model, float16, images)) < FLOAT16_ERROR
 
 
-def test_a_recipe_is_followed(
-    model: ModelProto, int8: ModelProto, images: list[np.ndarray]
-) -> None:
+def test_a_recipe_is_followed(model, int8, images):
     recipes = {
         "8 bits": Int8Recipe(weight_bits=8),
         "by tensor": Int8Recipe(per_channel=False),
@@ -249,22 +237,22 @@ def test_a_recipe_is_followed(
 
 
 @pytest.mark.parametrize("coverage", [0.0, 100.1, float("nan")])
-def test_a_coverage_is_a_share(coverage: float) -> None:
+def test_a_coverage_is_a_share(coverage):
     with pytest.raises(ValueError, match=rf"coverage must lie in \(0, 100\], got {coverage}"):
         Int8Recipe(coverage=coverage)
 
 
-def test_weights_have_7_or_8_bits() -> None:
+def test_weights_have_7_or_8_bits():
     with pytest.raises(ValueError, match="weight_bits must be 7 or 8, got 4"):
         Int8Recipe(weight_bits=4)
 
 
-def test_there_must_be_images(model: ModelProto) -> None:
+def test_there_must_be_images(model):
     with pytest.raises(ValueError, match="no images to calibrate on"):
         to_int8(model, [])
 
 
-def test_float16_is_half_the_weights(model: ModelProto, float16: ModelProto) -> None:
+def test_float16_is_half_the_weights(model, float16):
     before, after = initializers(model), initializers(float16)
     weights = [name for node in layers_of(float16) for name in node.input[1:]]
     assert len(layers_of(float16)) == 32
@@ -274,7 +262,7 @@ def test_float16_is_half_the_weights(model: ModelProto, float16: ModelProto) -> 
     assert sum(after[name].nbytes for name in set(weights)) == size // 2
 
 
-def test_a_constant_of_core_and_rest_stays_float32_for_the_rest() -> None:
+def test_a_constant_of_core_and_rest_stays_float32_for_the_rest():
     text = """
     <ir_version: 10, opset_import: ["" : 18]>
     g (float[b, 1, 2, 2] images) => (float[b, 1, 2, 2] y)
@@ -297,7 +285,7 @@ def test_a_constant_of_core_and_rest_stays_float32_for_the_rest() -> None:
     ("architecture", "factor"),
     [("fcos", NORMED), pytest.param("faster-rcnn", 1.0, marks=pytest.mark.slow)],
 )
-def test_other_detectors(architecture: str, factor: float) -> None:
+def test_other_detectors(architecture, factor):
     torch.manual_seed(0)
     config = DetectorConfig(("a", "b"), (64, 64), channels=16, architecture=architecture)
     model = build_graph(build_detector(config), [0.0, 0.0], 0.5)
@@ -312,3 +300,160 @@ def test_other_detectors(architecture: str, factor: float) -> None:
         assert answer(made[name], images[0][None])["num_detections"].tolist() == [100]
     left = [n.input[0] for n in layers_of(made["int8"]) if n not in in_integers(made["int8"])]
     assert left == [INPUT]
+
+
+# What detectors put between and after their layers: a norm by group, regions pooled by boxes that
+# were decoded half-way, a join with a constant, and scores at the end.
+LAYERS = """
+<ir_version: 10, opset_import: ["" : 18]>
+g (float[1, 3, 8, 8] images, float[1, 4, 8, 8] other) => (float[1, 4, 8, 8] y, float[1, 4, 8, 8] s)
+<float[4, 3, 3, 3] w1, float[4, 4, 1, 1] w2, float[4, 4, 1, 1] w3, float[4, 4, 1, 1] w4,
+ float[4] one, float[4] zero, float[1] half>
+{
+    [first] a = Conv <pads = [1, 1, 1, 1]> (images, w1)
+    [act] b = Relu (a)
+    [second] c = Conv (b, w2)
+    [sum] d = Add (b, c)
+    [third] e = Conv (d, w3)
+    [norm] f = InstanceNormalization (e, one, zero)
+    [normed] g = Relu (f)
+    [fourth] h = Conv (g, w4)
+    [shifted] i = Add (h, half)
+    [mixed] k = Add (h, other)
+    [last] y = Conv (k, w2)
+    [tail] l = Relu (c)
+    [score] s = Sigmoid (l)
+}
+"""
+
+
+def layers() -> ModelProto:
+    made = parser.parse_model(LAYERS)
+    for name, shape in (("w1", [4, 3, 3, 3]), ("w2", [4, 4, 1, 1]), ("w3", [4, 4, 1, 1])):
+        _fill(made.graph, name, shape)
+    for name, shape in (("w4", [4, 4, 1, 1]), ("one", [4]), ("zero", [4]), ("half", [1])):
+        _fill(made.graph, name, shape)
+    return made
+
+
+def _fill(graph: GraphProto, name: str, shape: list[int]) -> None:
+    size = 1
+    for side in shape:
+        size *= side
+    known = [tensor for tensor in graph.initializer if tensor.name == name]
+    for tensor in known:
+        graph.initializer.remove(tensor)
+    numbers = [0.1 * (i % 7) for i in range(size)]
+    graph.initializer.append(helper.make_tensor(name, TensorProto.FLOAT, shape, numbers))
+
+
+def names_of(nodes: object) -> list[str]:
+    return [node.name for node in nodes]  # type: ignore[attr-defined]
+
+
+def test_the_core_is_what_lies_between_layers_with_weights():
+    core = find_core(layers().graph)
+    # Not in it: the norm and what follows it, sums with what comes from outside, and the tail.
+    assert names_of(core.nodes) == ["first", "act", "second", "sum", "third", "fourth", "last"]
+    assert names_of(core.first) == ["first"]
+    assert names_of(core.last) == ["third", "fourth", "last"]
+    assert core.op_types == ["Add", "Conv", "Relu"]
+
+
+def test_a_product_of_two_activations_is_no_layer():
+    text = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    g (float[2, 2] images) => (float[2, 2] y) { y = MatMul (images, images) }
+    """
+    with pytest.raises(ValueError, match="no layer with weights"):
+        find_core(parser.parse_model(text).graph)
+
+
+def test_the_core_of_a_real_detector(detector_path):
+    graph = onnx.load(detector_path).graph
+    core = find_core(graph)
+    layers = [node for node in graph.node if node.op_type == "Conv"]
+    assert [node for node in core.nodes if node.op_type == "Conv"] == layers
+    assert set(core.op_types) == {"Add", "Conv", "Relu", "Resize"}
+    assert [list(node.input[:1]) for node in core.first] == [["images"]]
+    assert products_per_output(core.first[0], graph) == 27
+    # Classes and boxes of three levels of the pyramid.
+    kinds = [node.input[1].rsplit(".", 2)[-2] for node in core.last]
+    assert sorted(kinds) == ["bbox_reg"] * 3 + ["cls_logits"] * 3
+
+
+def test_a_core_cut_out_takes_and_gives_what_it_shares_with_the_rest():
+    whole = layers()
+    part = cut_out(whole, find_core(whole.graph)).graph
+    assert [value.name for value in part.input] == ["images", "g", "k"]
+    # `c` feeds the tail, `y` is an output of the whole.
+    assert [value.name for value in part.output] == ["c", "e", "h", "y"]
+    assert sorted(tensor.name for tensor in part.initializer) == ["w1", "w2", "w3", "w4"]
+    assert len(whole.graph.node) == 13  # as it was
+
+
+def test_nodes_get_names_of_their_own():
+    graph = layers().graph
+    for node, name in zip(graph.node, ["same", "", "same", "Relu_1", "", "same_"], strict=False):
+        node.name = name
+    name_nodes(graph)
+    found = names_of(graph.node)
+    assert len(set(found)) == len(found)
+    assert "" not in found
+    assert found[0] == "same"
+    assert found[6:] == ["normed", "fourth", "shifted", "mixed", "last", "tail", "score"]
+
+
+# One layer, whose result is `factor` times what it sees; and a tail that the core does not need.
+ONE_LAYER = """
+<ir_version: 10, opset_import: ["" : 18]>
+g (float[b, 1, 4, 4] images, float[1] floor) => (float[b, 1, 4, 4] y)
+<float[1, 1, 1, 1] factor = {-2.0}, float[1] floor = {0.5}>
+{
+    [layer] a = Conv (images, factor)
+    [cut] y = Max (a, floor)
+}
+"""
+
+
+@pytest.fixture
+def one_layer():
+    return parser.parse_model(ONE_LAYER)
+
+
+def noise(count: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.standard_normal((1, 4, 4)).astype(np.float32) for _ in range(count)]
+
+
+def ranges(model: ModelProto, seen: list[np.ndarray], coverage: float) -> dict:
+    found = observe_ranges(one_layer, find_core(model.graph), seen, coverage)
+    pairs = {name: data.range_value for name, data in found.items()}
+    return {
+        name: (np.asarray(low).item(), np.asarray(high).item())
+        for name, (low, high) in pairs.items()
+    }
+
+
+def test_every_value_of_every_image_is_in_the_range(one_layer):
+    seen = noise(5)
+    seen[2][0, 1, 1], seen[4][0, 3, 3] = -9.0, 30.0
+    assert ranges(one_layer, seen, 100) == {"images": (-9.0, 30.0), "a": (-60.0, 18.0)}
+
+
+@pytest.mark.parametrize("coverage", [90.0, 99.0])
+def test_what_is_not_covered_is_cut_off_at_both_ends(one_layer, coverage):
+    seen = noise(400)
+    values = np.concatenate([image.ravel() for image in seen])
+    found = ranges(one_layer, seen, coverage)["images"]
+    # The histogram has this resolution over the first image's range, and later images keep it.
+    width = (seen[0].max() - seen[0].min()) / BINS
+    lowest, highest = np.percentile(values, [(100 - coverage) / 2, (100 + coverage) / 2])
+    # The tails are thin: a bin on either side, and the gap to the next of 6400 values.
+    gap = float(2 * width + 0.02)
+    assert found == (pytest.approx(lowest, abs=gap), pytest.approx(highest, abs=gap))
+
+
+def test_calibration_prints_nothing(one_layer, capfd):
+    ranges(one_layer, noise(2), 99.9)
+    assert capfd.readouterr() == ("", "")  # neither by Python nor by the runtime

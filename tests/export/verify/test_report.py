@@ -22,9 +22,7 @@ from ghm_triton.detection.models.config import DetectorConfig
 Tamper = Callable[[Callable[[ModelProto], None]], Path]
 
 
-def test_an_export_stands_for_its_checkpoint(
-    detector_path: Path, checkpoint_path: Path, samples: list[Sample]
-) -> None:
+def test_an_export_stands_for_its_checkpoint(detector_path, checkpoint_path, samples):
     report = verify(detector_path, checkpoint_path, samples)
     assert report.problems == []
     assert report.ok
@@ -38,9 +36,7 @@ def test_an_export_stands_for_its_checkpoint(
     assert 0 < total.box < 1e-3
 
 
-def test_the_report_shows_the_largest_differences(
-    detector_path: Path, checkpoint_path: Path, samples: list[Sample]
-) -> None:
+def test_the_report_shows_the_largest_differences(detector_path, checkpoint_path, samples):
     report = verify(detector_path, checkpoint_path, samples, images=2, batch_sizes=[3])
     lines = report.table().splitlines()
     assert lines[0] == "2 images, the file on a CPU against the checkpoint in torch"
@@ -74,8 +70,8 @@ def with_truth(path: Path, samples: list[Sample]) -> list[Sample]:
 
 @pytest.mark.slow
 def test_every_runtime_is_compared_and_those_that_can_are_given_a_map(
-    detector_path: Path, checkpoint_path: Path, samples: list[Sample]
-) -> None:
+    detector_path, checkpoint_path, samples
+):
     truth = with_truth(detector_path, samples[:4])
     report = verify(detector_path, checkpoint_path, truth, batch_sizes=[3], runtimes=["all"])
     assert report.problems == []
@@ -96,9 +92,7 @@ def test_every_runtime_is_compared_and_those_that_can_are_given_a_map(
     assert f"checkpoint   {found['checkpoint'].ap:.4f}  {found['checkpoint'].ap50:.4f}" in lines
 
 
-def test_without_ground_truth_there_is_no_map(
-    detector_path: Path, checkpoint_path: Path, samples: list[Sample]
-) -> None:
+def test_without_ground_truth_there_is_no_map(detector_path, checkpoint_path, samples):
     report = verify(detector_path, checkpoint_path, samples[:2], batch_sizes=[1])
     assert report.average_precision == {}
     assert "mAP" not in report.table()
@@ -106,8 +100,8 @@ def test_without_ground_truth_there_is_no_map(
 
 @pytest.mark.slow
 def test_a_file_that_takes_uint8_images_stands_for_its_checkpoint(
-    checkpoint_path: Path, samples: list[Sample], tmp_path: Path
-) -> None:
+    checkpoint_path, samples, tmp_path
+):
     path = tmp_path / "detector.onnx"
     export_detector(checkpoint_path, path, input_type="uint8")
     report = verify(path, checkpoint_path, samples, images=4, batch_sizes=[3])
@@ -115,11 +109,8 @@ def test_a_file_that_takes_uint8_images_stands_for_its_checkpoint(
 
 
 def test_a_runtime_that_refuses_the_file_spoils_the_verdict_not_the_others(
-    detector_path: Path,
-    checkpoint_path: Path,
-    samples: list[Sample],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    detector_path, checkpoint_path, samples, monkeypatch
+):
     def refuse(*_: object) -> None:
         raise RuntimeError("no such operator")
 
@@ -135,9 +126,7 @@ def test_a_runtime_that_refuses_the_file_spoils_the_verdict_not_the_others(
         assert len(report.runs) == 3
 
 
-def test_images_are_spread_over_the_data(
-    detector_path: Path, checkpoint_path: Path, samples: list[Sample]
-) -> None:
+def test_images_are_spread_over_the_data(detector_path, checkpoint_path, samples):
     class Recording:
         def __init__(self) -> None:
             self.asked: list[int] = []
@@ -155,7 +144,7 @@ def test_images_are_spread_over_the_data(
     assert report.images == 3
 
 
-def test_more_borderline_cases_than_rounding_makes_are_a_failure() -> None:
+def test_more_borderline_cases_than_rounding_makes_are_a_failure():
     def report(matched: int, borderline: int) -> list[str]:
         made = VerifyReport(1, ("cat",))
         made.runs["onnxruntime", "own", 1] = Comparison(np.array([matched]), borderline=borderline)
@@ -169,7 +158,7 @@ def test_more_borderline_cases_than_rounding_makes_are_a_failure() -> None:
     assert len(report(50, 2)) == 1
 
 
-def test_nothing_compared_is_not_a_success() -> None:
+def test_nothing_compared_is_not_a_success():
     report = VerifyReport(1, ("cat",))
     report.runs["onnxruntime", "own", 1] = Comparison(np.array([0]))
     report.conclude()
@@ -178,7 +167,7 @@ def test_nothing_compared_is_not_a_success() -> None:
     ]
 
 
-def test_many_mismatches_are_counted_not_listed() -> None:
+def test_many_mismatches_are_counted_not_listed():
     report = VerifyReport(1, ("cat",))
     texts = [f"mismatch {i}" for i in range(37)]
     report.runs["onnxruntime", "own", 1] = Comparison(np.array([5]), mismatches=texts)
@@ -188,32 +177,26 @@ def test_many_mismatches_are_counted_not_listed() -> None:
     assert len(report.problems) == 11
 
 
-def test_a_tighter_tolerance_is_one_to_ask_for(
-    detector_path: Path, checkpoint_path: Path, samples: list[Sample]
-) -> None:
+def test_a_tighter_tolerance_is_one_to_ask_for(detector_path, checkpoint_path, samples):
     impossible = Tolerance(box=1e-9, score=1e-12)
     report = verify(detector_path, checkpoint_path, samples, images=2, tolerance=impossible)
     assert not report.ok
 
 
-@pytest.mark.parametrize("images", [0, -1])
-def test_no_images_are_an_error(
-    detector_path: Path, checkpoint_path: Path, samples: list[Sample], images: int
-) -> None:
-    with pytest.raises(ValueError, match=rf"no images to compare on \(11 given, {images} asked"):
-        verify(detector_path, checkpoint_path, samples, images=images)
-
-
-def test_slow_runtimes_need_an_image(
-    detector_path: Path, checkpoint_path: Path, samples: list[Sample]
-) -> None:
-    with pytest.raises(ValueError, match="slow runtimes need an image or more, got 0"):
-        verify(detector_path, checkpoint_path, samples, slow_images=0)
-
-
-@pytest.mark.parametrize("sizes", [[], [0], [1, 65]])
-def test_batch_sizes_lie_in_1_to_64(
-    detector_path: Path, checkpoint_path: Path, samples: list[Sample], sizes: list[int]
-) -> None:
-    with pytest.raises(ValueError, match=r"batch sizes must lie in 1\.\.64"):
-        verify(detector_path, checkpoint_path, samples, batch_sizes=sizes)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": 0}, r"no images to compare on \(11 given, 0 asked"),
+        ({"images": -1}, r"no images to compare on \(11 given, -1 asked"),
+        ({"slow_images": 0}, "slow runtimes need an image or more, got 0"),
+        *(
+            ({"batch_sizes": sizes}, r"batch sizes must lie in 1\.\.64")
+            for sizes in ([], [0], [1, 65])
+        ),
+    ],
+)
+def test_options_out_of_range_are_refused(
+    detector_path, checkpoint_path, samples, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        verify(detector_path, checkpoint_path, samples, **options)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 from export.file import read_detector
 from export.runtimes import OnnxRuntime, Reference, Runtime, UnrunnableError
 from export.verify.compare import Outputs, Setting, contract_violations
-from export.verify.side_by_side import SideBySide
-from ghm_triton.detection.data import Sample
+from export.verify.side_by_side import SideBySide, _proposals
+from ghm_triton.detection.models.detector import Predictions
 from ghm_triton.detection.training.checkpoint import Checkpoint
 
 SETTING = Setting(("cat", "dog"), np.array([0.5, 0.3], dtype=np.float32), 0.5, 4)
@@ -25,7 +24,7 @@ def answer() -> Outputs:
     return boxes, scores, np.array([0, 1, -1, -1]), 2
 
 
-def test_an_answer_that_keeps_the_contract() -> None:
+def test_an_answer_that_keeps_the_contract():
     assert contract_violations(answer(), SETTING) == []
 
 
@@ -43,14 +42,14 @@ def test_an_answer_that_keeps_the_contract() -> None:
         (2, 1, 0, "a score lies below its class's threshold"),
     ],
 )
-def test_each_promise_of_the_contract(part: int, place: int, value: float, said: str) -> None:
+def test_each_promise_of_the_contract(part, place, value, said):
     outputs = answer()
     outputs[part][place] = value  # type: ignore[index]
     assert said in contract_violations(outputs, SETTING)
 
 
 @pytest.mark.parametrize("count", [-1, 5])
-def test_a_number_of_detections_that_cannot_be(count: int) -> None:
+def test_a_number_of_detections_that_cannot_be(count):
     assert contract_violations((*answer()[:3], count), SETTING) == [
         f"num_detections is {count} of 4"
     ]
@@ -63,11 +62,11 @@ def pair_of(
 
 
 @pytest.fixture
-def pair(detector_path: Path, checkpoint: Checkpoint) -> SideBySide:
+def pair(detector_path, checkpoint):
     return pair_of(detector_path, checkpoint, OnnxRuntime)
 
 
-def test_every_setting_and_batch_size_is_run(pair: SideBySide, samples: list[Sample]) -> None:
+def test_every_setting_and_batch_size_is_run(pair, samples):
     pair.compare(samples, [1, 3, 8])
     runs = pair.runs
     assert set(runs) == {
@@ -83,9 +82,7 @@ def test_every_setting_and_batch_size_is_run(pair: SideBySide, samples: list[Sam
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 8])
-def test_the_file_is_given_whole_batches(
-    pair: SideBySide, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
+def test_the_file_is_given_whole_batches(pair, samples, monkeypatch, size):
     seen: list[int] = []
     (runtime,) = pair.runtimes
     run = runtime.run
@@ -100,9 +97,7 @@ def test_the_file_is_given_whole_batches(
     assert len(seen) == 4 * -(-len(samples) // size)  # three settings, and mAP
 
 
-def test_a_runtime_that_fails_is_told_and_not_asked_again(
-    pair: SideBySide, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_runtime_that_fails_is_told_and_not_asked_again(pair, samples, monkeypatch):
     def fail(*_: object) -> None:
         raise UnrunnableError("out of memory")
 
@@ -113,11 +108,8 @@ def test_a_runtime_that_fails_is_told_and_not_asked_again(
 
 
 def test_slow_runtimes_get_the_first_images_of_all_that_are_compared(
-    detector_path: Path,
-    checkpoint: Checkpoint,
-    samples: list[Sample],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    detector_path, checkpoint, samples, monkeypatch
+):
     seen: list[np.ndarray] = []
     pair = pair_of(detector_path, checkpoint, OnnxRuntime, Reference, slow_images=3)
     fast, slow = pair.runtimes
@@ -139,7 +131,7 @@ def test_slow_runtimes_get_the_first_images_of_all_that_are_compared(
     assert list(pair.detected) == ["checkpoint", "onnxruntime"]  # no mAP of the first few
 
 
-def test_a_class_that_scores_low_is_seen(pair: SideBySide) -> None:
+def test_a_class_that_scores_low_is_seen(pair):
     probability = torch.rand(4, 500, 3, generator=torch.Generator().manual_seed(0))
     probability[..., 2] *= 1e-3
     thresholds = torch.from_numpy(pair._thresholds_that_show(probability))
@@ -147,11 +139,7 @@ def test_a_class_that_scores_low_is_seen(pair: SideBySide) -> None:
     assert passing.tolist() == [100, 100, 100]  # 150 places in 4 images, half for 3 classes
 
 
-def test_an_answer_that_breaks_the_contract_is_a_mismatch(
-    tampered: Callable[[Callable[[onnx.ModelProto], None]], Path],
-    checkpoint: Checkpoint,
-    samples: list[Sample],
-) -> None:
+def test_an_answer_that_breaks_the_contract_is_a_mismatch(tampered, checkpoint, samples):
     def pad_with_zero(model: onnx.ModelProto) -> None:
         (node,) = (node for node in model.graph.node if "labels" in node.output)
         zero = onnx.numpy_helper.from_array(np.array(0), "zero")
@@ -162,3 +150,15 @@ def test_an_answer_that_breaks_the_contract_is_a_mismatch(
     pair.compare(samples, [3])
     run = pair.runs["onnxruntime", "the file's own thresholds", 3]
     assert run.mismatches[0] == "cloud_0.png: the padding is not 0, 0 and -1"
+
+
+def test_a_box_of_one_class_is_proposed_for_no_other():
+    boxes = torch.arange(24.0).reshape(1, 2, 3, 4)
+    scores = torch.tensor([[[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]])
+    (own,) = _proposals(Predictions(boxes, scores, scores))
+    assert own.boxes.tolist() == boxes.reshape(6, 4).tolist()
+    assert own.scores.argmax(1).tolist() == [0, 1, 2, 0, 1, 2]
+    assert own.scores.sum(1).tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    (shared,) = _proposals(Predictions(boxes[:, :, :1], scores, scores))
+    assert shared.boxes.tolist() == boxes[0, :, 0].tolist()
+    assert shared.scores.tolist() == scores[0].tolist()
