@@ -6,9 +6,12 @@ resort here, tokens in `auth`, rates in `rate_limit`, and bounds on bodies in `b
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
-from time import perf_counter
+from collections.abc import Callable
+from http import HTTPStatus
+from time import monotonic, perf_counter
 from typing import Any
 from uuid import uuid4
 
@@ -41,6 +44,11 @@ CLIENT_GONE = 499
 
 # The route label of requests that match no route of the API: paths would be unbounded labels.
 OTHER = "other"
+
+# Refusals answered at once, and per second beyond these.
+REFUSALS = 100
+REFUSALS_PER_SECOND = 100.0
+LONGEST_PAUSE = 1.0
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -78,6 +86,7 @@ def build_middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
         Middleware(AccessMiddleware, metrics=metrics),
         # Outside of everything that refuses or fails, so that pages can read those answers too.
         *([cors] if settings.cors_origins else []),
+        Middleware(PaceMiddleware),
         Middleware(ErrorMiddleware),
         # Refusals come before a body is read.
         *([auth] if store.required else []),
@@ -119,6 +128,33 @@ class ProxyMiddleware(ProxyHeadersMiddleware):
         if scope["type"] == "http" and not scope.get("client"):
             scope["client"] = ("unix", 0)
         await super().__call__(scope, receive, send)
+
+
+class PaceMiddleware:
+    """Answers 429 at a bounded rate, so that clients which retry at once cannot take the processor.
+
+    A refusal beyond the rate waits for its turn, at most `LONGEST_PAUSE` seconds. Its body is not
+    read meanwhile.
+    """
+
+    def __init__(self, app: ASGIApp, clock: Callable[[], float] = monotonic) -> None:
+        self.app = app
+        self._clock = clock
+        self._turn = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+
+        async def paced_send(message: Message) -> None:
+            if message.get("status") == HTTPStatus.TOO_MANY_REQUESTS:
+                now = self._clock()
+                self._turn = max(self._turn, now - REFUSALS / REFUSALS_PER_SECOND)
+                self._turn = min(self._turn + 1 / REFUSALS_PER_SECOND, now + LONGEST_PAUSE)
+                if self._turn > now:
+                    await asyncio.sleep(self._turn - now)
+            await send(message)
+
+        await self.app(scope, receive, paced_send)
 
 
 class ErrorMiddleware:

@@ -17,6 +17,7 @@ from service.http.bodies import BodyLimitMiddleware
 from service.http.middleware import (
     AccessMiddleware,
     ErrorMiddleware,
+    PaceMiddleware,
     build_middleware,
     parse_origins,
 )
@@ -50,9 +51,9 @@ def test_the_order(detector):
         [one.cls for one in build_middleware(Settings(model=detector, **changes), Metrics())]
         for changes in ({}, every)
     )
-    inner = [CORSMiddleware, ErrorMiddleware, AuthMiddleware, RateLimitMiddleware]
-    assert many[1:] == [AccessMiddleware, *inner, BodyLimitMiddleware]
-    assert few == [many[0], AccessMiddleware, ErrorMiddleware, BodyLimitMiddleware]
+    inner = [PaceMiddleware, ErrorMiddleware, AuthMiddleware, RateLimitMiddleware]
+    assert many[1:] == [AccessMiddleware, CORSMiddleware, *inner, BodyLimitMiddleware]
+    assert few == [many[0], AccessMiddleware, *inner[:2], BodyLimitMiddleware]
 
 
 # Request ids.
@@ -214,6 +215,35 @@ def test_labels_and_lines_are_bounded(lines):
     (line,) = lines()
     assert (line["bytes_in"], line["bytes_out"]) == (13, 5)
     assert (len(line["path"]), line["client"]) == (200, "unknown")
+
+
+# Refusals.
+
+
+def test_refusals_are_paced_and_other_answers_are_not(monkeypatch, clock):
+    pauses, statuses = [], []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    async def send(message):
+        statuses.append(message["status"])
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": scope["status"]})
+
+    async def ask_all():
+        middleware = PaceMiddleware(app, clock)
+        for status in [200] * 500 + [429] * 500:
+            await middleware({"type": "http", "status": status}, None, send)
+
+    monkeypatch.setattr("service.http.middleware.asyncio.sleep", sleep)
+    asyncio.run(ask_all())
+    assert statuses == [200] * 500 + [429] * 500
+    # The clock stands still: a hundred at once, then one per 10 ms, up to a second.
+    assert len(pauses) == pytest.approx(400, abs=1)  # sums of hundredths are rounded
+    assert pauses[:99] == pytest.approx([n / 100 for n in range(1, 100)], abs=0.011)
+    assert pauses[120:] == pytest.approx([1.0] * len(pauses[120:]))
 
 
 # CORS.
