@@ -7,6 +7,7 @@ uvicorn's httptools protocol parses and answers; bounds on bodies are in `bodies
   so are pipelined requests, connections, and the time in which an answer makes no progress.
 - A refusal is answered in order, after the answers of earlier requests, and the connection is
   closed only after the client has had time to read it.
+- A client that ends its side of the connection gets its answer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from asyncio import AbstractEventLoop, Transport
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
+from socket import SO_ERROR, SOL_SOCKET
 from typing import Any, TypeGuard, cast
 
 import httptools
@@ -28,6 +30,7 @@ from uvicorn.protocols.http.httptools_impl import (
     HttpToolsProtocol,
     RequestResponseCycle,
 )
+from uvicorn.protocols.utils import is_ssl
 from uvicorn.server import ServerState
 
 from service.core.errors import problem_response, short
@@ -37,6 +40,8 @@ logger = logging.getLogger("ghm.service")
 _MOST_PIPELINED = 16
 _MOST_HEADERS = 100  # as Envoy
 _LINGER_SECONDS = 2.0
+_WATCH_SECONDS = 0.1
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _USES = itertools.count()  # orders connections by use; the loop's time is too coarse
 
@@ -162,6 +167,30 @@ class BoundedProtocol(HttpToolsProtocol):
             detail = f"the request is not HTTP/1.1: {str(error) or type(error).__name__}"
             malformed = _Refusal(HTTPStatus.BAD_REQUEST, "malformed", detail)
             self._refuse(cause if isinstance(cause, _Refusal) else malformed)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Answer a client that has ended its side alone; return whether to keep the connection.
+
+        A client that is gone looks the same until it is sent something: a reset follows then.
+        """
+        if self._closing or self._in_body or self._idle or is_ssl(self.transport):
+            return False
+        self._closing = True
+        running = cast(RequestResponseCycle, self._running)
+        last = self.pipeline[0][0] if self.pipeline else running
+        last.keep_alive = False
+        if not running.response_started and running.scope["http_version"] == "1.1":
+            self.transport.write(_CONTINUE)
+            self._watch_for_reset()
+        return True
+
+    def _watch_for_reset(self) -> None:
+        if self._idle or self.transport.is_closing():
+            return
+        if self.transport.get_extra_info("socket").getsockopt(SOL_SOCKET, SO_ERROR):
+            self.transport.abort()
+        else:
+            self.loop.call_later(_WATCH_SECONDS, self._watch_for_reset)
 
     def _feed(self, data: bytes) -> bytes:
         """Parse data; return what to parse instead of the rest of it."""

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 import uvicorn
@@ -20,6 +20,9 @@ POST = b"POST /a HTTP/1.1\r\nHost: x\r\n"
 HOST = b"Host: x\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
+
+
+GONE = Event()
 
 
 class Server(uvicorn.Server):
@@ -69,6 +72,11 @@ def statuses(answer: bytes) -> list[int]:
 async def echo(scope, receive, send) -> None:
     """Answer with method, path, and the body's length; `/early` does not read the body."""
     request = Request(scope, receive)
+    if request.url.path == "/gone":
+        await request.body()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        GONE.set()
     size = 0 if request.url.path == "/early" else len(await request.body())
     answer = f"<{request.method} {request.url.path} {size}>"
     if request.url.path == "/large":
@@ -218,3 +226,19 @@ def test_a_connection_is_refused_if_none_is_idle():
             answer = server.exchange(end=False)
         busy.sendall(b"1")
         assert statuses(busy.recv(65536)) == [200]
+
+
+@pytest.mark.parametrize("requests", [1, 3])
+def test_a_client_that_ends_its_side_is_answered(server, requests):
+    with server.connect() as connection:
+        connection.sendall(GET * requests)
+        connection.shutdown(socket.SHUT_WR)
+        answer = read(connection)
+    assert [status for status in statuses(answer) if status != 100] == [200] * requests
+
+
+def test_a_client_that_is_gone_is_noticed(server):
+    GONE.clear()
+    with server.connect() as connection:
+        connection.sendall(b"GET /gone HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert GONE.wait(20)
