@@ -24,7 +24,7 @@ from service.app import create_app
 from service.core.settings import Settings, SettingsError
 from service.engine.catalogue import CatalogueError
 from service.engine.session import ModelError
-from service.http.protocol import BoundedProtocol, ConnectionLimits
+from service.http.protocol import BoundedProtocol, ConnectionLimits, check_connections
 
 logger = logging.getLogger("ghm.service")
 
@@ -101,10 +101,11 @@ class DrainingServer(uvicorn.Server):
         self, app: FastAPI, settings: Settings, on_started: Callable[[], None] | None = None
     ) -> None:
         service: ServiceState = app.state.service
+        self._limits = _limits(settings)
         config = uvicorn.Config(
             app,
             http=partial(  # type: ignore[arg-type]  # called as the class would be
-                BoundedProtocol, limits=_limits(settings), count=service.metrics.rejected
+                BoundedProtocol, limits=self._limits, count=service.metrics.rejected
             ),
             timeout_keep_alive=math.ceil(settings.keep_alive_seconds),
             log_config=None,  # done by service.observability.logs
@@ -143,9 +144,7 @@ class DrainingServer(uvicorn.Server):
         """Check the connections, and stop when the drain is over. Called ten times a second."""
         if counter % 10 == 0:
             now = asyncio.get_running_loop().time()
-            for connection in tuple(self.server_state.connections):
-                if isinstance(connection, BoundedProtocol):
-                    connection.check(now)
+            check_connections(self.server_state.connections, now, self._limits)
         if self._closes_at is not None:
             if _CLOSE not in self.config.encoded_headers:
                 logger.info("stopping: not ready from now on, closing in %g s", self._drain_seconds)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 from asyncio import AbstractEventLoop, Transport
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from socket import SO_ERROR, SOL_SOCKET
@@ -41,6 +41,7 @@ _MOST_PIPELINED = 16
 _MOST_HEADERS = 100  # as Envoy
 _LINGER_SECONDS = 2.0
 _WATCH_SECONDS = 0.1
+_SLOWEST_READER = 1024  # bytes per second
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _USES = itertools.count()  # orders connections by use; the loop's time is too coarse
@@ -54,13 +55,16 @@ class ConnectionLimits:
         header_bytes: Bytes of a URL and headers, and of trailers.
         header_seconds: Seconds from a connection, or the first byte of a further request, to the
             end of its headers.
-        write_seconds: Seconds in which a client must read some of an answer.
+        write_seconds: Seconds in which a client must read a kilobyte of an answer each.
+        unsent_bytes: Bytes of answers that wait for their readers. Beyond them the longest is
+            dropped.
         connections: Open connections; beyond them, the one that is idle longest is closed.
     """
 
     header_bytes: int = 64 * 1024
     header_seconds: float = 10.0
     write_seconds: float = 30.0
+    unsent_bytes: int = 256 * 2**20
     connections: int = 1000
 
 
@@ -102,7 +106,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None
         self.last_used = next(_USES)
         self._head_since: float | None = self.loop.time()
-        self._unsent, self._unsent_since = 0, self.loop.time()
+        self.unsent = 0  # bytes of answers that the client has not read, at the last check
+        self._window = self.loop.time(), 0
 
     @property
     def _idle(self) -> bool:
@@ -127,16 +132,18 @@ class BoundedProtocol(HttpToolsProtocol):
         """Close a connection whose head is late, or whose client reads nothing of its answer.
 
         Args:
-            now: The loop's time. To be called about once a second.
+            now: The loop's time.
         """
         unsent = self.transport.get_write_buffer_size()
-        if unsent < self._unsent or not unsent:
-            self._unsent_since = now
-        self._unsent = unsent
-        if now - self._unsent_since > self._limits.write_seconds:
-            self._count("slow_reader")
-            self.transport.abort()
-            return
+        if not unsent or unsent > self.unsent:  # nothing waits, or a further answer does
+            self._window = now, unsent
+        self.unsent = unsent
+        since, before = self._window
+        if now - since > self._limits.write_seconds:
+            if before - unsent < _SLOWEST_READER * (now - since):
+                self.drop_answer()
+                return
+            self._window = now, unsent
         late = self._head_since is not None and now - self._head_since > self._limits.header_seconds
         if not late or self._closing or not self._idle:
             return
@@ -145,6 +152,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(_Refusal(HTTPStatus.REQUEST_TIMEOUT, "slow_headers", detail))
         else:
             self.transport.close()
+
+    def drop_answer(self) -> None:
+        """Close the connection of a client that does not read its answer."""
+        self._count("slow_reader")
+        self.unsent = 0
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Parse what a client sent, unless the connection is closing."""
@@ -344,6 +357,25 @@ class _LingeringTransport:
         self.write = transport.write
         self.is_closing = transport.is_closing
         self.close = close
+
+
+def check_connections(connections: Iterable[object], now: float, limits: ConnectionLimits) -> None:
+    """Check each connection, and that all answers that wait together are within their bound.
+
+    Args:
+        connections: Those of a server.
+        now: The loop's time. To be called about once a second.
+        limits: The bounds.
+    """
+    bounded = [one for one in tuple(connections) if isinstance(one, BoundedProtocol)]
+    for connection in bounded:
+        connection.check(now)
+    waiting = sorted((one for one in bounded if one.unsent), key=lambda one: one.unsent)
+    total = sum(one.unsent for one in waiting)
+    while len(waiting) > 1 and total > limits.unsent_bytes:
+        longest = waiting.pop()
+        total -= longest.unsent
+        longest.drop_answer()
 
 
 def _is_idle(connection: object) -> TypeGuard[BoundedProtocol]:

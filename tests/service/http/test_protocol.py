@@ -4,16 +4,18 @@ import asyncio
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from threading import Event, Thread
+from types import SimpleNamespace
 
 import pytest
 import uvicorn
 from starlette.requests import Request
 from starlette.responses import Response
+from uvicorn.server import ServerState
 
-from service.http.protocol import BoundedProtocol, ConnectionLimits
+from service.http.protocol import BoundedProtocol, ConnectionLimits, check_connections
 
 GET = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST /a HTTP/1.1\r\nHost: x\r\n"
@@ -29,6 +31,7 @@ class Server(uvicorn.Server):
     """A server of `app` in a thread, whose connections are checked as the service's are."""
 
     def __init__(self, app, limits: ConnectionLimits, keep_alive: int) -> None:
+        self.limits = limits
         self.reasons: list[str] = []
         http = partial(BoundedProtocol, limits=limits, count=self.reasons.append)
         super().__init__(
@@ -43,8 +46,8 @@ class Server(uvicorn.Server):
         )
 
     async def on_tick(self, counter: int) -> bool:
-        for connection in tuple(self.server_state.connections):
-            connection.check(asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        check_connections(self.server_state.connections, now, self.limits)
         return await super().on_tick(counter)
 
     def exchange(self, *pieces: bytes, end: bool = True) -> bytes:
@@ -201,6 +204,38 @@ def test_a_client_that_reads_nothing_is_disconnected():
                 pass
             assert len(read(connection)) < 40_000_000
         assert statuses(server.exchange(GET)) == [200, 200]
+
+
+@pytest.mark.parametrize(("rate", "dropped"), [(0, True), (1000, True), (2000, False)])
+def test_a_client_must_read_a_kilobyte_per_second(rate, dropped):
+    reasons = []
+    state, config = ServerState(), uvicorn.Config(echo, log_config=None)
+    with closing(asyncio.new_event_loop()) as loop:
+        limits = ConnectionLimits(write_seconds=10)
+        connection = BoundedProtocol(config, state, {}, loop, limits=limits, count=reasons.append)
+        start = loop.time()
+        for second in range(25):
+            unsent = 10**6 - rate * second
+            connection.transport = SimpleNamespace(
+                get_write_buffer_size=lambda unsent=unsent: unsent, abort=lambda: None
+            )
+            if not reasons:
+                connection.check(start + second)
+    assert reasons == ["slow_reader"] * dropped
+
+
+def test_answers_that_wait_are_bounded_together():
+    with serving(unsent_bytes=100_000_000) as server:
+        with ExitStack() as stack:
+            for _ in range(4):  # 40 MB each, less what the sockets hold
+                connection = stack.enter_context(server.connect())
+                connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+            while len(server.reasons) < 2:
+                connection.recv(1, socket.MSG_PEEK)
+            assert server.reasons == ["slow_reader"] * 2
+        with server.connect() as connection:
+            connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert len(read(connection)) > 40_000_000
 
 
 def test_beyond_the_limit_the_connection_that_is_idle_longest_is_closed():
