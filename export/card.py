@@ -78,7 +78,7 @@ class Preprocessing(_Frozen):
         return std
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Return the `(width, height)` to which an image of `width x height` is resized."""
+        """Return the `(width, height)` to which an image is resized."""
         scale = min(self.width / width, self.height / height)
         return max(1, round(width * scale)), max(1, round(height * scale))
 

@@ -95,11 +95,7 @@ def output_paths(path: Path, input_type: str) -> list[Path]:
 def write_variants(
     path: Path, input_type: str, model: ModelProto, card: DetectorCard
 ) -> DetectorCard:
-    """Write a graph with float32 images as the files of an export to `path`.
-
-    Returns:
-        The card in the file at `path`.
-    """
+    """Write a graph with float32 images as the files of an export; returns the first one's card."""
     variants = [] if input_type == "uint8" else [(model, card)]
     if input_type != "float32":
         variants.append(accept_uint8(model, card))
@@ -109,11 +105,7 @@ def write_variants(
 
 
 def check_outputs(path: Path, input_type: str, checkpoint_path: Path) -> None:
-    """Refuse an export to `path` that could not be written, before any work is done.
-
-    Raises:
-        ValueError: The input type is unknown, or an output is the checkpoint or a folder.
-    """
+    """Raise ValueError for an export that could not be written, before any work is done."""
     if input_type not in INPUT_TYPES:
         raise ValueError(f"input_type must be one of {', '.join(INPUT_TYPES)}, got {input_type!r}")
     for output in output_paths(path, input_type):
@@ -128,14 +120,14 @@ def make_card(
     iou_threshold: float | None = None,
     name: str | None = None,
 ) -> DetectorCard:
-    """Return the card of a checkpoint's detector under a threshold policy.
+    """Return the card of a checkpoint's detector, with thresholds by a policy.
 
     Args:
         checkpoint: The checkpoint.
         checkpoint_sha256: The digest of its file, 64 hexadecimal digits.
-        policy: Threshold policy: `prior`, `f1`, `precision=P`, `recall=R` or `fixed=T`.
-        iou_threshold: Overlap in [0, 1] that NMS allows; the detector's own if None.
-        name: Name of the model; made from architecture and backbone if None.
+        policy: As in `export_detector`.
+        iou_threshold: As in `export_detector`.
+        name: As in `export_detector`.
 
     Raises:
         CheckpointError: The checkpoint lacks training options, or its statistics are of other

@@ -148,15 +148,7 @@ def detector_bytes(model: ModelProto, card: DetectorCard) -> bytes:
 
 
 def refuse_output(path: Path, **sources: Path) -> None:
-    """Refuse an output path, before any work is done.
-
-    Args:
-        path: The file to write.
-        **sources: Files that must not be overwritten, by what they are.
-
-    Raises:
-        ValueError: The path is a folder or one of the sources.
-    """
+    """Raise ValueError for an output that is a folder or one of the named `sources`."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file, such as detector.onnx")
     for kind, source in sources.items():
@@ -165,19 +157,12 @@ def refuse_output(path: Path, **sources: Path) -> None:
 
 
 def set_default(model: ModelProto, name: str, values: Sequence[float]) -> None:
-    """Replace the values of a float32 initializer.
-
-    Args:
-        model: The graph; it is changed.
-        name: The initializer, such as `class_thresholds`.
-        values: As many as it has.
-    """
+    """Replace the values of a float32 initializer, such as `class_thresholds`."""
     (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
     tensor.CopyFrom(numpy_helper.from_array(np.array(values, dtype=np.float32), name))
 
 
 def _check(model: ModelProto) -> None:
-    """Check a model against the contract and with onnx's own checker."""
     _check_tensors(model)
     _check_graph(model.graph, _card(model))
     try:
@@ -268,7 +253,6 @@ def _check_outputs(graph: GraphProto) -> None:
 
 
 def _overridable(graph: GraphProto, name: str, length: int) -> npt.NDArray[np.float32]:
-    """Return the default of an input that callers may override, float32 `[length]`."""
     tensors = [tensor for tensor in graph.initializer if tensor.name == name]
     if len(tensors) != 1:
         raise CardError(f"the graph has {len(tensors)} initializers {name!r}; there must be one")
@@ -307,7 +291,6 @@ def _check_tensors(model: ModelProto) -> None:
 
 
 def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """Iterate over the tensors in a graph and in the graphs inside its nodes."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
@@ -355,12 +338,7 @@ def _describe(value: ValueInfoProto) -> str:
 
 
 def seal(content: bytes, ir_version: int) -> bytes:
-    """Append the digest of a serialized model.
-
-    Args:
-        content: The model, serialized, without a digest.
-        ir_version: The model's IR version, below 128.
-    """
+    """Append the digest of a serialized model, whose IR version is below 128."""
     return content + _tail(hashlib.sha256(content).hexdigest(), ir_version)
 
 

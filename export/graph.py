@@ -31,20 +31,10 @@ RANK_CUT = OUT / 10
 def build_graph(
     detector: Detector, class_thresholds: list[float], iou_threshold: float
 ) -> ModelProto:
-    """Export a detector with its thresholds and NMS.
-
-    Args:
-        detector: The trained detector; it is set to evaluation mode.
-        class_thresholds: Default score that a detection of each class must reach, `C` numbers.
-        iou_threshold: Default overlap that NMS allows, in [0, 1].
-
-    Returns:
-        A model with the inputs and outputs of the file's contract and with its weights, but
-        without a card and without information about the exporting machine.
+    """Export a detector with its thresholds and NMS, see `trace`.
 
     Raises:
         ValueError: The number of thresholds is not the number of classes.
-        onnx.checker.ValidationError: The exporter produced an invalid model.
     """
     classes = detector.config.num_classes
     if len(class_thresholds) != classes:
@@ -59,7 +49,7 @@ def trace(
     class_thresholds: list[float],
     iou_threshold: float,
 ) -> ModelProto:
-    """Export a module that ends in thresholds and NMS.
+    """Export a module that ends in thresholds and NMS; sets it to evaluation mode.
 
     Args:
         deployed: A module of `inputs`, `class_thresholds` and `iou_threshold`.
@@ -68,11 +58,8 @@ def trace(
         iou_threshold: Default overlap in [0, 1] that NMS allows.
 
     Returns:
-        A model with the inputs and outputs of the file's contract and with its weights, but
-        without a card and without information about the exporting machine.
-
-    Raises:
-        onnx.checker.ValidationError: The exporter produced an invalid model.
+        A model with the inputs, outputs and weights of the file's contract, but without a card
+        and without information about the exporting machine.
     """
     model = _export(deployed, inputs, len(class_thresholds))
     _forget_origin(model)
@@ -119,7 +106,6 @@ def _non_max_suppression(boxes: Any, ranks: Any, iou_threshold: Any, most: int) 
 
 
 def _set_default(model: ModelProto, name: str, values: list[float]) -> None:
-    """Give a graph input a default, an initializer of the same name that callers may override."""
     tensor = numpy_helper.from_array(np.asarray(values, dtype=np.float32), name)
     model.graph.initializer.append(tensor)
 

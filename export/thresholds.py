@@ -80,17 +80,16 @@ def rewrite_thresholds(
         path: The file of a detector.
         output_path: Where to write; may be `path`. An existing file is replaced only once the new
             one is complete.
-        classes: Thresholds in [0, 1] by class name.
-        every: Threshold in [0, 1] of every class that `classes` does not name.
-        iou_threshold: Overlap in [0, 1] that NMS allows.
+        classes: As in `set_thresholds`.
+        every: As in `set_thresholds`.
+        iou_threshold: As in `set_thresholds`.
 
     Returns:
         The card of the new file.
 
     Raises:
         CardError: The file is not a valid detector file.
-        ValueError: A class is unknown, a value is outside [0, 1], nothing is set, or the output
-            is a folder.
+        ValueError: As in `set_thresholds`, or the output is a folder.
         OSError: A file cannot be read or written.
     """
     file, output_path = read_detector(path), Path(output_path)

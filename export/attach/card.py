@@ -101,26 +101,20 @@ class AttachCard(BaseModel):
         scores = self.thresholds
         by_name = scores if isinstance(scores, dict) else dict.fromkeys(names, scores)
         nothing = np.zeros((len(names), 1), np.int64)
+        named = {"name", "architecture", "backbone", "class_names", "candidates", "max_detections"}
         try:
             return DetectorCard(
-                name=self.name,
-                architecture=self.architecture,
-                backbone=self.backbone,
-                class_names=names,
+                **self.model_dump(include=named),
                 threshold_policy="by hand",
                 thresholds=[
                     ClassThreshold(name, as_float32(by_name[name]), "manual", 0, 0)
                     for name in names
                 ],
                 iou_threshold=as_float32(self.iou_threshold),
-                candidates=self.candidates,
-                max_detections=self.max_detections,
                 preprocessing=Preprocessing(
                     height=height,
                     width=width,
-                    pad_value=self.pad_value,
-                    mean=self.mean,
-                    std=self.std,
+                    **self.model_dump(include={"pad_value", "mean", "std"}),
                 ),
                 statistics=ClassStatistics(
                     tuple(names), positive_scores=nothing, negative_scores=nothing

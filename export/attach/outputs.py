@@ -119,9 +119,6 @@ def join_outputs(
 
     Returns:
         A node from these outputs to `ROWS`, `[B, A, 4 + C]`, and its output.
-
-    Raises:
-        AttachError: There are no such outputs.
     """
     batch = len(next(iter(outputs.values())))
     shapes = {
@@ -153,12 +150,7 @@ def join_outputs(
 
 
 class Postprocess(DeployedDetector):
-    """Decoding, thresholds and NMS behind a model's boxes and scores.
-
-    Args:
-        layout: The meaning of the outputs.
-        card: The model's card.
-    """
+    """Decoding, thresholds and NMS behind a model's boxes and scores."""
 
     def __init__(self, layout: OutputLayout, card: DetectorCard) -> None:
         nn.Module.__init__(self)  # there is no detector inside
@@ -168,16 +160,7 @@ class Postprocess(DeployedDetector):
         self.config = cast(DetectorConfig, limits)  # `select` needs nothing else
 
     def forward(self, rows: Tensor, class_thresholds: Tensor, iou_threshold: Tensor) -> Padded:
-        """Detect.
-
-        Args:
-            rows: float32 `[B, A, 4 + C]`: boxes and scores in the model's own units.
-            class_thresholds: float32 `[C]`, in [0, 1].
-            iou_threshold: float32 `[1]`, in [0, 1].
-
-        Returns:
-            As `DeployedDetector`.
-        """
+        """Detect in `rows`, float32 `[B, A, 4 + C]`; otherwise as `DeployedDetector`."""
         boxes, values = rows[..., :4], rows[..., 4:]
         if self.layout.boxes == "cxcywh":
             centre, half = boxes[..., :2], 0.5 * boxes[..., 2:]

@@ -77,8 +77,7 @@ def to_int8(
         recipe: Options.
 
     Returns:
-        The new graph, with the same inputs, outputs and defaults. The same model and images give
-        the same graph.
+        The new graph, with the same inputs, outputs and defaults; deterministic.
 
     Raises:
         ValueError: There are no images, or no layers with weights.
@@ -104,17 +103,7 @@ def to_int8(
 
 
 def to_float16(model: ModelProto) -> ModelProto:
-    """Convert a detector's core to float16, which halves the weights.
-
-    Args:
-        model: A detector's graph, float32; it is not changed.
-
-    Returns:
-        The new graph, with the same inputs, outputs and defaults, float32.
-
-    Raises:
-        ValueError: There are no layers with weights.
-    """
+    """Convert a detector's core to float16, which halves the weights; otherwise as `to_int8`."""
     made, core = _copy(model)
     # Cut out first, because the converter would round everything else too, thresholds included.
     half = convert_float_to_float16(cut_out(made, core), keep_io_types=True).graph
@@ -137,7 +126,6 @@ def _copy(model: ModelProto) -> tuple[ModelProto, Core]:
 
 
 def _finished(made: ModelProto, original: ModelProto) -> ModelProto:
-    """Clean up after onnxruntime's tools, and restore the producer."""
     tidy = ONNXModel(made)
     tidy.clean_initializers()
     tidy.topological_sort()
@@ -149,17 +137,8 @@ def _finished(made: ModelProto, original: ModelProto) -> ModelProto:
 def observe_ranges(model: ModelProto, core: Core, images: Iterable[Image], coverage: float) -> Any:
     """Observe the range of every activation that the core reads or computes.
 
-    Args:
-        model: A detector's graph, float32.
-        core: Its core.
-        images: Prepared images, float32 `[3, H, W]`, read one at a time.
-        coverage: See `Int8Recipe`; half of the values outside are cut off at either end.
-
-    Returns:
-        onnxruntime's `TensorsData`.
-
-    Raises:
-        ValueError: There are no images.
+    Images are read one at a time. Half of the values that `coverage` leaves out, see `Int8Recipe`,
+    are cut off at either end. Returns onnxruntime's `TensorsData`.
     """
     method = CalibrationMethod.MinMax if coverage == 100 else CalibrationMethod.Percentile
     options = {"num_bins": BINS, "percentile": coverage, "symmetric": False}
@@ -184,8 +163,6 @@ def observe_ranges(model: ModelProto, core: Core, images: Iterable[Image], cover
 
 
 class _One(CalibrationDataReader):  # type: ignore[misc]
-    """A reader of one set of inputs."""
-
     def __init__(self, feeds: dict[str, Image]) -> None:
         self._left = [feeds]
 

@@ -93,7 +93,7 @@ def products_per_output(node: NodeProto, graph: GraphProto) -> int:
 
 
 def name_nodes(graph: GraphProto) -> None:
-    """Give every node a unique name; onnxruntime's tools identify nodes by name."""
+    """Give every node a unique name, by which onnxruntime's tools identify nodes."""
     taken: set[str] = set()
     for number, node in enumerate(graph.node):
         if not node.name or node.name in taken:
@@ -104,10 +104,7 @@ def name_nodes(graph: GraphProto) -> None:
 
 
 def cut_out(model: ModelProto, core: Core) -> ModelProto:
-    """Return the core as a model.
-
-    Its inputs are the activations it reads from outside, its outputs those read outside.
-    """
+    """Return the core as a model of the activations it reads, and of those read outside."""
     graph = shape_inference.infer_shapes(model).graph
     inside = {node.name for node in core.nodes}
     constant = {tensor.name: tensor for tensor in graph.initializer}

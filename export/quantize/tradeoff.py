@@ -90,12 +90,12 @@ def detect_all(
 def measure(
     files: dict[str, bytes], config: DetectorConfig, dataset: DetectionDataset
 ) -> list[Measured]:
-    """Measure files of one detector.
+    """Measure files of one detector on images with boxes that it was not trained on.
 
     Args:
         files: The files by the precision of their cores; they take float32 images.
         config: The detector's configuration.
-        dataset: Images with boxes that the detector was not trained on.
+        dataset: The images.
 
     Raises:
         ValueError: The data set has no boxes.
@@ -117,9 +117,7 @@ def measure(
 def race(files: Sequence[bytes], images: Sequence[Image]) -> list[float]:
     """Measure the median latency of each file in milliseconds: one image, one thread, in turns.
 
-    Args:
-        files: The files.
-        images: Float32 `[3, H, W]`, used in turn.
+    Images are float32 `[3, H, W]`, and used in turn.
     """
     sessions = [open_session(content, threads=1) for content in files]
     batches = [image[None] for image in images]
@@ -192,10 +190,6 @@ def open_splits(
         data: A data set as `open_dataset` takes it; the training data if None.
         calibration: The split to calibrate on; the training split if None.
         test: The split to measure on.
-
-    Raises:
-        ValueError: The data set or a split is unknown, or has other classes.
-        OSError: It cannot be read.
     """
     training, names = checkpoint.training, checkpoint.config.class_names
 
@@ -276,11 +270,7 @@ class Tradeoff:
 
 
 class AccuracyLossError(ValueError):
-    """The smaller detector loses more than is allowed, and was not written.
-
-    Attributes:
-        tradeoff: The measurements.
-    """
+    """The smaller detector loses more than is allowed, see `tradeoff`, and was not written."""
 
     def __init__(self, tradeoff: Tradeoff, allowed: float) -> None:
         before, after = tradeoff.before, tradeoff.after
@@ -309,8 +299,7 @@ def export_quantized(
     """Write a checkpoint's detector with a quantized core, if it is still good enough.
 
     The thresholds are derived again, by the same policy, from the scores of the smaller detector
-    on the held-out split. The same checkpoint, images and arguments give the same bytes on the
-    same kind of processor.
+    on the held-out split. The same arguments give the same bytes on the same kind of processor.
 
     Args:
         checkpoint_path: A checkpoint that training wrote.
@@ -329,10 +318,8 @@ def export_quantized(
 
     Raises:
         AccuracyLossError: It would lose more than `max_drop`; nothing was written.
-        CheckpointError: The checkpoint cannot be exported.
-        ValueError: An option is unknown or out of range, an output is the checkpoint or a folder,
-            or a split has no boxes.
-        OSError: A file cannot be read or written.
+        ValueError: An option is unknown or out of range, or a split has no boxes; and as
+            `export_detector`.
     """
     checkpoint_path, output_path = Path(checkpoint_path), Path(output_path)
     if precision not in PRECISIONS:

@@ -79,7 +79,7 @@ class Detections:
 
     @classmethod
     def of(cls, outputs: Outputs) -> Detections:
-        """The detections in the padded outputs for one image."""
+        """The detections in padded outputs."""
         boxes, scores, labels, count = outputs
         return cls(boxes[:count], scores[:count], labels[:count])
 
@@ -259,11 +259,7 @@ def split_batch(outputs: Sequence[npt.NDArray[Any]]) -> list[Outputs]:
 
 
 def contract_violations(outputs: Outputs, setting: Setting) -> list[str]:
-    """Check the padded outputs for one image against the file's contract.
-
-    Returns:
-        A description of each violation; empty if there is none.
-    """
+    """Describe each violation of the file's contract by the padded outputs for one image."""
     boxes, scores, labels, count = outputs
     if not 0 <= count <= len(scores):
         return [f"num_detections is {count} of {len(scores)}"]

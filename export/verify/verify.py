@@ -199,13 +199,7 @@ def verify(
 
 
 def card_problems(card: DetectorCard, checkpoint: Checkpoint, sha256: str) -> list[str]:
-    """Describe each difference of a card from the one that a checkpoint yields.
-
-    Args:
-        card: The card.
-        checkpoint: The checkpoint.
-        sha256: The digest of its file.
-    """
+    """Describe each difference of a card from that of a checkpoint, whose file has a digest."""
     problems = []
     named = card.training.checkpoint_sha256
     if named != sha256:

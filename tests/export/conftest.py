@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from PIL import Image
 from torch import nn
 
@@ -191,52 +191,29 @@ def small_card():
 @pytest.fixture
 def small_model(small_card):
     """A detector that finds half a cat everywhere, with its card and without a seal; it runs."""
-    floats, info = TensorProto.FLOAT, helper.make_tensor_value_info
-    make = helper.make_node
-    nodes = [
-        make("ReduceMean", ["images", "axes"], ["grey"], keepdims=0),
-        make("Mul", ["grey", "zero"], ["nothing"]),
-        make("Sigmoid", ["nothing"], ["half"]),
-        make("Unsqueeze", ["half", "one"], ["scores"]),
-        make("GreaterOrEqual", ["scores", "threshold"], ["stands"]),
-        make("Slice", ["class_thresholds", "start", "end"], ["threshold"]),
-        make("Where", ["stands", "label", "padding"], ["labels"]),
-        make("Cast", ["stands"], ["whole"], to=TensorProto.INT64),
-        make("ReduceSum", ["whole", "one"], ["num_detections"], keepdims=0),
-        make("Unsqueeze", ["scores", "two"], ["corner"]),
-        make("Expand", ["corner", "four"], ["boxes"]),
-    ]
-    nodes.insert(4, nodes.pop(5))
-    constants = {
-        "axes": np.array([1, 2, 3]),
-        "zero": np.zeros(1, np.float32),
-        "one": np.array([1]),
-        "two": np.array([2]),
-        "start": np.array([0]),
-        "end": np.array([1]),
-        "label": np.array([[1]]),
-        "padding": np.array([[-1]]),
-        "four": np.array([1, 1, 4]),
-        "class_thresholds": np.full(2, 0.5, np.float32),
-        "iou_threshold": np.full(1, small_card.iou_threshold, np.float32),
-    }
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [
-            info("images", floats, ["batch", 3, 8, 16]),
-            info("class_thresholds", floats, [2]),
-            info("iou_threshold", floats, [1]),
-        ],
-        [
-            info("boxes", floats, ["batch", "M", 4]),
-            info("scores", floats, ["batch", "M"]),
-            info("labels", TensorProto.INT64, ["batch", "M"]),
-            info("num_detections", TensorProto.INT64, ["batch"]),
-        ],
-        [numpy_helper.from_array(values, name) for name, values in constants.items()],
-    )
-    opset = [helper.make_opsetid("", 18)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=10)
+    model = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 18]>
+        g (float[batch, 3, 8, 16] images, float[2] class_thresholds, float[1] iou_threshold)
+        => (float[batch, M, 4] boxes, float[batch, M] scores, int64[batch, M] labels,
+            int64[batch] num_detections)
+        <int64[3] axes = {1, 2, 3}, float[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2},
+         int64[1] start = {0}, int64[1] end = {1}, int64[1, 1] label = {1},
+         int64[1, 1] padding = {-1}, int64[3] four = {1, 1, 4},
+         float[2] class_thresholds = {0.5, 0.5}, float[1] iou_threshold = {0.6}>
+        {
+            grey = ReduceMean <keepdims = 0> (images, axes)
+            nothing = Mul (grey, zero)
+            half = Sigmoid (nothing)
+            scores = Unsqueeze (half, one)
+            threshold = Slice (class_thresholds, start, end)
+            stands = GreaterOrEqual (scores, threshold)
+            labels = Where (stands, label, padding)
+            whole = Cast <to = 7> (stands)
+            num_detections = ReduceSum <keepdims = 0> (whole, one)
+            corner = Unsqueeze (scores, two)
+            boxes = Expand (corner, four)
+        }""")
+    for tensor in model.graph.initializer:  # as exporters write them
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
     helper.set_model_props(model, {CARD_KEY: small_card.to_json()})
     return model

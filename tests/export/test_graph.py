@@ -75,22 +75,16 @@ def deployed(checkpoint):
     return DeployedDetector(checkpoint.detector()).eval()
 
 
-def test_the_file_takes_images_and_overridable_thresholds(file):
-    (images,) = file.get_inputs()
-    assert (images.name, images.type, images.shape) == (
-        INPUT,
-        "tensor(float)",
-        ["batch", 3, 64, 96],
-    )
-    overridable = {x.name: (x.type, x.shape) for x in file.get_overridable_initializers()}
-    assert overridable == {
-        THRESHOLDS_INPUT: ("tensor(float)", [3]),
-        IOU_INPUT: ("tensor(float)", [1]),
-    }
+def test_inputs_and_outputs_are_those_of_the_contract(file):
+    def described(values: Any) -> list[tuple]:
+        return [(value.name, value.type, value.shape) for value in values]
 
-
-def test_the_outputs_are_named_and_typed_as_the_contract_says(file):
-    assert [(x.name, x.type, x.shape) for x in file.get_outputs()] == [
+    assert described(file.get_inputs()) == [(INPUT, "tensor(float)", ["batch", 3, 64, 96])]
+    assert described(file.get_overridable_initializers()) == [
+        (THRESHOLDS_INPUT, "tensor(float)", [3]),
+        (IOU_INPUT, "tensor(float)", [1]),
+    ]
+    assert described(file.get_outputs()) == [
         ("boxes", "tensor(float)", ["batch", 150, 4]),
         ("scores", "tensor(float)", ["batch", 150]),
         ("labels", "tensor(int64)", ["batch", 150]),
@@ -98,33 +92,22 @@ def test_the_outputs_are_named_and_typed_as_the_contract_says(file):
     ]
 
 
-def test_versions_are_pinned_and_weights_are_inside(detector_path):
-    model = onnx.load(detector_path, load_external_data=False)
+def test_versions_are_pinned_and_nothing_of_the_exporter_is_left(detector_path):
+    model, graph = (loaded := onnx.load(detector_path, load_external_data=False)), loaded.graph
     assert model.ir_version == IR_VERSION == 10
     assert [(x.domain, x.version) for x in model.opset_import] == [("", OPSET)] == [("", 18)]
     assert not model.functions
-    assert not any(tensor.external_data for tensor in model.graph.initializer)
-    assert (model.producer_name, model.graph.name) == ("ghm-triton", "detector")
-
-
-def test_the_file_passes_the_checker_and_strict_shape_inference(detector_path):
-    model = onnx.load(detector_path)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
-
-
-def test_nothing_of_the_exporter_is_left_in_the_graph(detector_path):
-    model = onnx.load(detector_path)
+    assert not any(tensor.external_data for tensor in graph.initializer)
+    assert (model.producer_name, graph.name) == ("ghm-triton", "detector")
     assert [entry.key for entry in model.metadata_props] == ["ghm.card", "ghm.sha256"]
-    graph = model.graph
     parts = [graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info]
     assert not [part for part in parts if part.doc_string or part.metadata_props]
 
 
-def test_one_file_takes_any_batch(file, deployed, defaults, config):
-    for batch in (1, 3, 8, MAX_BATCH):
-        found = assert_equal(file, deployed, clouds(batch, config, batch), *defaults, {})
-        assert {int(x) for one in found for x in one.labels} == {0, 1, 2}
+@pytest.mark.parametrize("batch", [1, MAX_BATCH])
+def test_one_file_takes_any_batch(file, deployed, defaults, config, batch):
+    found = assert_equal(file, deployed, clouds(batch, config, batch), *defaults, {})
+    assert {int(x) for one in found for x in one.labels} == {0, 1, 2}
 
 
 THRESHOLDS = {
@@ -136,32 +119,27 @@ THRESHOLDS = {
 
 
 @pytest.mark.parametrize("thresholds", THRESHOLDS.values(), ids=THRESHOLDS)
-@pytest.mark.parametrize("batch", [1, 3, 8])
-def test_thresholds_are_overridden_by_a_call(file, deployed, defaults, config, thresholds, batch):
+def test_thresholds_are_overridden_by_a_call(file, deployed, defaults, config, thresholds):
     given = np.array(thresholds, dtype=np.float32)
     feeds = {THRESHOLDS_INPUT: given}
-    found = assert_equal(file, deployed, clouds(batch, config), given, defaults[1], feeds)
+    found = assert_equal(file, deployed, clouds(3, config), given, defaults[1], feeds)
     for one in found:
         assert (one.scores >= given[one.labels]).all()
     shown = {int(label) for one in found for label in one.labels}
     assert shown == {label for label in range(3) if thresholds[label] < 1}
 
 
-def test_a_threshold_of_0_without_nms_fills_the_answer(file, config):
-    zeros, one = np.zeros(3, dtype=np.float32), np.ones(1, dtype=np.float32)
-    feeds = {THRESHOLDS_INPUT: zeros, IOU_INPUT: one}
-    *_, counts = file.run(list(OUTPUTS), {INPUT: clouds(3, config).numpy(), **feeds})
-    assert counts.tolist() == [config.max_detections] * 3
-
-
 @pytest.mark.parametrize("iou", [0.0, 0.2, 0.75, 1.0])
 def test_iou_is_overridden_by_a_call(file, deployed, defaults, config, iou):
-    iou = float(np.float32(iou))
     feeds = {IOU_INPUT: np.array([iou], dtype=np.float32)}
     images = clouds(3, config)
-    found = assert_equal(file, deployed, images, defaults[0], iou, feeds)
+    found = assert_equal(file, deployed, images, defaults[0], float(feeds[IOU_INPUT][0]), feeds)
     usual = split(file.run(list(OUTPUTS), {INPUT: images.numpy()}))
     assert [len(one) for one in found] != [len(one) for one in usual]
+    if iou == 1.0:  # with thresholds of 0, nothing is left out but for want of room
+        feeds[THRESHOLDS_INPUT] = np.zeros(3, dtype=np.float32)
+        *_, counts = file.run(list(OUTPUTS), {INPUT: images.numpy(), **feeds})
+        assert counts.tolist() == [config.max_detections] * 3
 
 
 def test_an_image_without_detections_is_all_padding(file, config):

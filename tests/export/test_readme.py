@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from export.file import read_detector, write_detector
 from export.inspect import describe
@@ -36,26 +35,18 @@ def commands() -> list[list[str]]:
     ]
 
 
-def another() -> onnx.ModelProto:
-    """A detector such as YOLO writes: `[B, 4 + 2, 3]`, here the same three boxes in any image."""
-    rows = [[50, 200, 600], [50, 200, 80], [40, 40, 60], [40, 50, 80], [0.9, 0, 0.1], [0, 0.8, 0.3]]
-    constants = {"found": np.array([rows], np.float32), "nothing": np.zeros(1, np.float32)}
-    constants |= {"axes": np.array([1, 2, 3]), "column": np.array([-1, 1, 1])}
-    nodes = [
-        helper.make_node("ReduceMean", ["images", "axes"], ["light"]),
-        helper.make_node("Mul", ["light", "nothing"], ["dark"]),
-        helper.make_node("Reshape", ["dark", "column"], ["batch"]),
-        helper.make_node("Add", ["batch", "found"], ["output0"]),
-    ]
-    info = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes,
-        "yolo",
-        [info("images", TensorProto.FLOAT, ["batch", 3, 640, 640])],
-        [info("output0", TensorProto.FLOAT, ["batch", 6, 3])],
-        [numpy_helper.from_array(values, name) for name, values in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+# A detector such as YOLO writes: `[B, 4 + 2, 3]`, here the same three boxes in any image.
+ANOTHER = """
+    <ir_version: 10, opset_import: ["": 18]>
+    yolo (float[batch, 3, 640, 640] images) => (float[batch, 6, 3] output0)
+    <float[1, 6, 3] found = {50, 200, 600, 50, 200, 80, 40, 40, 60, 40, 50, 80, 0.9, 0, 0.1,
+     0, 0.8, 0.3}, float[1] nothing = {0}, int64[3] axes = {1, 2, 3}, int64[3] column = {-1, 1, 1}>
+    {
+        light = ReduceMean (images, axes)
+        dark = Mul (light, nothing)
+        each = Reshape (dark, column)
+        output0 = Add (each, found)
+    }"""
 
 
 @pytest.fixture
@@ -69,7 +60,7 @@ def folder(detector_path, samples, tmp_path, monkeypatch):
     write_detector(tmp_path / "detector.onnx", model, card)
     write_detector(tmp_path / "detector.uint8.onnx", *accept_uint8(model, card))
     samples[0].image.save(tmp_path / "photo.jpg")
-    onnx.save(another(), tmp_path / "yolo.onnx")
+    onnx.save(onnx.parser.parse_model(ANOTHER), tmp_path / "yolo.onnx")
     (described,) = blocks("json")
     (tmp_path / "card.json").write_text(described)
     monkeypatch.chdir(tmp_path)

@@ -57,7 +57,7 @@ def another(
     *,
     batch: str | int = "n",
     size: tuple[Any, Any] = (HEIGHT, WIDTH),
-    element: int = TensorProto.FLOAT,
+    element: str = "float",
     opset: int = 13,
     transposed: bool = False,
     channels: tuple[int, ...] = (0, 1, 2),
@@ -69,48 +69,49 @@ def another(
         boxes = np.concatenate([(low + high) / 2, high - low], axis=1)
     if layout.unit == "normalised":
         boxes /= np.array([WIDTH, HEIGHT, WIDTH, HEIGHT], np.float32)
-    make = helper.make_node
-    constants = {"boxes_table": boxes[None], "scores_table": scores[None]}
-    constants["looked_at"] = np.array(channels)
-    axes = {"axes": [1, 2, 3]} if opset < 18 else {}
-    seen = ["seen"] if axes else ["seen", "axes"]
-    nodes = [
-        make("Gather", ["pixels", "looked_at"], ["seen"], axis=1),
-        make("ReduceMean", seen, ["grey"], **axes),
-    ]
-    if not axes:
-        constants["axes"] = np.array([1, 2, 3])
-    nodes += [
-        make("Reshape", ["grey", "column"], ["light"]),
-        make("Mul", ["light", "zero"], ["dark"]),
-        make("Add", ["dark", "boxes_table"], ["boxes"]),
-        make("Mul", ["light", "scores_table"], ["p"]),
-    ]
-    constants |= {"column": np.array([-1, 1, 1]), "zero": np.zeros(1, np.float32)}
+    axes = "" if opset < 18 else ", axes"
+    nodes = f"""
+        seen = Gather <axis = 1> (pixels, looked_at)
+        grey = ReduceMean {"" if axes else "<axes = [1, 2, 3]>"} (seen{axes})
+        light = Reshape (grey, column)
+        dark = Mul (light, zero)
+        boxes = Add (dark, boxes_table)
+        p = Mul (light, scores_table)"""
     if layout.scores == "logit":  # log(p / (1 - p)), kept finite
-        constants |= {"one": np.ones(1, np.float32), "tiny": np.full(1, 1e-6, np.float32)}
-        nodes += [
-            make("Max", ["p", "tiny"], ["some"]),
-            make("Sub", ["one", "some"], ["rest"]),
-            make("Div", ["some", "rest"], ["odds"]),
-            make("Log", ["odds"], ["scores"]),
-        ]
+        nodes += """
+        some = Max (p, tiny)
+        rest = Sub (one, some)
+        odds = Div (some, rest)
+        scores = Log (odds)"""
     else:
-        nodes.append(make("Identity", ["p"], ["scores"]))
+        nodes += "\nscores = Identity (p)"
     outputs = ["scores", "boxes"]  # not in our order, and with names of ours
     if layout.layout == "yolo":
-        nodes.append(make("Concat", ["boxes", "scores"], ["rows"], axis=2))
-        nodes.append(make("Transpose", ["rows"], ["columns"], perm=[0, 2, 1]))
+        nodes += "\nrows = Concat <axis = 2> (boxes, scores)"
+        nodes += "\ncolumns = Transpose <perm = [0, 2, 1]> (rows)"
         outputs = ["rows" if transposed else "columns"]
-    info = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes,
-        "theirs",
-        [info("pixels", element, [batch, 3, *size])],
-        [info(name, TensorProto.FLOAT, ["n", None, None]) for name in outputs],
-        [numpy_helper.from_array(values, name) for name, values in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7)
+    shape = ", ".join(map(str, (batch, 3, *size)))
+    results = ", ".join(f"float[n, a, b] {name}" for name in outputs)
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 7, opset_import: ["": {opset}]>
+        theirs ({element}[{shape}] pixels) => ({results}) {{ {nodes} }}""")
+    constants = {
+        "boxes_table": boxes[None],
+        "scores_table": scores[None],
+        "looked_at": np.array(channels),
+        "axes": np.array([1, 2, 3]),
+        "column": np.array([-1, 1, 1]),
+        "zero": np.zeros(1, np.float32),
+        "one": np.ones(1, np.float32),
+        "tiny": np.full(1, 1e-6, np.float32),
+    }
+    for name, values in constants.items():
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    return model
+
+
+def table(model: ModelProto, name: str) -> TensorProto:
+    return next(one for one in model.graph.initializer if one.name == name)
 
 
 YOLO = OutputLayout("yolo", "cxcywh", "pixels", "probability")
@@ -245,7 +246,7 @@ def test_by_command(tmp_path, capsys):
     [
         (another(YOLO, batch=1), {}, "its batch is fixed to 1, .*export it with a dynamic batch"),
         (another(YOLO, size=(40, 61)), {}, r"\[any, 3, 40, 61\], and by the card.* 40, 60\]"),
-        (another(YOLO, element=TensorProto.FLOAT16), {}, "'pixels' is FLOAT16, not FLOAT"),
+        (another(YOLO, element="float16"), {}, "'pixels' is FLOAT16, not FLOAT"),
         (another(PAIR), {}, "scores reach from -1.*pass --scores logit"),
         (another(PAIR), {"scores": "logit"}, "boxes reach no further than 1.17: pass --unit norm"),
         (another(YOLO), {"layout": "boxes+scores"}, r"\[batch, A, 4\] and \[batch, A, 3\]"),
@@ -262,8 +263,8 @@ def test_what_cannot_be_attached_to_is_refused_in_a_sentence(tmp_path, model, fl
 
 def test_scores_above_1_are_no_probabilities(tmp_path):
     model = another(YOLO)
-    (table,) = (one for one in model.graph.initializer if one.name == "scores_table")
-    table.CopyFrom(numpy_helper.from_array(3 * numpy_helper.to_array(table), "scores_table"))
+    scores = table(model, "scores_table")
+    scores.CopyFrom(numpy_helper.from_array(3 * numpy_helper.to_array(scores), scores.name))
     with pytest.raises(
         AttachError, match=r"its scores reach from 0 to 1\.3\d.*pass --scores logit"
     ):
@@ -280,8 +281,7 @@ def test_scores_of_other_places_than_the_boxes_are_passed_over():
 
 def test_a_batch_that_is_fixed_inside_is_refused(tmp_path):
     model = another(YOLO)
-    (column,) = (one for one in model.graph.initializer if one.name == "column")
-    column.CopyFrom(numpy_helper.from_array(np.array([1, 1, 1]), "column"))
+    table(model, "column").CopyFrom(numpy_helper.from_array(np.array([1, 1, 1]), "column"))
     with pytest.raises(AttachError, match="does not run on a batch of 2"):
         attach(**write(tmp_path, model))
 
@@ -306,9 +306,8 @@ def end_to_end() -> ModelProto:
     rows = np.zeros((5, 6), np.float32)
     rows[:2] = [[5, 5, 25, 25, 0.92, 0], [30, 10, 50, 30, 0.81, 1]]
     tables = {"boxes_table": rows[None, :, :4], "scores_table": rows[None, :, 4:]}
-    for tensor in model.graph.initializer:
-        if tensor.name in tables:
-            tensor.CopyFrom(numpy_helper.from_array(tables[tensor.name], tensor.name))
+    for name, values in tables.items():
+        table(model, name).CopyFrom(numpy_helper.from_array(values, name))
     for node in model.graph.node:
         if node.output[0] == "p":  # what would be scores does not depend on the image
             node.CopyFrom(helper.make_node("Add", ["dark", "scores_table"], ["p"]))
@@ -323,8 +322,8 @@ def test_end_to_end_rows_of_two_classes_are_not_taken_for_a_box_and_two_scores(t
     attach(**paths, layout="yolo")
     # A true score, however small, tells them apart.
     model = end_to_end()
-    (table,) = (one for one in model.graph.initializer if one.name == "scores_table")
-    values = numpy_helper.to_array(table).copy()
+    scores = table(model, "scores_table")
+    values = numpy_helper.to_array(scores).copy()
     values[0, 1, 1] = 1e-6
-    table.CopyFrom(numpy_helper.from_array(values, "scores_table"))
+    scores.CopyFrom(numpy_helper.from_array(values, scores.name))
     attach(**write(tmp_path, model, **two))

@@ -12,6 +12,7 @@ Row = tuple[float, int, list[float]]
 CAT: Row = (0.9, 0, [0, 0, 10, 10])
 DOG: Row = (0.8, 1, [50, 50, 70, 70])
 FAR: Row = (0.7, 0, [30, 30, 44, 40])
+SQUARE: Row = (0.7, 0, [30, 30, 40, 40])
 
 
 def found(*rows: Row) -> Detections:
@@ -104,74 +105,54 @@ def test_pairs_are_the_nearest_ones():
     assert result.box == 0
 
 
-def test_one_side_alone_at_its_threshold_is_borderline():
-    at = found(CAT, (0.50005, 0, [30, 30, 40, 40]))
-    result = check(at, found(CAT))
-    assert (result.borderline, result.mismatches) == (1, [])
+FULL = Setting(SETTING.class_names, SETTING.class_thresholds, 0.5, max_detections=2)
+THIRD = 10 / 3  # two boxes of 10 x 10 shifted by so much overlap by exactly one half
 
 
-def test_the_threshold_is_that_of_the_class():
-    result = check(found(CAT, (0.50005, 1, [30, 30, 40, 40])), found(CAT))
-    assert (result.borderline, len(result.mismatches)) == (0, 1)
+@pytest.mark.parametrize(
+    ("ours", "theirs", "setting", "borderline", "mismatches"),
+    [
+        ([CAT, (0.50005, 0, [30, 30, 40, 40])], [CAT], SETTING, 1, 0),
+        ([CAT, (0.50005, 1, [30, 30, 40, 40])], [CAT], SETTING, 0, 1),
+        ([CAT, FAR], [CAT, (0.70005, 1, [60, 60, 80, 80])], FULL, 2, 0),
+        ([CAT, FAR], [CAT, (0.70005, 1, [60, 60, 80, 80])], SETTING, 0, 2),
+        ([(0.95, 1, [60, 60, 80, 80]), CAT], [CAT, FAR], FULL, 1, 1),
+        ([CAT, SQUARE], [CAT, (0.70005, 0, [31, 30, 41, 40])], SETTING, 2, 0),
+        ([CAT, SQUARE], [CAT, (0.7, 1, [31, 30, 41, 40])], SETTING, 0, 2),
+        ([CAT, (0.6, 0, [THIRD, 0, 10 + THIRD, 10])], [CAT], SETTING, 1, 0),
+        ([CAT, (0.6, 0, [3, 0, 13, 10])], [CAT], SETTING, 0, 1),
+        ([CAT, (0.6, 1, [THIRD, 0, 10 + THIRD, 10])], [CAT], SETTING, 0, 1),
+    ],
+    ids=[
+        "a score at its threshold",
+        "the threshold is that of the class",
+        "the last place of a full list",
+        "a list with room for both",
+        "a full list excuses only its last place",
+        "NMS chose between equals",
+        "equals are of one class",
+        "an overlap at the threshold of NMS",
+        "an overlap away from it",
+        "another class never suppresses",
+    ],
+)
+def test_rounding_explains_what_is_on_one_side_only(ours, theirs, setting, borderline, mismatches):
+    result = check(found(*ours), found(*theirs), setting)
+    assert (result.borderline, len(result.mismatches)) == (borderline, mismatches)
 
 
-def test_the_last_place_of_a_full_list_is_borderline():
-    setting = Setting(SETTING.class_names, SETTING.class_thresholds, 0.5, max_detections=2)
-    last, rival = (0.7, 0, [30, 30, 40, 40]), (0.70005, 1, [60, 60, 80, 80])
-    result = check(found(CAT, last), found(CAT, rival), setting)
-    assert (result.borderline, result.mismatches) == (2, [])
-    assert len(check(found(CAT, last), found(CAT, rival)).mismatches) == 2  # room for both
-
-
-def test_a_full_list_excuses_only_its_last_place():
-    setting = Setting(SETTING.class_names, SETTING.class_thresholds, 0.5, max_detections=2)
-    result = check(found((0.95, 1, [60, 60, 80, 80]), CAT), found(CAT, FAR), setting)
-    assert result.borderline == 1  # FAR, the last of a full list; the best of the other is missing
-    assert len(result.mismatches) == 1
-
-
-def test_nms_between_equals_is_borderline():
-    # IoU 0.82: one suppresses the other, and the scores do not say which.
-    a, b = (0.7, 0, [30, 30, 40, 40]), (0.70005, 0, [31, 30, 41, 40])
-    result = check(found(CAT, a), found(CAT, b))
-    assert (result.borderline, result.mismatches) == (2, [])
-
-
-def test_a_box_that_was_never_proposed_is_no_equal():
-    a, b = (0.7, 0, [30, 30, 40, 40]), (0.7, 0, [31, 30, 41, 40])
-    result = compare(found(CAT, a), found(CAT, b), proposing(found(CAT, a)), SETTING, TOLERANCE)
-    assert (result.borderline, len(result.mismatches)) == (0, 2)
-
-
-def test_a_box_that_was_never_proposed_is_not_excused_by_its_threshold():
-    made_up = found(CAT, (0.50005, 0, [30, 30, 40, 40]))
-    result = compare(found(CAT), made_up, proposing(found(CAT)), SETTING, TOLERANCE)
-    assert (result.borderline, len(result.mismatches)) == (0, 1)
-
-
-def test_nms_at_its_threshold_is_borderline():
-    # Two boxes of 10 x 10 shifted by 10/3 overlap by exactly one half.
-    lesser = (0.6, 0, [10 / 3, 0, 10 + 10 / 3, 10])
-    result = check(found(CAT, lesser), found(CAT))
-    assert (result.borderline, result.mismatches) == (1, [])
-
-
-def test_nms_away_from_its_threshold_is_a_mismatch():
-    lesser = (0.6, 0, [3, 0, 13, 10])
-    result = check(found(CAT, lesser), found(CAT))
-    assert (result.borderline, len(result.mismatches)) == (0, 1)
-
-
-def test_another_class_never_suppresses():
-    lesser = (0.6, 1, [10 / 3, 0, 10 + 10 / 3, 10])
-    result = check(found(CAT, lesser), found(CAT))
-    assert (result.borderline, len(result.mismatches)) == (0, 1)
-
-
-def test_equals_are_of_one_class():
-    a, b = (0.7, 0, [30, 30, 40, 40]), (0.7, 1, [31, 30, 41, 40])
-    result = check(found(CAT, a), found(CAT, b))
-    assert (result.borderline, len(result.mismatches)) == (0, 2)
+@pytest.mark.parametrize(
+    ("ours", "theirs", "mismatches"),
+    [
+        ([CAT, SQUARE], [CAT, (0.7, 0, [31, 30, 41, 40])], 2),
+        ([CAT], [CAT, (0.50005, 0, [30, 30, 40, 40])], 1),
+    ],
+    ids=["by an equal", "by its threshold"],
+)
+def test_a_box_that_was_never_proposed_is_not_excused(ours, theirs, mismatches):
+    proposals = proposing(found(*ours))
+    result = compare(found(*ours), found(*theirs), proposals, SETTING, TOLERANCE)
+    assert (result.borderline, len(result.mismatches)) == (0, mismatches)
 
 
 def test_comparisons_add_up():
