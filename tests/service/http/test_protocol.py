@@ -211,7 +211,7 @@ def test_a_client_must_read_a_kilobyte_per_second(rate, dropped):
     reasons = []
     state, config = ServerState(), uvicorn.Config(echo, log_config=None)
     with closing(asyncio.new_event_loop()) as loop:
-        limits = ConnectionLimits(write_seconds=10)
+        limits = ConnectionLimits(write_seconds=10, header_seconds=100)
         connection = BoundedProtocol(config, state, {}, loop, limits=limits, count=reasons.append)
         start = loop.time()
         for second in range(25):
