@@ -36,18 +36,18 @@ def test_growth_is_that_after_the_warm_up():
         "seconds": seconds.tolist(),
         "supervisor_mb": (50 + warming).tolist(),
         "workers_mb": (200 + warming + 2 * seconds / 3600).tolist(),
-        "descriptors": (80 + (seconds > 3000)).tolist(),
+        "descriptors": (80 + 3 * (seconds > 3000)).tolist(),
         "threads": (15 - (seconds < 60)).tolist(),
         "live_p50_ms": [2.0] * len(seconds),
     }
     found = summary(series)
     assert found["rss_mb_per_hour"] == pytest.approx(2.0, abs=1e-3)
-    assert (found["descriptors_growth"], found["threads_growth"]) == (1, 0)
+    assert (found["descriptors_growth"], found["threads_growth"]) == (3, 0)
     assert shortened(series)["seconds"][:2] == [12.5, 42.5]
     row = {**dict.fromkeys(BOUNDS, 0), **found, "live_p99_ms": 101.0, "minutes": 60}
     assert broken(row) == [
         "rss_mb_per_hour is 2.0, which is above 1.0",
-        "descriptors_growth is 1.0, which is above 0.0",
+        "descriptors_growth is 3.0, which is above 2.0",
         "live_p99_ms is 101.0, which is above 100.0",
     ]
     assert broken({**row, "minutes": 5}) == ["live_p99_ms is 101.0, which is above 100.0"]
