@@ -202,16 +202,16 @@ def test_a_crowd_of_connections_shuts_nobody_out_for_long(narrow, data, status):
     narrow.lives()
 
 
-def test_pictures_that_nobody_reads_are_not_kept(impatient, png):
+def test_pictures_that_nobody_reads_are_not_kept(detector, png, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), dtype=np.uint8)
     picture = encode_image(Image.fromarray(noise), "JPEG", quality=50)
     ask = head(b"Content-Length: %d" % len(picture), first=b"POST /v1/detect?format=image HTTP/1.1")
-    with ExitStack() as stack:
-        crowd = [stack.enter_context(impatient.connect(4096)) for _ in range(8)]
+    with serving(detector, tmp_path, GHM_WRITE_SECONDS="1") as service, ExitStack() as stack:
+        crowd = [stack.enter_context(service.connect(4096)) for _ in range(4)]
         for connection in crowd:
             connection.sendall(ask + picture)
-        given_up = 'reason="slow_reader"} 8.0'
-        until(lambda: given_up in impatient.ask("/metrics").body.decode())
+        given_up = 'reason="slow_reader"} 4.0'
+        until(lambda: given_up in service.ask("/metrics").body.decode())
         for connection in crowd:
             assert len(receive_all(connection)) < 7 * MIB  # not all of it
-    impatient.detects(png)
+        service.detects(png)
