@@ -7,26 +7,22 @@ would refuse.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from math import prod
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import (
-    AttributeProto,
     GraphProto,
     ModelProto,
-    NodeProto,
     TensorProto,
     ValueInfoProto,
     numpy_helper,
 )
 
+from export.bounds import MAX_FILE_BYTES, check_model, element_name, parse_model
 from export.card import (
     CARD_KEY,
     INPUT,
@@ -44,20 +40,11 @@ from ghm_triton.atomic import write_atomically
 SEAL_KEY = "ghm.sha256"
 _DIGEST_DIGITS = 64
 
-# A protobuf message cannot be larger, so a larger file is no ONNX file in one piece.
-MAX_FILE_BYTES = 2**31 - 1
-
 _OUTPUT_TYPES = {
     "boxes": (TensorProto.FLOAT, 3),
     "scores": (TensorProto.FLOAT, 2),
     "labels": (TensorProto.INT64, 2),
     "num_detections": (TensorProto.INT64, 1),
-}
-_ELEMENTS = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
-_PLAIN = ("FLOAT", "FLOAT16", "DOUBLE", "INT8", "UINT8", "INT32", "INT64", "BOOL")
-_ITEM_BYTES = {
-    kind: onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
-    for kind in map(TensorProto.DataType.Value, _PLAIN)
 }
 
 
@@ -90,8 +77,8 @@ def read_detector(path: str | Path) -> DetectorFile:
     Raises:
         CardError: The file is damaged, is not ONNX, has no card or one that this version cannot
             read, lacks an input, initializer or output of the contract, keeps data outside itself,
-            or has thresholds in its graph that differ from those in its card. The message starts
-            with the path.
+            is beyond the bounds of `export.bounds`, or has thresholds in its graph that differ
+            from those in its card. The message starts with the path.
         OSError: The file cannot be read.
 
     Example:
@@ -102,12 +89,11 @@ def read_detector(path: str | Path) -> DetectorFile:
     """
     path = Path(path)
     try:
-        content = _read(path)
+        content = read_content(path)
         if is_broken(content):
             raise CardError("damaged: its bytes are not those whose digest it carries")
-        model = _parse(content)
+        model = parse_model(content)
         card = _card(model)
-        _check_tensors(model)
         _check_graph(model.graph, card)
     except CardError as error:
         raise CardError(f"{path}: {error}") from error
@@ -163,7 +149,7 @@ def set_default(model: ModelProto, name: str, values: Sequence[float]) -> None:
 
 
 def _check(model: ModelProto) -> None:
-    _check_tensors(model)
+    check_model(model)
     _check_graph(model.graph, _card(model))
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -172,7 +158,8 @@ def _check(model: ModelProto) -> None:
         raise ValueError(f"not a valid ONNX graph: {error}") from error
 
 
-def _read(path: Path) -> bytes:
+def read_content(path: Path) -> bytes:
+    """Return the bytes of a file that may be ONNX; raises CardError if it cannot be."""
     if path.exists() and not path.is_file():
         raise CardError("not a file")
     with path.open("rb") as file:
@@ -182,17 +169,6 @@ def _read(path: Path) -> bytes:
     if len(content) > MAX_FILE_BYTES:
         raise CardError("larger than 2 GiB, which no ONNX file in one piece is")
     return content
-
-
-def _parse(content: bytes) -> ModelProto:
-    try:
-        model = onnx.load_model_from_string(content)
-    except DecodeError as error:
-        raise CardError("not an ONNX file, or cut short") from error
-    # Protobuf reads many texts as an empty message with unknown fields.
-    if model.ir_version <= 0 or not model.graph.node:
-        raise CardError("not an ONNX file: it holds no graph")
-    return model
 
 
 def _card(model: ModelProto) -> DetectorCard:
@@ -248,7 +224,7 @@ def _check_outputs(graph: GraphProto) -> None:
         if not right_type or (shape is not None and len(shape) != rank):
             raise CardError(
                 f"output {name!r} is {_describe(output)},"
-                f" not {_element(element)} of {rank} dimension{'s' if rank > 1 else ''}"
+                f" not {element_name(element)} of {rank} dimension{'s' if rank > 1 else ''}"
             )
 
 
@@ -261,7 +237,7 @@ def _overridable(graph: GraphProto, name: str, length: int) -> npt.NDArray[np.fl
     tensor = tensors[0]
     if tensor.data_type != TensorProto.FLOAT or list(tensor.dims) != [length]:
         raise CardError(
-            f"initializer {name!r} is {_element(tensor.data_type)} {list(tensor.dims)},"
+            f"initializer {name!r} is {element_name(tensor.data_type)} {list(tensor.dims)},"
             f" not float32 [{length}]"
         )
     try:
@@ -269,44 +245,6 @@ def _overridable(graph: GraphProto, name: str, length: int) -> npt.NDArray[np.fl
     except ValueError as error:
         raise CardError(f"initializer {name!r} is damaged: {error}") from error
     return np.asarray(values, dtype=np.float32)
-
-
-def _check_tensors(model: ModelProto) -> None:
-    inside_functions = (node for function in model.functions for node in function.node)
-    for tensor in chain(_tensors(model.graph), *map(_tensors_of_node, inside_functions)):
-        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-            raise CardError(
-                f"tensor {tensor.name!r} is kept in another file; a detector carries its weights"
-            )
-        if tensor.data_type not in _ELEMENTS:
-            raise CardError(f"tensor {tensor.name!r} is {_element(tensor.data_type)}")
-        size = _ITEM_BYTES.get(tensor.data_type)
-        if min(tensor.dims, default=0) < 0 or (
-            size and tensor.raw_data and len(tensor.raw_data) != size * prod(tensor.dims)
-        ):
-            raise CardError(
-                f"tensor {tensor.name!r} is damaged: {len(tensor.raw_data)} bytes for"
-                f" {_element(tensor.data_type)} {list(tensor.dims)}"
-            )
-
-
-def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        yield from _tensors_of_node(node)
-
-
-def _tensors_of_node(node: NodeProto) -> Iterator[TensorProto]:
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.TENSOR:
-            yield attribute.t
-        yield from attribute.tensors
-        if attribute.type == AttributeProto.GRAPH:
-            yield from _tensors(attribute.g)
-        for graph in attribute.graphs:
-            yield from _tensors(graph)
 
 
 def _names(values: Iterable[object]) -> list[str]:
@@ -322,15 +260,8 @@ def _shape(value: ValueInfoProto) -> list[int | None] | None:
     return [dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim]
 
 
-def _element(data_type: int) -> str:
-    try:
-        return str(onnx.helper.tensor_dtype_to_np_dtype(data_type))
-    except (KeyError, ValueError):
-        return f"of unknown type {data_type}"
-
-
 def _describe(value: ValueInfoProto) -> str:
-    element = _element(value.type.tensor_type.elem_type)
+    element = element_name(value.type.tensor_type.elem_type)
     shape = _shape(value)
     if shape is None:
         return f"{element} of no stated shape"

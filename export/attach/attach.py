@@ -27,8 +27,9 @@ from export.attach.outputs import (
     Unit,
     find_layout,
 )
-from export.card import INPUT, OUTPUTS, DetectorCard
-from export.file import refuse_output, write_detector
+from export.bounds import parse_model
+from export.card import INPUT, OUTPUTS, CardError, DetectorCard
+from export.file import read_content, refuse_output, write_detector
 from export.graph import IR_VERSION, OPSET, trace
 from export.runtimes import FATAL, open_session
 from ghm_triton.detection.training.checkpoint import sha256_of
@@ -111,10 +112,10 @@ def attach(
 
 def _load(path: Path) -> ModelProto:
     try:
-        model = onnx.load(path)
+        model = parse_model(read_content(path))
         onnx.checker.check_model(model)
-    except OSError:
-        raise
+    except CardError as error:
+        raise AttachError(str(error)) from error
     except Exception as error:  # exceptions of onnx and of protobuf have no common base
         raise AttachError(f"not an ONNX file that holds together: {error}") from error
     opset = _opset(model)

@@ -187,28 +187,6 @@ def external_tensor() -> TensorProto:
     return tensor
 
 
-def node_with(attribute: object) -> onnx.NodeProto:
-    return helper.make_node("If", ["boxes"], ["y"], then_branch=attribute)
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda m: m.graph.initializer.append(external_tensor()),
-        lambda m: m.graph.sparse_initializer.add().values.CopyFrom(external_tensor()),
-        lambda m: m.graph.node.append(node_with(external_tensor())),
-        lambda m: m.graph.node.append(
-            node_with(helper.make_graph([], "inner", [], [], [external_tensor()]))
-        ),
-        lambda m: m.functions.add().node.append(node_with(external_tensor())),
-    ],
-    ids=["initializer", "sparse", "attribute", "subgraph", "function"],
-)
-def test_data_outside_the_file_is_refused(read, edit):
-    with pytest.raises(CardError, match="tensor 'far' is kept in another file"):
-        read(edit)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
