@@ -6,10 +6,13 @@ import asyncio
 import gc
 import logging
 import math
+import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -22,6 +25,7 @@ from export.card import CardError
 from service.api.state import ServiceState
 from service.app import create_app
 from service.core.settings import Settings, SettingsError
+from service.core.signals import handle_further_signals
 from service.engine.catalogue import CatalogueError
 from service.engine.session import ModelError
 from service.http.protocol import BoundedProtocol, ConnectionLimits, check_connections
@@ -33,6 +37,8 @@ _OBJECTS_BETWEEN_COLLECTIONS = 20_000
 
 # For models that are loaded again, log files and the like.
 _RESERVED_DESCRIPTORS = 16
+
+_GRACE_SECONDS = 5.0  # beyond the shutdown time, before threads that do not end are left
 
 _CLOSE = (b"connection", b"close")
 
@@ -95,10 +101,15 @@ class DrainingServer(uvicorn.Server):
         app: The application.
         settings: Provides `drain_seconds` and `shutdown_seconds`.
         on_started: Called once requests are answered.
+        on_alive: Called about once a second while the event loop runs.
     """
 
     def __init__(
-        self, app: FastAPI, settings: Settings, on_started: Callable[[], None] | None = None
+        self,
+        app: FastAPI,
+        settings: Settings,
+        on_started: Callable[[], None] | None = None,
+        on_alive: Callable[[], None] | None = None,
     ) -> None:
         service: ServiceState = app.state.service
         self._limits = _limits(settings)
@@ -117,8 +128,9 @@ class DrainingServer(uvicorn.Server):
         )
         super().__init__(config)
         self._service = service
-        self._drain_seconds = settings.drain_seconds
+        self._settings = settings
         self._on_started = on_started
+        self._on_alive = on_alive
         self._closes_at: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -126,6 +138,14 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         if self._on_started:
             self._on_started()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals while serving: SIGHUP and SIGQUIT stop as SIGTERM does."""
+        with super().capture_signals():
+            if threading.current_thread() is threading.main_thread():
+                handle_further_signals(lambda number: self.handle_exit(number, None))
+            yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  uvicorn's
         """Handle a signal by setting flags, since it may arrive between any two instructions.
@@ -137,22 +157,56 @@ class DrainingServer(uvicorn.Server):
             self.force_exit = True
         if self._closes_at is not None or sig == signal.SIGINT:
             self.should_exit = True
+        self._drain()
+
+    def _drain(self) -> None:
         self._service.draining = True
-        self._closes_at = self._closes_at or monotonic() + self._drain_seconds
+        self._closes_at = self._closes_at or monotonic() + self._settings.drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop, or end the process if that takes too long."""
+        limit = _end_process_in(self._settings.shutdown_seconds + _GRACE_SECONDS)
+        await super().shutdown(sockets)
+        limit.cancel()
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until stopped. The process ends soon after, whatever threads do not end."""
+        super().run(sockets)
+        _end_process_in(_GRACE_SECONDS)
 
     async def on_tick(self, counter: int) -> bool:
         """Check the connections, and stop when the drain is over. Called ten times a second."""
         if counter % 10 == 0:
+            if self._on_alive:
+                self._on_alive()
+            if self._service.scheduler.stuck and self._settings.workers > 1:
+                self._drain()  # the worker is replaced
             now = asyncio.get_running_loop().time()
             check_connections(self.server_state.connections, now, self._limits)
         if self._closes_at is not None:
             if _CLOSE not in self.config.encoded_headers:
-                logger.info("stopping: not ready from now on, closing in %g s", self._drain_seconds)
+                logger.info(
+                    "stopping: not ready from now on, closing in %g s", self._settings.drain_seconds
+                )
                 self.config.encoded_headers.append(_CLOSE)
                 self.server_state.default_headers.append(_CLOSE)
             if monotonic() >= self._closes_at:
                 self.should_exit = True
         return await super().on_tick(counter)
+
+
+def _end_process_in(seconds: float) -> threading.Timer:
+    """End the process after some time, without waiting for its threads."""
+
+    def end() -> None:
+        logger.error("work does not end; leaving it")
+        logging.shutdown()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _limits(settings: Settings) -> ConnectionLimits:

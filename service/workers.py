@@ -5,17 +5,20 @@ that die, and stops all of them. Added here, because uvicorn lacks it:
 
 - the parent reports a start once all workers answer, and fails with the reason if one cannot start;
 - a replacement that cannot start is tried again, where uvicorn would stop the others too;
+- a worker whose event loop has not run for `heartbeat_seconds` is killed and replaced;
 - counters of a worker that died are kept (`WorkerFiles.retire`);
 - workers stop with their parent, however it ends, and are killed if they do not stop in time;
 - the listening socket is closed before the workers stop, so that no connection waits in vain;
 - Ctrl+C while a worker is still importing is no traceback.
 
-uvicorn's pings are not used: a worker on a busy machine may take longer to import than they allow.
+uvicorn's pings are not used: a worker on a busy machine may take longer to import than they allow,
+and a thread of its own answers them, whatever the event loop does.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -23,9 +26,10 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from multiprocessing import get_context
 from multiprocessing.connection import Pipe, wait
 from tempfile import TemporaryDirectory
-from time import sleep
+from time import monotonic, sleep
 from typing import NoReturn
 
 import uvicorn
@@ -33,6 +37,7 @@ from uvicorn.supervisors import multiprocess
 
 from service.core import worker_files
 from service.core.settings import Settings, SettingsError
+from service.core.signals import handle_further_signals
 from service.observability import logs
 
 logger = logging.getLogger("ghm.workers")
@@ -63,6 +68,7 @@ class _Worker(multiprocess.Process):
 
     def __init__(self, config: uvicorn.Config, sockets: list[socket.socket]) -> None:
         self._reports, self._report = Pipe(duplex=False)
+        self._alive_at = get_context("spawn").Value("d", math.inf, lock=False)
         super().__init__(config, sockets)
 
     def start(self) -> None:
@@ -93,7 +99,11 @@ class _Worker(multiprocess.Process):
         return None
 
     def is_alive(self, timeout: float = 5) -> bool:  # noqa: ARG002  uvicorn's
-        """Whether the process runs."""
+        """Whether the process runs, and its event loop ran lately."""
+        seconds = monotonic() - self._alive_at.value
+        if self.process.is_alive() and seconds > self.config.settings.heartbeat_seconds:
+            logger.error("worker %d gives no sign of life for %.0f s", self.pid, seconds)
+            self.process.kill()
         return self.process.is_alive()
 
     def join(self) -> None:
@@ -122,7 +132,12 @@ class _Worker(multiprocess.Process):
         except SettingsError as error:
             self._give_up(str(error))
         text = banner(app)
-        DrainingServer(app, settings, lambda: self._report.send((True, text))).run(sockets)
+        DrainingServer(
+            app, settings, lambda: self._report.send((True, text)), self._give_sign_of_life
+        ).run(sockets)
+
+    def _give_sign_of_life(self) -> None:
+        self._alive_at.value = monotonic()
 
     def _give_up(self, problem: str) -> NoReturn:
         self._report.send((False, problem))
@@ -149,6 +164,7 @@ class Supervisor(multiprocess.Multiprocess):
         multiprocess.Process = _Worker  # type: ignore[misc]  # uvicorn has no other hook for it
         self._config = _Config(settings)
         super().__init__(self._config, [listener])
+        handle_further_signals(lambda _: self.signal_queue.append(signal.SIGTERM))
         self._announce = announce
 
     def run(self) -> None:
@@ -184,10 +200,6 @@ class Supervisor(multiprocess.Multiprocess):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: super(Supervisor, self).terminate_all())
         super().terminate_all()
-
-    def handle_hup(self) -> None:
-        """Stop when the terminal closes."""
-        self.handle_term()
 
 
 def _stop_with_parent() -> None:

@@ -10,7 +10,7 @@ from fastapi import Request
 
 from service.core.errors import ProblemError
 from service.core.settings import Settings
-from service.engine.batching import Scheduler
+from service.engine.batching import Scheduler, stuck_reason
 from service.engine.repository import Entry, Registry
 from service.observability.metrics import Metrics
 
@@ -99,10 +99,13 @@ class ServiceState:
         """Return the entries of all models if the service is ready.
 
         Raises:
-            ProblemError: 503 while it stops, or before its models have answered once.
+            ProblemError: 503 while it stops, before its models have answered once, or if an
+                inference does not end.
         """
         if self.draining:
             raise ProblemError(503, "not ready: the service is stopping", {"Retry-After": "1"})
+        for model in self.scheduler.stuck:
+            raise ProblemError(503, f"not ready: {stuck_reason(model)}", {"Retry-After": "5"})
         return self.registry.check_ready()
 
     async def reload(self, name: str) -> list[Entry]:

@@ -110,6 +110,8 @@ class Settings(BaseSettings):
         keep_alive_seconds: Time that an idle connection stays open.
         max_connections: Open connections, per worker; fewer if the process may open fewer files.
         max_decoded_bytes: Bytes of decoded images at a time over all requests.
+        load_seconds: Time in which a model must load, and then run once.
+        heartbeat_seconds: A worker that gives no sign of life for so long is replaced.
         reload_seconds: Seconds between checks of the files for changes; 0 is never.
         log_level: Lowest level that is logged.
         log_format: `json`, an object a line, or `text`.
@@ -158,6 +160,8 @@ class Settings(BaseSettings):
     keep_alive_seconds: float = Field(default=75, gt=0, le=86_400)
     max_connections: int = Field(default=1000, ge=1)
     max_decoded_bytes: int = Field(default=512 * 2**20, ge=1)
+    load_seconds: float = Field(default=120, gt=0, le=86_400)
+    heartbeat_seconds: float = Field(default=30, gt=0, le=3600)
     reload_seconds: float = Field(default=2.0, ge=0, le=86_400)
     log_level: Literal["critical", "error", "warning", "info", "debug"] = "info"
     log_format: Literal["json", "text"] = "json"

@@ -8,6 +8,7 @@ wait longer than it may is refused at once, with the time after which to retry.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 
 from service.core.detections import DetectionParams, Outputs
 from service.core.errors import ProblemError
@@ -29,8 +31,13 @@ from service.observability.metrics import Metrics
 
 T = TypeVar("T")
 
+logger = logging.getLogger("ghm.service")
+
 # On an accelerator, a batch costs little more than one image.
 _BATCH_ON_CUDA = 8
+
+# Time that an inference gets to end once it was told to, before its slot is freed.
+_GRACE_SECONDS = 2.0
 
 # Weight of the latest measurement in the estimated time per image.
 _SMOOTHING = 0.1
@@ -55,11 +62,31 @@ class _Job:
             and _same(self.params, other.params)
         )
 
-    def run(self, batch: npt.NDArray[Any]) -> Outputs:
+    def run(self, batch: npt.NDArray[Any], options: onnxruntime.RunOptions) -> Outputs:
         """Run the model at these thresholds on a batch, which may hold images of other jobs."""
         if self.params is None:
-            return self.model.run(batch)
-        return self.model.run(batch, self.params.class_thresholds, self.params.iou_threshold)
+            return self.model.run(batch, options=options)
+        thresholds = self.params.class_thresholds, self.params.iou_threshold
+        return self.model.run(batch, *thresholds, options=options)
+
+
+@dataclass(eq=False)
+class _Run:
+    """An inference in progress.
+
+    Attributes:
+        jobs: The jobs that share it.
+        images: Number of their images.
+        options: Its options, with which it can be ended.
+        limit: Fires when it takes too long.
+        abandoned: Whether its slot was freed while it went on.
+    """
+
+    jobs: list[_Job]
+    images: int
+    options: onnxruntime.RunOptions = field(default_factory=onnxruntime.RunOptions)
+    limit: asyncio.TimerHandle | None = None
+    abandoned: bool = False
 
 
 class Scheduler:
@@ -72,6 +99,7 @@ class Scheduler:
 
     Attributes:
         in_flight: Number of images that are admitted and not answered yet.
+        stuck: Models with an inference that does not end. They get no further ones.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
@@ -82,8 +110,10 @@ class Scheduler:
         self._running_images = 0
         self._image_seconds = 0.0
         self._wakes: asyncio.TimerHandle | None = None
+        self._runs: set[_Run] = set()
         self._open()
         self.in_flight = 0
+        self.stuck: set[ServedModel] = set()
 
     def _open(self) -> None:
         self._decoders = ThreadPoolExecutor(self._settings.threads, "decode")
@@ -135,7 +165,7 @@ class Scheduler:
         """Run a model on the images of a request, when their turn has come.
 
         Cancelling removes the images from the queue; an inference that has begun runs to its end,
-        and its result is dropped.
+        and its result is dropped. One that takes longer than a request may is ended.
 
         Args:
             model: The model.
@@ -148,14 +178,19 @@ class Scheduler:
         Raises:
             ValueError: The batch or a threshold is not valid for the model.
             ModelError: The inference failed.
+            ProblemError: 503 if an earlier inference of the model does not end.
         """
+        if model in self.stuck:
+            raise ProblemError(503, f"not ready: {stuck_reason(model)}", {"Retry-After": "5"})
         answer: asyncio.Future[Outputs] = asyncio.get_running_loop().create_future()
         self._jobs.append(_Job(model, batch, params, answer))
         self._dispatch()
         return await answer
 
     def close(self) -> None:
-        """Let the threads end after the work that has begun."""
+        """End the inferences in progress, and let the threads end."""
+        for run in self._runs:
+            run.options.terminate = True
         self._decoders.shutdown(wait=False)
         self._inferences.shutdown(wait=False)
         self._open()  # threads start with the first work, so an application can start again
@@ -208,52 +243,89 @@ class Scheduler:
         loop = asyncio.get_running_loop()
         for job in jobs:
             job.context.run(self._metrics.stage, "queue", perf_counter() - job.since)
-        images = _images(jobs)
-        self._metrics.batch(images)
+        run = _Run(jobs, _images(jobs))
+        self._metrics.batch(run.images)
         self._running += 1
-        self._running_images += images
+        self._running_images += run.images
+        self._runs.add(run)
+        # By then the requests of all its jobs are past their deadlines.
+        run.limit = loop.call_later(self._settings.deadline_ms / 1000, self._end, run)
 
         def work() -> None:
             started = perf_counter()
-            answers = _run_together(jobs)
+            answers = _run_together(jobs, run.options)
             seconds = perf_counter() - started
-            loop.call_soon_threadsafe(self._finish, jobs, answers, seconds)
+            loop.call_soon_threadsafe(self._finish, run, answers, seconds)
 
         self._inferences.submit(work)
 
-    def _finish(self, jobs: list[_Job], answers: list[Outputs | Exception], seconds: float) -> None:
-        images = _images(jobs)
+    def _end(self, run: _Run) -> None:
+        """End an inference that takes too long."""
+        logger.error("an inference of %s takes too long; ending it", run.jobs[0].model.name)
+        run.options.terminate = True
+        run.limit = asyncio.get_running_loop().call_later(_GRACE_SECONDS, self._abandon, run)
+
+    def _abandon(self, run: _Run) -> None:
+        """Free the slot of an inference that cannot be ended, as one operator does not return."""
+        model = run.jobs[0].model
+        logger.critical(stuck_reason(model))
+        run.abandoned = True
+        self.stuck.add(model)
         self._running -= 1
-        self._running_images -= images
-        for job, answer in zip(jobs, answers, strict=True):
+        self._running_images -= run.images
+        self._inferences.shutdown(wait=False)  # its other inferences go on, in their threads
+        self._inferences = ThreadPoolExecutor(self._settings.inferences, "inference")
+        waiting = [job for job in self._jobs if job.model is model]
+        for job in [*run.jobs, *waiting]:
+            if not job.answer.done():
+                job.answer.set_exception(ModelError(stuck_reason(model)))
+        self._dispatch()
+
+    def _finish(self, run: _Run, answers: list[Outputs | Exception], seconds: float) -> None:
+        self._runs.discard(run)
+        if run.limit is not None:
+            run.limit.cancel()
+        if run.abandoned:
+            model = run.jobs[0].model
+            if not any(other.abandoned and other.jobs[0].model is model for other in self._runs):
+                self.stuck.discard(model)
+            return
+        self._running -= 1
+        self._running_images -= run.images
+        for job, answer in zip(run.jobs, answers, strict=True):
             if job.answer.done():
                 continue
             if isinstance(answer, Exception):
                 job.answer.set_exception(answer)
             else:
                 job.answer.set_result(answer)
-        each = seconds / images
+        each = seconds / run.images
         before = self._image_seconds or each
         self._image_seconds = before + _SMOOTHING * (each - before)
-        jobs[0].context.run(self._metrics.stage, "inference", seconds)
+        run.jobs[0].context.run(self._metrics.stage, "inference", seconds)
         self._dispatch()
 
 
-def _run_together(jobs: list[_Job]) -> list[Outputs | Exception]:
+def stuck_reason(model: ServedModel) -> str:
+    """Describe a model with an inference that does not end."""
+    return f"an inference of {model.name!r} does not end"
+
+
+def _run_together(jobs: list[_Job], options: onnxruntime.RunOptions) -> list[Outputs | Exception]:
     """Run one inference for all jobs; if it fails, one per job, so that only one of them fails."""
     if len(jobs) == 1:
-        return [_run_alone(jobs[0])]
+        return [_run_alone(jobs[0], options)]
     try:
-        outputs = jobs[0].run(np.concatenate([job.batch for job in jobs]))
+        outputs = jobs[0].run(np.concatenate([job.batch for job in jobs]), options)
     except (ModelError, ValueError):
-        return [_run_alone(job) for job in jobs]
+        return [_run_alone(job, options) for job in jobs]
     stops = np.cumsum([len(job.batch) for job in jobs]).tolist()
     return [outputs.part(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
 
 
-def _run_alone(job: _Job) -> Outputs | Exception:
+def _run_alone(job: _Job, options: onnxruntime.RunOptions) -> Outputs | Exception:
     try:
-        return job.run(job.batch)
+        return job.run(job.batch, options)
     except Exception as error:  # noqa: BLE001  raised in the task that awaits the answer
         return error
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar, cast
+
+import onnxruntime
 
 from export.card import CardError
 from export.file import read_detector
@@ -21,6 +25,8 @@ from service.core.settings import Settings
 from service.engine.catalogue import CatalogueError, Listed, Signature, list_models, version_key
 from service.engine.session import ModelError, ServedModel
 from service.observability.metrics import Metrics
+
+T = TypeVar("T")
 
 logger = logging.getLogger("ghm.service")
 
@@ -196,7 +202,7 @@ class Registry:
         for listed in await self._list():
             entry = Entry(listed, signature=Signature.of(listed.path))
             try:
-                model = await asyncio.to_thread(self._loader, listed)
+                model = await self._load(listed)
             except (CardError, ModelError, OSError) as error:
                 if listed.name is None:
                     raise
@@ -209,10 +215,10 @@ class Registry:
     async def warm_up(self) -> None:
         """Run every loaded model once. One that fails stays unready, with a problem."""
         for entry in self.entries():
-            if entry.model is None or entry.model.warm:
+            if not entry.warming:
                 continue
             try:
-                await asyncio.to_thread(entry.model.warm_up)
+                await self._warm_up(entry.served)
             except ModelError as error:
                 logger.error("%s failed its warm-up: %s", entry.path, error)
                 problem = f"the model failed its warm-up: {error}"
@@ -285,14 +291,54 @@ class Registry:
         signature = await asyncio.to_thread(Signature.of, entry.path)
         entry = replace(entry, signature=signature)
         try:
-            model = await asyncio.to_thread(self._loader, entry.listed)
+            model = await self._load(entry.listed)
             if entry.model and model.sha256 == entry.model.sha256:
                 model = entry.model
-            await asyncio.to_thread(model.warm_up)
+            await self._warm_up(model)
         except (CardError, ModelError, OSError) as error:
             self._failed(entry, error)
         else:
             self._serve(replace(entry, model=model))
+
+    async def _load(self, listed: Listed) -> ServedModel:
+        return await self._in_time(self._loader, listed)
+
+    async def _warm_up(self, model: ServedModel) -> None:
+        options = onnxruntime.RunOptions()
+        try:
+            await self._in_time(model.warm_up, options)
+        finally:
+            options.terminate = True
+
+    async def _in_time(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a function in a thread of its own; one that does not end fills no pool."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[T] = loop.create_future()
+
+        def finish(value: T | None, error: Exception | None) -> None:
+            if result.done():
+                return
+            if error is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(cast(T, value))
+
+        def work() -> None:
+            outcome: tuple[T | None, Exception | None]
+            try:
+                outcome = function(*arguments), None
+            except Exception as error:  # noqa: BLE001  raised in the task that waits
+                outcome = None, error
+            with suppress(RuntimeError):  # the loop has closed: nothing waits any more
+                loop.call_soon_threadsafe(finish, *outcome)
+
+        threading.Thread(target=work, name="load").start()
+        limit = self._settings.load_seconds
+        try:
+            async with asyncio.timeout(limit):
+                return await result
+        except TimeoutError:
+            raise ModelError(f"loading it and running it once takes over {limit:g} s") from None
 
     def _serve(self, entry: Entry) -> None:
         before = self._entries.get(entry.path)

@@ -72,17 +72,20 @@ class ServedModel:
         self.providers: list[str] = self._session.get_providers()
         self._thresholds = np.array(file.card.class_thresholds, dtype=np.float32)
 
-    def warm_up(self) -> None:
+    def warm_up(self, options: onnxruntime.RunOptions | None = None) -> None:
         """Run once on a grey image, so that the first request does not pay for initialization.
+
+        Args:
+            options: As for `run`.
 
         Raises:
             ModelError: The graph does not run, or its outputs break the contract.
         """
         height, width = self.card.preprocessing.height, self.card.preprocessing.width
         if self.card.input == "uint8":
-            self.detect(np.zeros((1, height, width, 3), dtype=np.uint8))
+            self.run(np.zeros((1, height, width, 3), dtype=np.uint8), options=options)
         else:
-            self.detect(np.zeros((1, 3, height, width), dtype=np.float32))
+            self.run(np.zeros((1, 3, height, width), dtype=np.float32), options=options)
         self.warm = True
 
     def detect(
@@ -100,6 +103,8 @@ class ServedModel:
         batch: npt.NDArray[Any],
         class_thresholds: npt.NDArray[np.float32] | None = None,
         iou_threshold: float | None = None,
+        *,
+        options: onnxruntime.RunOptions | None = None,
     ) -> Outputs:
         """Run the graph on a batch of images.
 
@@ -111,6 +116,8 @@ class ServedModel:
                 switches a class off.
             iou_threshold: IoU above which NMS drops the lower-scored box of a class, in [0, 1];
                 None for the card's.
+            options: Setting `terminate` on them ends the run with a `ModelError` after the
+                operator that is running.
 
         Returns:
             The graph's outputs, checked against the contract.
@@ -128,7 +135,7 @@ class ServedModel:
                 raise ValueError(f"iou_threshold must be in [0, 1], got {iou_threshold}")
             feeds[IOU_INPUT] = np.array([iou_threshold], dtype=np.float32)
         try:
-            outputs = Outputs(*self._session.run(list(OUTPUTS), feeds))
+            outputs = Outputs(*self._session.run(list(OUTPUTS), feeds, options))
         except Exception as error:
             raise ModelError(f"inference failed: {error}") from error
         self._check_outputs(outputs, len(batch))

@@ -225,6 +225,31 @@ def detector(write_detector) -> Path:
 
 
 @pytest.fixture(scope="session")
+def endless_detector(detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector whose inference does not end, but can be ended between two operators."""
+    model = onnx.load(detector)
+    graph, first = model.graph, model.graph.input[0].name
+    body = onnx.parser.parse_graph(
+        "body (int64 iteration, bool go, float sum) => (bool on, float next)"
+        " { on = Identity(go) next = Add(sum, sum) }"
+    )
+    endless = [
+        helper.make_node("ReduceMean", [first], ["start"], keepdims=0),
+        helper.make_node("Loop", ["", "yes", "start"], ["end"], body=body),
+        helper.make_node("Add", [first, "end"], ["delayed"]),
+    ]
+    for node in graph.node:
+        node.input[:] = ["delayed" if name == first else name for name in node.input]
+    nodes = [*endless, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    path = tmp_path_factory.mktemp("endless") / "endless.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.fixture(scope="session")
 def uint8_detector(detector: Path) -> Path:
     """The same detector, with letterbox and normalisation inside its graph."""
     path = detector.with_name("colours.uint8.onnx")
@@ -399,7 +424,7 @@ def refused():
 class BrokenModel(ServedModel):
     """Loads and does not run."""
 
-    def run(self, *inputs):
+    def run(self, *inputs, **options):
         raise ModelError("broken")
 
 

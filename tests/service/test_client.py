@@ -241,7 +241,7 @@ def test_tokens(serve, settings, model, png):
 class StubbornModel(ServedModel):
     """Loads and does not run."""
 
-    def warm_up(self):
+    def warm_up(self, options=None):
         raise ModelError("broken")
 
 

@@ -188,6 +188,22 @@ def test_sigterm_under_load_loses_no_request(detector, png, number):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("stop", [signal.SIGHUP, signal.SIGQUIT])
+def test_further_signals_lose_no_request(detector, png, number, stop):
+    with service(detector, "--workers", number) as running:
+        slow = HalfSent(running, png)
+        for ignored in (signal.SIGUSR1, signal.SIGUSR2):
+            os.killpg(running.process.pid, ignored)
+        assert running.ready() == 200
+        os.killpg(running.process.pid, stop)
+        while running.connects():
+            pass
+        assert slow.finish().startswith(b"HTTP/1.1 200")
+        running.ends()
+
+
+@pytest.mark.slow
 def test_a_client_that_never_ends_does_not_hold_the_stop(detector, png):
     with service(detector, "--workers", 2, "--shutdown-seconds", 1) as running:
         slow = HalfSent(running, png)
@@ -218,6 +234,30 @@ def test_ctrl_c_while_workers_start_is_no_traceback(detector):
         log += process.stderr.read()
     assert process.returncode == 0, log
     assert b"Traceback" not in log
+
+
+@pytest.mark.slow
+def test_a_worker_that_does_not_run_is_replaced(detector, png):
+    with service(detector, "--workers", 2, GHM_HEARTBEAT_SECONDS="3") as running:
+        victim = running.wait(says("Application startup complete."), count=2)[0]["pid"]
+        os.kill(victim, signal.SIGSTOP)
+        running.wait(says(f"worker {victim} gives no sign of life"))
+        running.wait(says("Application startup complete."), count=3)
+        assert running.ready() == 200
+        running.process.send_signal(signal.SIGTERM)
+        running.ends()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2])
+def test_sigterm_ends_an_endless_inference(endless_detector, detector, png, tmp_path, number):
+    (tmp_path / "endless.onnx").write_bytes(endless_detector.read_bytes())
+    (tmp_path / "good.onnx").write_bytes(detector.read_bytes())
+    options = {"GHM_LOAD_SECONDS": "2", "GHM_SHUTDOWN_SECONDS": "1"}
+    with service(tmp_path, "--workers", number, **options) as running:
+        assert running.ready() == 200
+        running.process.send_signal(signal.SIGTERM)
+        running.ends()
 
 
 @pytest.mark.slow

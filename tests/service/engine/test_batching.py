@@ -21,12 +21,12 @@ class GatedModel(ServedModel):
         self.gate = threading.Event()
         self.batches: list[int] = []
 
-    def run(self, batch, *thresholds):
+    def run(self, batch, *thresholds, options=None):
         self.gate.wait(30)
         self.batches.append(len(batch))
         if (batch.reshape(len(batch), -1) == -1).all(axis=1).any():
             raise ModelError("black")
-        return super().run(batch, *thresholds)
+        return super().run(batch, *thresholds, options=options)
 
 
 class Watcher:
@@ -195,7 +195,7 @@ def test_only_the_cause_of_a_failed_batch_fails(make, gated):
 def test_any_error_of_a_model_reaches_its_request_only(make, model, monkeypatch):
     scheduler, _ = make()
 
-    def fail(*inputs):
+    def fail(*inputs, **options):
         raise RuntimeError("surprise")
 
     async def check():
@@ -251,3 +251,43 @@ def test_a_closed_scheduler_can_start_again(make, model):
     scheduler.close()
     assert len(asyncio.run(scheduler.run(model, images(1)))) == 1
     assert asyncio.run(scheduler.decode(int, "7")) == 7
+
+
+@pytest.mark.anyio
+async def test_an_endless_inference_is_ended_at_the_deadline(make, endless_detector, model):
+    endless = ServedModel(read_detector(endless_detector), provider="cpu")
+    scheduler, _ = make(deadline_ms=50, inferences=1)
+    with pytest.raises(ModelError, match="terminate"):
+        await scheduler.run(endless, images(1))
+    assert not scheduler.stuck
+    assert len(await scheduler.run(model, images(1))) == 1
+
+
+@pytest.mark.anyio
+async def test_a_closed_scheduler_ends_its_inferences(make, endless_detector):
+    endless = ServedModel(read_detector(endless_detector), provider="cpu")
+    scheduler, _ = make(deadline_ms=HOUR)
+    running = asyncio.ensure_future(scheduler.run(endless, images(1)))
+    await asyncio.sleep(0)  # the inference is started
+    scheduler.close()
+    with pytest.raises(ModelError, match="terminate"):
+        await running
+
+
+@pytest.mark.anyio
+async def test_an_inference_that_cannot_be_ended_frees_its_slot(make, gated, model, monkeypatch):
+    monkeypatch.setattr("service.engine.batching._GRACE_SECONDS", 0.01)
+    scheduler, _ = make(deadline_ms=10, inferences=1, batch_size=1)
+    results = await asyncio.gather(
+        scheduler.run(gated, images(1)), scheduler.run(gated, images(1)), return_exceptions=True
+    )
+    assert [str(result) for result in results] == ["an inference of 'colours' does not end"] * 2
+    assert scheduler.stuck == {gated}
+    with pytest.raises(ProblemError, match="does not end"):
+        await scheduler.run(gated, images(1))
+    scheduler._settings = scheduler._settings.model_copy(update={"deadline_ms": HOUR})
+    assert len(await scheduler.run(model, images(1))) == 1  # others go on
+    gated.gate.set()
+    while scheduler.stuck:
+        await asyncio.sleep(0)
+    assert len(await scheduler.run(gated, images(1))) == 1

@@ -244,13 +244,35 @@ def test_a_successor_that_does_not_answer_is_not_taken(
         old = registry.get()
         shutil.copy(other, path)
 
-        def fail(self):
+        def fail(self, options):
             raise ModelError("it does not run")
 
         monkeypatch.setattr("service.engine.session.ServedModel.warm_up", fail)
         (entry,) = await registry.reload("colours")
         assert registry.get() is entry.model is old
         assert entry.problem == "it does not run"
+
+    asyncio.run(check())
+
+
+def test_a_model_whose_warm_up_does_not_end_is_a_problem_and_the_others_serve(
+    start, detector, endless_detector, tmp_path, told
+):
+    shutil.copy(detector, tmp_path / "good.onnx")
+    shutil.copy(endless_detector, tmp_path / "endless.onnx")
+
+    async def check():
+        settings = told(model=None, models=tmp_path, load_seconds=0.5)
+        registry = Registry(settings, Watcher())
+        await registry.load()
+        await registry.warm_up()
+        endless, good = registry.check_ready()
+        assert good.ready
+        assert not endless.ready
+        assert endless.problem.endswith("takes over 0.5 s")
+        shutil.copy(detector, tmp_path / "later.onnx")
+        await registry.refresh()
+        assert [entry.name for entry in registry.entries() if entry.ready] == ["good", "later"]
 
     asyncio.run(check())
 

@@ -32,7 +32,7 @@ SECRET = "s3cret-token-of-ours"  # noqa: S105  made up
 def failing(model, monkeypatch):
     """Makes the model fail."""
 
-    def fail(*inputs):
+    def fail(*inputs, **options):
         raise ModelError("the secret insides")
 
     monkeypatch.setattr(model, "run", fail)

@@ -33,11 +33,11 @@ class SlowModel(ServedModel):
 
     failure: ModelError | None = None
 
-    def detect(self, *inputs):
+    def run(self, *inputs, **options):
         self.go.wait()
         if self.failure is not None:
             raise self.failure
-        return super().detect(*inputs)
+        return super().run(*inputs, **options)
 
 
 @pytest.fixture
