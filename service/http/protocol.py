@@ -75,6 +75,11 @@ class _Refusal(Exception):  # noqa: N818  raised through the parser, which wraps
         self.reason = reason
 
 
+def _unsupported(protocol: str) -> _Refusal:
+    status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
+    return _Refusal(status, "malformed", f"{protocol} is not supported; use HTTP/1.1")
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """One connection.
 
@@ -101,6 +106,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._limits = limits
         self._count = count
         self._held = 0  # bytes that the parser took and has not passed on
+        self._fed = b""  # what the parser works on
         self._in_body = False
         self._closing = False  # further data is discarded
         self._running: RequestResponseCycle | None = None
@@ -207,6 +213,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _feed(self, data: bytes) -> bytes:
         """Parse data; return what to parse instead of the rest of it."""
+        self._fed = data
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -218,6 +225,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
             return b"\r\n".join([*head, b"", data[upgrade.args[0] :]])
+        finally:
+            self._fed = b""
         return b""
 
     def on_message_begin(self) -> None:
@@ -248,8 +257,9 @@ class BoundedProtocol(HttpToolsProtocol):
             raise self._too_large(len(self.url) <= self._limits.header_bytes)
         method, version = self.parser.get_method(), self.parser.get_http_version()
         if version not in ("1.1", "1.0"):
-            status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
-            raise _Refusal(status, "malformed", f"HTTP/{version} is not supported; use HTTP/1.1")
+            raise _unsupported(f"HTTP/{version}")
+        if any(self.url + protocol in self._fed for protocol in (b" RTSP/", b" ICE/")):
+            raise _unsupported("RTSP or ICE")  # which the parser takes for HTTP
         if method == b"CONNECT":
             raise _Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "malformed", "CONNECT is not answered")
         hosts = [value for name, value in self.headers if name == b"host"]

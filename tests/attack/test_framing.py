@@ -111,10 +111,7 @@ UNUSUAL = {
 }
 
 
-BROKEN = ["another protocol"]  # is answered as if it were HTTP
-
-
-@pytest.mark.parametrize("data", cases(1, FIRST_LINES | HEADERS | PROTOCOLS, BROKEN))
+@pytest.mark.parametrize("data", cases(1, FIRST_LINES | HEADERS | PROTOCOLS))
 def test_what_is_no_request_is_refused_once(service, data):
     answers = service.exchange(data + END)
     assert [answer for answer in answers if answer.status < 400] == []

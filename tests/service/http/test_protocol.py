@@ -128,6 +128,7 @@ REFUSED = {
     "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
     "HTTP/0.9": (b"GET /\r\n\r\n", 505),
     "HTTP/2.0": (b"GET / HTTP/2.0\r\n" + HOST + b"\r\n", 505),
+    "RTSP": (b"GET / RTSP/1.0\r\n" + HOST + b"\r\n", 505),
     "CONNECT": (b"CONNECT x:1 HTTP/1.1\r\n" + HOST + b"\r\n", 405),
     "gzip": (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501),
     "chunked twice": (POST + CHUNKED + CHUNKED + b"\r\n0\r\n\r\n", 400),
