@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from ghm_triton.ops import asl1, bce, density, focal, scaling, softmax
-from ghm_triton.ops.tiles import MAX_PROGRAMS
+from ghm_triton.ops import asl1, bce, density, focal, launch, softmax
+from ghm_triton.ops.launch import MAX_PROGRAMS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -125,7 +125,7 @@ def calls(dtype: str) -> Iterator[Call]:
         asl1.WEIGHTED_ASL1.forward,
         (*pair, _empty(10), scale, mu, False, True, True),
     )
-    yield "", 2 * size, scaling.scale_gradient, (logits, outer)
+    yield "", 2 * size, launch.scale_gradient, (logits, outer)
 
 
 def state_calls() -> Iterator[Call]:
@@ -135,7 +135,7 @@ def state_calls() -> Iterator[Call]:
     for ema in ("debiased", "mmdet"):
         options: tuple[Any, ...] = (0.75, ema, "valid_bins", None, True, "positives", 1.0)
         yield ema, 0.0, density.launch_density, (*counts, *state, *options)
-    yield "", 0.0, scaling.sum_partials, (_empty(MAX_PROGRAMS), _empty())
+    yield "", 0.0, launch.sum_partials, (_empty(MAX_PROGRAMS), _empty())
 
 
 def _empty(*shape: int, dtype: str = "fp32") -> Tensor:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tune                      # appends to benchmarks/results/tune.jsonl
 
-The library launches `PROGRAMS_EACH` of `ghm_triton/ops/tiles.py` on every device; this benchmark
+The library launches `PROGRAMS_EACH` of `ghm_triton/ops/launch.py` on every device; this benchmark
 chooses that number. One JSON line per pass, dtype, kind of target and number of programs, with the
 bandwidth on the minimum traffic and its share of that of a copy in the same run.
 """
@@ -21,7 +21,7 @@ from benchmarks.loss_cases import DTYPES
 from benchmarks.provenance import provenance
 from benchmarks.result_file import Row, Rows
 from benchmarks.timing import Work, copy_rate, race
-from ghm_triton.ops import bce, tiles
+from ghm_triton.ops import bce, launch
 
 RESULTS = Path(__file__).parent / "results" / "tune.jsonl"
 PROGRAMS = (2, 3, 4, 5, 6, 7, 8)
@@ -46,8 +46,8 @@ def measure(rows: int, dtype: str, kind: str, device: str, seconds: float) -> It
     if kind == "dense":
         target = torch.rand(rows, CLASSES, device=device, generator=generator)
     roof = copy_rate(device, seconds)
-    for name, moved, launch in passes(logits.to(DTYPES[dtype]), target):
-        contenders = {each: partial(_with_programs, each, launch) for each in PROGRAMS}
+    for name, moved, work in passes(logits.to(DTYPES[dtype]), target):
+        contenders = {each: partial(_with_programs, each, work) for each in PROGRAMS}
         timings, errors = race(contenders, device, seconds, rounds=5)
         for each in PROGRAMS:
             row: Row = {"pass": name, "dtype": dtype, "target": kind, "programs": each}
@@ -60,13 +60,13 @@ def measure(rows: int, dtype: str, kind: str, device: str, seconds: float) -> It
             yield row | {"median_ms": took, "gigabytes_s": rate, "share_of_copy": rate / roof}
 
 
-def _with_programs(each: int, launch: Work) -> None:
-    before = tiles.PROGRAMS_EACH
-    tiles.PROGRAMS_EACH = each
+def _with_programs(each: int, work: Work) -> None:
+    before = launch.PROGRAMS_EACH
+    launch.PROGRAMS_EACH = each
     try:
-        launch()
+        work()
     finally:
-        tiles.PROGRAMS_EACH = before
+        launch.PROGRAMS_EACH = before
 
 
 def main() -> None:

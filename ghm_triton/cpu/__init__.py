@@ -13,9 +13,8 @@ Inputs that cannot be processed this way go to the specification: see `blocks.su
 """
 
 from ghm_triton.cpu.asl1 import count_asl1, weighted_asl1
-from ghm_triton.cpu.bce import count_bce, weighted_bce
+from ghm_triton.cpu.classification import count_bce, weighted_bce, weighted_focal
 from ghm_triton.cpu.density import update_density
-from ghm_triton.cpu.focal import weighted_focal
 from ghm_triton.cpu.softmax import count_softmax, weighted_softmax
 
 __all__ = [

@@ -8,8 +8,8 @@ from torch import Tensor
 from ghm_triton import reference
 from ghm_triton.cpu.blocks import LOSS, MORE, SLOPE, WEIGHT, Block, supports
 from ghm_triton.cpu.loss import BlockLoss, surely_finite
-from ghm_triton.reference.binning import hypotenuse, squared_width
 from ghm_triton.reference.interface import RegionCounts, RegressionInputs
+from ghm_triton.reference.losses import hypotenuse, squared_width
 
 
 def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:

@@ -1,4 +1,4 @@
-"""Logits and targets of a block, and the terms that BCE and the focal loss share."""
+"""Binary cross entropy and the focal loss: counting, the losses and their gradients."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghm_triton.cpu.blocks import TARGET, Block
+from ghm_triton import reference
+from ghm_triton.cpu.blocks import LOSS, MORE, SLOPE, TARGET, WEIGHT, Block, supports
 from ghm_triton.cpu.loss import BlockLoss, surely_finite
-from ghm_triton.reference.interface import ClassificationInputs
+from ghm_triton.reference.interface import ClassificationInputs, RegionCounts
 
 BITS_OF_ONE = 0x3F800000  # of float32
 ONE = torch.ones((), dtype=torch.float32, device="cpu")  # calls handle tensors faster
@@ -137,3 +138,129 @@ def log_complement(p: Tensor, working: Tensor, out: Tensor) -> None:
     torch.sub(p, ONE, out=out)
     torch.neg(p, out=working)
     torch.maximum(working, out, out=working).log1p_()
+
+
+def count_bce(inputs: ClassificationInputs, bins: int) -> RegionCounts:
+    """As `reference.count_bce`, in blocks where they are supported."""
+    if not supports(inputs):
+        return reference.count_bce(inputs, bins)
+    return BCE(inputs).count(bins)
+
+
+def weighted_bce(
+    inputs: ClassificationInputs, table: Tensor, scale: Tensor, *, weighted: bool, reduce: bool
+) -> Tensor:
+    """As `reference.weighted_bce`, in blocks where they are supported; differentiable once then.
+
+    The table and the scale have to be NaN if a valid entry is unsound.
+    """
+    if not supports(inputs, table, scale):
+        return reference.weighted_bce(inputs, table, scale, weighted=weighted, reduce=reduce)
+    loss = BCE(inputs, table * scale, weighted=weighted)
+    loss.counted = True
+    return loss(inputs.logits, reduce)
+
+
+class BCE(ClassificationLoss):
+    """The arithmetic of `weighted_bce`."""
+
+    def norms(self) -> Tensor:
+        """Return `|sigmoid(x) - p*|`."""
+        p = self.probabilities(out=self.buffer(SLOPE))
+        return p if self.target is None else p.sub_(self.target).abs_()
+
+    def evaluate(self, gradient: Tensor | None, factor: Tensor | None) -> Tensor:
+        """Return cross entropy, weighted by unit region."""
+        p = slope = norm = self.probabilities(out=self.buffer(SLOPE))
+        if self.target is not None:
+            norm = torch.sub(p, self.target, out=self.buffer(WEIGHT)).abs_()
+        weight = self.weigh(norm)
+        if gradient is not None:
+            if self.target is not None:
+                slope = torch.sub(p, self.target, out=self.buffer(LOSS))
+            self.write(gradient, slope, weight, factor)
+        return self.cross_entropy(p, working=p, out=self.buffer(LOSS)).mul_(weight)
+
+
+def weighted_focal(
+    inputs: ClassificationInputs,
+    scale: Tensor,
+    *,
+    alpha: float,
+    gamma: float,
+    weighted: bool,
+    reduce: bool,
+) -> Tensor:
+    """As `reference.weighted_focal`, in blocks where they are supported; differentiable once."""
+    if not supports(inputs, scale):
+        options = {"weighted": weighted, "reduce": reduce}
+        return reference.weighted_focal(inputs, scale, alpha=alpha, gamma=gamma, **options)
+    return Focal(inputs, scale, alpha, gamma, weighted=weighted)(inputs.logits, reduce)
+
+
+class Focal(ClassificationLoss):
+    """The arithmetic of `weighted_focal`."""
+
+    def __init__(
+        self,
+        inputs: ClassificationInputs,
+        scale: Tensor,
+        alpha: float,
+        gamma: float,
+        *,
+        weighted: bool,
+    ) -> None:
+        super().__init__(inputs, scale.view(1), weighted=weighted)
+        self._positive, self._negative = alpha * float(scale), (1 - alpha) * float(scale)
+        self._gamma = gamma
+
+    def norms(self) -> Tensor:
+        """The focal loss has no unit regions."""
+        raise NotImplementedError
+
+    def evaluate(self, gradient: Tensor | None, factor: Tensor | None) -> Tensor:
+        """Return `-alpha_t (1 - p_t)^gamma log(p_t)`."""
+        p, weight, loss, slope = (self.buffer(number) for number in (SLOPE, WEIGHT, LOSS, MORE[0]))
+        self.probabilities(out=p)
+        if self.target is None:
+            self.cross_entropy(p, working=slope, out=loss)
+            weight.fill_(self._negative)
+            weight.numpy()[self.foreground] = self._positive
+            self._focus(p, weight, slope)
+            if gradient is not None:
+                self.probabilities(out=slope, right=True)
+                self.write(gradient, self._slope(p, slope, loss), weight, factor)
+            return loss.mul_(weight)
+        # A dense target is a negative entry by 1 - p* and a positive one by p*.
+        q, positive, positive_slope = (self.buffer(number) for number in MORE[1:])
+        self.probabilities(out=q, right=True)
+        for u, wrong, right, out, working in (
+            (self.logits, p, q, loss, slope),
+            (-self.logits, q, p, positive, positive_slope),
+        ):
+            log_complement(wrong, working, out)
+            torch.clamp(u, min=0.0, out=out).sub_(working)
+            if u is self.logits:
+                torch.sub(self.target, 1.0, out=weight).mul_(-self._negative)
+            else:
+                torch.mul(self.target, self._positive, out=weight)
+            self._focus(wrong, weight, working)
+            self._slope(wrong, working.copy_(right), out).mul_(weight)
+            out.mul_(weight)
+        if gradient is not None:
+            slope.sub_(positive_slope)
+            gradient.copy_(slope if factor is None else slope.mul_(factor))
+        return loss.add_(positive)
+
+    def _focus(self, p: Tensor, weight: Tensor, working: Tensor) -> None:
+        """Multiply the weights by `p^gamma`, where `p` is the probability of the wrong answer."""
+        weight.mul_(torch.pow(p, self._gamma, out=working))
+        self.gate(weight)
+
+    def _slope(self, p: Tensor, q: Tensor, loss: Tensor) -> Tensor:
+        """Return `p + gamma (1 - p) softplus(u)` in the memory of `q = 1 - p`.
+
+        Times `p^gamma`, that is the derivative of `p^gamma softplus(u)`. Rounding `1 - p` would
+        lose the digits of `q`.
+        """
+        return q.mul_(loss).mul_(self._gamma).add_(p)

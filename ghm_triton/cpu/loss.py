@@ -11,8 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghm_triton.cpu.blocks import Block, Inputs, blocks, buffer, holds_numbers
-from ghm_triton.cpu.regions import RegionCounter, RegionTable
+from ghm_triton.cpu.blocks import (
+    Block,
+    Inputs,
+    RegionCounter,
+    RegionTable,
+    blocks,
+    buffer,
+    holds_numbers,
+)
 from ghm_triton.reference.interface import RegionCounts
 
 # Whether this backward pass retains the graph. Where torch cannot tell: always.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ghm_triton.losses.schedule import StrengthSchedule
-from ghm_triton.reference.bce import EXACT_UNTIL
+from ghm_triton.reference.losses import EXACT_UNTIL
 
 KEEP = 64  # 128 for two images
 SAME_REGION = 0.7  # IoU from which two regions count as the same

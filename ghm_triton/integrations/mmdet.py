@@ -30,10 +30,9 @@ import torch
 from torch import Tensor
 
 from ghm_triton.losses import ghm_c_loss, ghm_r_loss
-from ghm_triton.losses.backend import Backend
 from ghm_triton.losses.density import GradientDensity
 from ghm_triton.losses.ghm_r import require_mu
-from ghm_triton.losses.options import Average, HarmonizedLoss, LossOptions, Reduction
+from ghm_triton.losses.options import Average, Backend, HarmonizedLoss, LossOptions, Reduction
 from ghm_triton.losses.schedule import StrengthSchedule
 
 

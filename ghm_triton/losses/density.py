@@ -12,10 +12,14 @@ from torch import Tensor
 
 from ghm_triton.losses.inputs import require_bins, require_choice
 from ghm_triton.losses.schedule import StrengthSchedule, require_strength
-from ghm_triton.reference.binning import compute_dtype, unit_region
-from ghm_triton.reference.density import fine_regions, stream_density, update_window
-from ghm_triton.reference.exact import window_density
+from ghm_triton.reference.density import (
+    fine_regions,
+    stream_density,
+    update_window,
+    window_density,
+)
 from ghm_triton.reference.interface import Kernels, RegionCounts
+from ghm_triton.reference.losses import compute_dtype, unit_region
 from ghm_triton.state import SharedState
 
 if TYPE_CHECKING:

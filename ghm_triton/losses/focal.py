@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ghm_triton.losses.backend import Backend, select_backend
 from ghm_triton.losses.inputs import classification_inputs
-from ghm_triton.losses.options import Average, LossModule, LossOptions, Reduction
-from ghm_triton.reference.binning import compute_dtype
-from ghm_triton.reference.focal import entries, positives
+from ghm_triton.losses.options import (
+    Average,
+    Backend,
+    LossModule,
+    LossOptions,
+    Reduction,
+    select_backend,
+)
 from ghm_triton.reference.interface import ClassificationInputs
+from ghm_triton.reference.losses import compute_dtype, entries, positives
 
 
 def focal_loss(

@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from ghm_triton.losses.backend import Backend, select_backend
 from ghm_triton.losses.density import DEFAULT_STRENGTH, Density, GradientDensity
 from ghm_triton.losses.inputs import classification_inputs
 from ghm_triton.losses.options import (
     Average,
+    Backend,
     HarmonizedLoss,
     LossOptions,
     Reduction,
     harmonized_loss,
+    select_backend,
 )
 from ghm_triton.losses.schedule import StrengthSchedule
-from ghm_triton.reference.exact import weigh_bce
+from ghm_triton.reference.density import weigh_bce
 from ghm_triton.reference.interface import ClassificationInputs
 
 

@@ -7,12 +7,18 @@ from functools import partial
 import torch.distributed as dist
 from torch import Tensor
 
-from ghm_triton.losses.backend import Backend, select_backend
 from ghm_triton.losses.density import DEFAULT_STRENGTH, Density, GradientDensity
 from ghm_triton.losses.inputs import regression_inputs
-from ghm_triton.losses.options import HarmonizedLoss, LossOptions, Reduction, harmonized_loss
+from ghm_triton.losses.options import (
+    Backend,
+    HarmonizedLoss,
+    LossOptions,
+    Reduction,
+    harmonized_loss,
+    select_backend,
+)
 from ghm_triton.losses.schedule import StrengthSchedule
-from ghm_triton.reference.exact import weigh_asl1
+from ghm_triton.reference.density import weigh_asl1
 from ghm_triton.reference.interface import RegressionInputs
 
 

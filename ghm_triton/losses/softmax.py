@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from ghm_triton.losses.backend import Backend, select_backend
 from ghm_triton.losses.density import DEFAULT_STRENGTH, Density, GradientDensity
 from ghm_triton.losses.inputs import require_choice, softmax_inputs
-from ghm_triton.losses.options import HarmonizedLoss, LossOptions, Reduction, harmonized_loss
+from ghm_triton.losses.options import (
+    Backend,
+    HarmonizedLoss,
+    LossOptions,
+    Reduction,
+    harmonized_loss,
+    select_backend,
+)
 from ghm_triton.losses.schedule import StrengthSchedule
 from ghm_triton.reference.interface import SoftmaxInputs
-from ghm_triton.reference.softmax import MAX_CLASSES
+from ghm_triton.reference.losses import MAX_CLASSES
 
 
 def ghm_softmax_loss(

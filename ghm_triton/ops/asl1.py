@@ -13,9 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ghm_triton.ops import launch
-from ghm_triton.ops.arithmetic import asl1, unit_region
-from ghm_triton.ops.loads import add_counts, load_difference, write_results
-from ghm_triton.ops.tiles import first_tile, next_tile, previous_tile
+from ghm_triton.ops.device import (
+    add_counts,
+    asl1,
+    first_tile,
+    load_difference,
+    next_tile,
+    previous_tile,
+    unit_region,
+    write_results,
+)
 from ghm_triton.reference.interface import RegionCounts, RegressionInputs
 
 

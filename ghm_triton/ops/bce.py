@@ -18,9 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ghm_triton.ops import launch
-from ghm_triton.ops.arithmetic import bce, bce_slope, unit_region
-from ghm_triton.ops.loads import add_counts, load_bce, write_results
-from ghm_triton.ops.tiles import first_tile, next_tile, previous_tile
+from ghm_triton.ops.device import (
+    add_counts,
+    bce,
+    bce_slope,
+    first_tile,
+    load_bce,
+    next_tile,
+    previous_tile,
+    unit_region,
+    write_results,
+)
 from ghm_triton.reference.interface import ClassificationInputs, RegionCounts
 
 

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ghm_triton.ops.launch import define
-from ghm_triton.ops.tiles import OPTIONS
+from ghm_triton.ops.launch import OPTIONS, define
 from ghm_triton.reference.interface import RegionCounts
 
 

@@ -12,9 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ghm_triton.ops import launch
-from ghm_triton.ops.arithmetic import LOG2_E, log1p, reciprocal
-from ghm_triton.ops.loads import load_bce, write_results
-from ghm_triton.ops.tiles import first_tile, next_tile
+from ghm_triton.ops.device import (
+    LOG2_E,
+    first_tile,
+    load_bce,
+    log1p,
+    next_tile,
+    reciprocal,
+    write_results,
+)
 from ghm_triton.reference.interface import ClassificationInputs
 
 

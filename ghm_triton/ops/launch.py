@@ -1,4 +1,4 @@
-"""Launchers that all kernels share, and their registration as operators of PyTorch.
+"""Tiles and launchers that all kernels share, and their registration as operators of PyTorch.
 
 As operators, `torch.ops.ghm.*`, kernels are opaque to `torch.compile` and `torch.export`: each
 registers its results' shapes, its side effects and its gradient.
@@ -6,22 +6,120 @@ registers its results' shapes, its side effects and its gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ghm_triton.ops.interpreter import interpreting
-from ghm_triton.ops.scaling import scale_gradient, sum_partials
-from ghm_triton.ops.tiles import MAX_PROGRAMS, Tiling, alignment, pointer, strides, tiling
+from ghm_triton.ops.device import INTERPRETED
 from ghm_triton.reference.interface import RegionCounts
+
+# Entries of a tile: 16 per thread, so that many entries share the cost of a tile.
+TILE = 2048
+# Columns of a tile. With few, the labels of a row are loaded once and the tails stay short.
+MAX_BLOCK_C = 16
+# Programs that a multiprocessor holds at a time, at 128 registers per thread: all programs of a
+# kernel run from the start, and none is left for a second round.
+PROGRAMS_EACH = 4
+MAX_PROGRAMS = 1024
+WARPS = 4
+# Without contraction a shared helper gives the same bits in every kernel that calls it: an entry is
+# weighed by the region that it is counted in.
+OPTIONS = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}
+
+
+class Tiling(NamedTuple):
+    """Tiles that cover an `[R, C]` tensor.
+
+    The number of programs depends on the device alone, so partial sums are cut alike at every run.
+    It is at least 1, for empty tensors too.
+
+    Attributes:
+        tiles: Number of tiles.
+        block_r: Rows of a tile.
+        block_c: Columns of a tile.
+        programs: Programs that walk over the tiles.
+        warps: Warps of a program.
+    """
+
+    tiles: int
+    block_r: int
+    block_c: int
+    programs: int
+    warps: int = WARPS
+
+    def constants(self, cols: int, align: int) -> dict[str, Any]:
+        """Compile-time arguments and options of a kernel that walks over `cols` columns."""
+        return {
+            "WHOLE": cols % self.block_c == 0,
+            "ALIGN": align,
+            "BLOCK_R": self.block_r,
+            "BLOCK_C": self.block_c,
+            **OPTIONS,
+            "num_warps": self.warps,
+        }
+
+
+def tiling(tensor: Tensor) -> Tiling:
+    """Cut an `[R, C]` tensor into tiles."""
+    rows, cols = tensor.shape
+    block_c = min(MAX_BLOCK_C, triton.next_power_of_2(max(1, cols)))
+    while block_c > 4 and triton.cdiv(cols, block_c) * block_c > 1.125 * cols > 18:
+        block_c //= 2  # narrower, so that less of the last tile hangs over
+    block_r = TILE // block_c
+    tiles = triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c)
+    return Tiling(tiles, block_r, block_c, max(1, min(tiles, most_programs(tensor.device))))
+
+
+def most_programs(device: torch.device) -> int:
+    """Return the number of programs that fill a device."""
+    if device.type != "cuda":  # the interpreter
+        return MAX_PROGRAMS
+    return min(MAX_PROGRAMS, PROGRAMS_EACH * _multiprocessors(device))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def alignment(*tensors: Tensor | None) -> int:
+    """Return the largest power of two up to 16 that divides the row strides of all matrices.
+
+    A compile-time constant, so that loads are as wide as it allows; of an argument the compiler
+    only sees whether 16 divides it.
+    """
+    return math.gcd(16, *(t.stride(0) for t in tensors if t is not None and t.dim() == 2))
+
+
+def pointer(tensor: Tensor | None) -> Tensor | None:
+    """View booleans as bytes, which kernels take; other tensors and None are returned as given."""
+    if tensor is not None and tensor.dtype == torch.bool:
+        return tensor.view(torch.uint8)
+    return tensor
+
+
+def strides(tensor: Tensor | None, align: int = 1) -> tuple[int, int]:
+    """Return the row stride in units of `align` entries, and the column stride in entries.
+
+    A vector has one entry per row, and its stride in entries; None has strides of 0.
+    """
+    if tensor is None:
+        return 0, 0
+    if tensor.dim() == 1:
+        return tensor.stride(0), 0
+    return tensor.stride(0) // align, tensor.stride(1)
+
 
 LIBRARY = torch.library.Library("ghm", "FRAGMENT")
 # Interpreted kernels run on CPU tensors.
-DEVICES = ("CUDA", "CPU") if interpreting() else ("CUDA",)
+DEVICES = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
 
 
 def count(
@@ -244,6 +342,47 @@ def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
         gradient = gradient.clone()
     torch.ops.ghm.scale_gradient(gradient, grad_loss)
     return gradient
+
+
+def sum_partials(partials: Tensor, scale: Tensor) -> Tensor:
+    """Compute `scale * partials.sum()`, float32 scalar, with the same bits at every run."""
+    total = torch.empty((), dtype=torch.float32, device=partials.device)
+    block = triton.next_power_of_2(partials.numel())
+    sum_partials_kernel[(1,)](partials, scale, total, partials.numel(), BLOCK=block, **OPTIONS)
+    return total
+
+
+def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
+    """Multiply a gradient, dense in any order of its dimensions, in place; skipped for 1."""
+    # In the order of memory; a gradient made by `empty_like` has no holes.
+    flat = gradient.as_strided((gradient.numel(),), (1,))
+    programs = max(1, min(triton.cdiv(flat.numel(), TILE), most_programs(flat.device)))
+    with torch.cuda.device_of(flat):
+        scale_kernel[(programs,)](flat, factor, flat.numel(), BLOCK=TILE, **OPTIONS)
+
+
+@triton.jit(do_not_specialize=["count"])
+def sum_partials_kernel(partials_ptr, scale_ptr, total_ptr, count, BLOCK: tl.constexpr):
+    """One program. The tree of `tl.sum` depends on BLOCK alone; float64 costs nothing here."""
+    index = tl.arange(0, BLOCK)
+    partials = tl.load(partials_ptr + index, mask=index < count, other=0.0).to(tl.float64)
+    scale = tl.load(scale_ptr).to(tl.float64)
+    tl.store(total_ptr, (tl.sum(partials, axis=0) * scale).to(tl.float32))
+
+
+@triton.jit
+def scale_kernel(gradient_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+    """Walk over the gradient unless the factor is 1, without synchronising with the host."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        for _ in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+            gradient = tl.load(gradient_ptr + offset, mask=offset < count, other=0.0)
+            gradient = gradient.to(tl.float32) * factor
+            at = gradient_ptr + offset
+            tl.store(at, gradient.to(gradient_ptr.dtype.element_ty), mask=offset < count)
+            offset += step
 
 
 define("scale_gradient(Tensor(a!) gradient, Tensor factor) -> ()", scale_gradient, lambda *_: None)

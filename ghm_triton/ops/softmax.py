@@ -15,12 +15,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ghm_triton.ops import launch
-from ghm_triton.ops import tiles as shared
-from ghm_triton.ops.arithmetic import LOG2_E, log1p, reciprocal, unit_region
-from ghm_triton.ops.loads import add_counts, load_labels, load_outer, load_weight, store_tile
-from ghm_triton.ops.tiles import WARPS, Tiling, at, entries, most_programs
+from ghm_triton.ops.device import (
+    LOG2_E,
+    add_counts,
+    at,
+    entries,
+    load_labels,
+    load_outer,
+    load_weight,
+    log1p,
+    reciprocal,
+    store_tile,
+    unit_region,
+)
+from ghm_triton.ops.launch import WARPS, Tiling, most_programs
 from ghm_triton.reference.interface import RegionCounts, SoftmaxInputs
-from ghm_triton.reference.softmax import MAX_CLASSES
+from ghm_triton.reference.losses import MAX_CLASSES
 
 LN_2 = tl.constexpr(0.6931471805599453)
 STEP = tl.constexpr(2.0**-30)
@@ -36,7 +46,7 @@ def row_tiling(logits: Tensor) -> Tiling:
     block_r = max(1, EACH * LANES * warps // block_c)
     tiles = triton.cdiv(rows, block_r)
     most = most_programs(logits.device) * WARPS // warps
-    programs = max(1, min(tiles, most, shared.MAX_PROGRAMS))
+    programs = max(1, min(tiles, most, launch.MAX_PROGRAMS))
     return Tiling(tiles, block_r, block_c, programs, warps)
 
 

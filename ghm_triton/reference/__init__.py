@@ -5,13 +5,17 @@ be traced. It runs on every device and in every dtype, under `torch.compile`, `t
 `torch.func` and forward-mode differentiation, and can be differentiated any number of times.
 """
 
-from ghm_triton.reference.asl1 import weighted_asl1
-from ghm_triton.reference.bce import weighted_bce
-from ghm_triton.reference.binning import count_asl1, count_bce
 from ghm_triton.reference.density import update_density
-from ghm_triton.reference.focal import weighted_focal
 from ghm_triton.reference.interface import RegionCounts
-from ghm_triton.reference.softmax import count_softmax, weighted_softmax
+from ghm_triton.reference.losses import (
+    count_asl1,
+    count_bce,
+    count_softmax,
+    weighted_asl1,
+    weighted_bce,
+    weighted_focal,
+    weighted_softmax,
+)
 
 __all__ = [
     "RegionCounts",

@@ -4,21 +4,21 @@ import pytest
 import torch
 
 from benchmarks import tune
-from ghm_triton.ops import tiles
+from ghm_triton.ops import launch
 
 
 def test_a_pass_runs_with_the_programs_it_is_measured_with():
-    before, seen = tiles.PROGRAMS_EACH, []
-    tune._with_programs(before + 3, lambda: seen.append(tiles.PROGRAMS_EACH))
+    before, seen = launch.PROGRAMS_EACH, []
+    tune._with_programs(before + 3, lambda: seen.append(launch.PROGRAMS_EACH))
     assert seen == [before + 3]
-    assert before == tiles.PROGRAMS_EACH
+    assert before == launch.PROGRAMS_EACH
 
 
 def test_a_pass_that_fails_leaves_the_library_as_it_was():
-    before = tiles.PROGRAMS_EACH
+    before = launch.PROGRAMS_EACH
     with pytest.raises(ZeroDivisionError):
         tune._with_programs(before + 3, lambda: 1 / 0)
-    assert before == tiles.PROGRAMS_EACH
+    assert before == launch.PROGRAMS_EACH
 
 
 def test_the_bytes_of_a_training_step_are_those_of_the_traffic_model():

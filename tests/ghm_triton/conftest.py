@@ -59,3 +59,23 @@ def paper() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Tensors that launchers allocate are full of NaN, or a sentinel, before kernels write."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def spoil(tensor):
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else -999)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: spoil(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: spoil(empty_like(*a, **k)))
+
+
+@pytest.fixture
+def two_programs(monkeypatch, kernels_run):
+    """Two programs walk over all tiles, so that each sees several."""
+    from ghm_triton.ops import launch
+
+    monkeypatch.setattr(launch, "MAX_PROGRAMS", 2)

@@ -12,7 +12,7 @@ from torchvision.ops import generalized_box_iou_loss
 from ghm_triton.imbalance.cleanliness import paired_iou
 from ghm_triton.losses import FocalLoss
 from ghm_triton.losses.inputs import classification_inputs
-from ghm_triton.reference.focal import positives
+from ghm_triton.reference.losses import positives
 from ghm_triton.state import SharedState
 
 SMOOTH_L1_DELTA = 1 / 9

@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from ghm_triton.cpu import blocks, regions
+from ghm_triton.cpu import blocks
 
 SMALL = 45  # odd, so that pairs of entries meet the end of a block; no multiple of a vector
 
@@ -11,8 +11,7 @@ SMALL = 45  # odd, so that pairs of entries meet the end of a block; no multiple
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of few entries, so that small batches have many."""
-    for module in (blocks, regions):
-        monkeypatch.setattr(module, "block_entries", lambda: SMALL)
+    monkeypatch.setattr(blocks, "block_entries", lambda: SMALL)
     monkeypatch.setattr("ghm_triton.cpu.softmax.block_entries", lambda: SMALL)
     monkeypatch.setattr(blocks, "_local", threading.local())
 

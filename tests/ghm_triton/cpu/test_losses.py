@@ -193,12 +193,12 @@ def test_counting_and_weighing_agree_about_every_number_of_16_bits(case, dtype, 
     if case == "asl1":
         inputs.target.zero_()
         d = values.float()
-        norm = d.abs() / reference.binning.hypotenuse(d, 0.02)
+        norm = d.abs() / reference.losses.hypotenuse(d, 0.02)
     else:
         inputs.index.fill_(1)
         norm = torch.sigmoid(values.float())
     inputs = replace(inputs, values)
-    region = reference.binning.unit_region(norm, bins)
+    region = reference.losses.unit_region(norm, bins)
     counts = count(case, inputs, bins).regions
     assert torch.equal(counts, region.flatten().bincount(minlength=bins))
     one, options = torch.tensor(2.0**-20), {"reduce": False}  # nothing overflows

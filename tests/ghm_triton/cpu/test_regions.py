@@ -3,9 +3,16 @@
 import pytest
 import torch
 
-from ghm_triton.cpu.blocks import SLOPE, WEIGHT, buffer, reserve
-from ghm_triton.cpu.regions import MAX_PAIRED, RegionCounter, RegionTable
-from ghm_triton.reference.binning import unit_region
+from ghm_triton.cpu.blocks import (
+    MAX_PAIRED,
+    SLOPE,
+    WEIGHT,
+    RegionCounter,
+    RegionTable,
+    buffer,
+    reserve,
+)
+from ghm_triton.reference.losses import unit_region
 
 BINS = [1, 2, 3, 30, 126, 127, 200, 1024]
 

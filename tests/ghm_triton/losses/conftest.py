@@ -55,24 +55,3 @@ def call(device):
         return loss.detach(), x.grad
 
     return both
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Tensors that launchers allocate are full of NaN, or a sentinel, before kernels write."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def spoil(tensor):
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else -999)
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: spoil(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: spoil(empty_like(*a, **k)))
-
-
-@pytest.fixture
-def two_programs(monkeypatch, kernels_run):
-    """Two programs walk over all tiles, so that each sees several."""
-    from ghm_triton.ops import launch, tiles  # the launcher copies the constant when imported
-
-    assert launch.MAX_PROGRAMS > 2
-    monkeypatch.setattr(tiles, "MAX_PROGRAMS", 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ghm_triton import cpu
-from ghm_triton.losses.backend import select_backend
+from ghm_triton.losses.options import select_backend
 
 
 @pytest.fixture

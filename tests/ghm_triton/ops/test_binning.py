@@ -21,7 +21,7 @@ def draw(paper, kind, shape, bins=30):
 @pytest.mark.parametrize("shape", [(9000, 1), (300, 37)])
 def test_programs_that_walk_over_several_tiles(paper, device, poisoned, two_programs, kind, shape):
     from ghm_triton.ops import backend as ops
-    from ghm_triton.ops.tiles import tiling
+    from ghm_triton.ops.launch import tiling
 
     logits, target = draw(paper, kind, shape)
     assert tiling(logits).tiles > 2 * 2

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ghm_triton.ops.tiles import first_tile, next_tile, previous_tile
+from ghm_triton.ops.device import first_tile, next_tile, previous_tile
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("kernels_run")]
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("kernels_run")]
     ],
 )
 def test_tiling(shape, expected):
-    from ghm_triton.ops.tiles import tiling
+    from ghm_triton.ops.launch import tiling
 
     assert tiling(torch.empty(shape)) == (*expected, 4)
 
@@ -53,7 +53,7 @@ def test_the_walk_meets_every_tile_once_forwards_and_backwards(device, tiles_of,
 
 
 def test_booleans_pass_as_bytes():
-    from ghm_triton.ops.tiles import pointer, strides
+    from ghm_triton.ops.launch import pointer, strides
 
     flags = torch.zeros(4, 6, dtype=torch.bool)[:, ::2]
     assert pointer(flags).dtype == torch.uint8

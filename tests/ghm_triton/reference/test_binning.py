@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ghm_triton.losses.inputs import classification_inputs, regression_inputs
-from ghm_triton.reference.binning import unit_region
+from ghm_triton.reference.losses import unit_region
 
 
 @pytest.fixture
