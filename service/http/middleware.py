@@ -158,7 +158,10 @@ class PaceMiddleware:
 
 
 class ErrorMiddleware:
-    """Turns unexpected exceptions into a 500 without their details, which go to the log."""
+    """Turns unexpected exceptions into a 500 without their details, which go to the log.
+
+    A lack of memory is a 503: the same request may succeed later.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -179,6 +182,12 @@ class ErrorMiddleware:
             await self.app(scope, receive, watched_send)
         except ClientDisconnect:
             logger.info("request %s: the client went away", correlation_id.get())
+        except MemoryError:
+            logger.error("request %s: not enough memory", correlation_id.get())
+            if started:
+                raise
+            detail = "there is not enough memory at the moment"
+            await problem_response(503, detail, {"Retry-After": "1"})(scope, receive, send)
         except Exception:
             request = correlation_id.get(), scope["method"], scope["path"]
             logger.exception("request %s: %s %s failed", *request)

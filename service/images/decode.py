@@ -95,7 +95,8 @@ def decode(content: bytes, max_pixels: int, header: ImageHeader | None = None) -
     Raises:
         UnsupportedImageError: The format or mode is not supported.
         DamagedImageError: The file is empty, cut short or broken.
-        ImageTooLargeError: The image has more than `max_pixels` pixels.
+        ImageTooLargeError: The image has more than `max_pixels` pixels, or too long a side.
+        MemoryError: The process cannot get the memory.
     """
     header = measure(content, max_pixels) if header is None else header
     image: Image.Image = open_lazily(header.essence, header.kind)
@@ -110,9 +111,11 @@ def decode(content: bytes, max_pixels: int, header: ImageHeader | None = None) -
         image = _to_rgb(image)  # rebound, so that the source is freed
         turn = _UPRIGHT.get(header.orientation)
         return image if turn is None else image.transpose(turn)
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Exception as error:  # decoders raise any exception on broken bytes
+        if "out of memory" in str(error):  # as Pillow's decoders report it
+            raise MemoryError(str(error)) from error
         raise damaged(header.kind, short_reason(error)) from error
 
 

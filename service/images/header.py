@@ -16,6 +16,9 @@ FORMATS = ("JPEG", "PNG", "WebP", "BMP", "TIFF", "GIF")
 # Segments, chunks or blocks read per file. Real files have dozens; a million take a second.
 MOST_PARTS = 10_000
 
+# Pixels of a side: the most that JPEG and GIF can have. Each row costs memory of its own.
+MOST_SIDE = 65_535
+
 
 class ImageError(ValueError):
     """An image file that cannot be decoded."""
@@ -81,6 +84,8 @@ def open_lazily(content: bytes, kind: str) -> ImageFile.ImageFile:
         raise ImageTooLargeError(f"the {kind} image is too large: {error}") from error
     except UnidentifiedImageError as error:  # its own message shows the address of a buffer
         raise damaged(kind, "its header is broken, or of a variant that is not read") from error
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise any exception on broken bytes
         raise damaged(kind, short_reason(error)) from error
 

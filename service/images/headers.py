@@ -16,6 +16,7 @@ from service.images import jpeg, tiff
 from service.images.header import (
     FORMATS,
     MOST_PARTS,
+    MOST_SIDE,
     DamagedImageError,
     ImageHeader,
     ImageTooLargeError,
@@ -71,6 +72,11 @@ def measure(content: bytes, max_pixels: int) -> ImageHeader:
     if header.width * header.height > max_pixels:
         raise ImageTooLargeError(
             f"the image is {header.width} x {header.height} pixels; at most {max_pixels} are read"
+        )
+    if max(header.width, header.height) > MOST_SIDE:
+        raise ImageTooLargeError(
+            f"the image is {header.width} x {header.height} pixels; at most {MOST_SIDE} of a side"
+            " are read"
         )
     if header.min_bytes > len(content):
         raise damaged(

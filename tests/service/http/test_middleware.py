@@ -99,6 +99,16 @@ def test_a_500_without_details_counted_logged_and_readable_by_pages(
     assert 'route="/v1/detect",status="500"} 1.0' in counted
 
 
+def test_a_lack_of_memory_is_a_503(client, png, problem, monkeypatch):
+    def fail(*inputs):
+        raise MemoryError
+
+    monkeypatch.setattr("service.api.pipeline.decode_file", fail)
+    response = client.post("/v1/detect", content=png)
+    assert "not enough memory" in problem(response, 503)
+    assert response.headers["retry-after"] == "1"
+
+
 # The access log.
 
 

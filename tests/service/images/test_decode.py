@@ -352,3 +352,13 @@ def test_geometry_clips_to_the_image():
     np.testing.assert_array_equal(back[0], [0, 0, 200, 50])
     np.testing.assert_array_equal(back[1, [1, 3]], [50, 50])
     assert geometry.to_image(np.zeros((0, 4), np.float32)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory error when reading")])
+def test_a_lack_of_memory_is_no_damage(encode, colours, monkeypatch, error):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(MemoryError):
+        decode(encode(colours, "PNG"), LIMIT)

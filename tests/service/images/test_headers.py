@@ -145,6 +145,13 @@ def test_a_pixel_too_many_is_refused(encode, colours, kind):
         measure(content, 17 * 13 - 1)
 
 
+@pytest.mark.parametrize("size", [(65_536, 1), (1, 65_536)])
+def test_a_side_too_long_is_refused(encode, size):
+    assert measure(encode(Image.new("L", (65_535, 1)), "PNG"), LIMIT).width == 65_535
+    with pytest.raises(ImageTooLargeError, match="at most 65535 of a side"):
+        measure(encode(Image.new("L", size), "PNG"), 65_536)
+
+
 MEMORY = """
 import io, sys
 import numpy as np
