@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -32,6 +34,15 @@ from ghm_triton.evidence import (
 
 # 1: float32 inputs, thresholds by policy. 2: `input`, `quantization`, thresholds set by hand.
 FORMAT_VERSION: Literal[2] = 2
+# Far above what detectors have, and low enough that no card makes a reader run out of time or
+# memory.
+MAX_CARD_BYTES = 2**25
+MAX_CLASSES = 10_000
+MAX_SIDE = 2**14  # pixels
+MAX_PIXELS = 2**25
+MAX_CANDIDATES = 10**6
+MAX_DEPTH = 10  # of lists and objects in `losses`
+MAX_COUNT = 2**53  # sums over bins still fit 64 bits, and are exact as floats
 CARD_KEY = "ghm.card"
 
 INPUT = "images"
@@ -42,6 +53,14 @@ OUTPUTS = ("boxes", "scores", "labels", "num_detections")
 
 class CardError(ValueError):
     """The file has no card, a card that this version cannot read, or one that contradicts it."""
+
+
+Text = Annotated[str, Field(max_length=1000)]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
+Limit = Annotated[int, Field(gt=0, le=MAX_CANDIDATES)]
+Shift = Annotated[float, Field(ge=-1e6, le=1e6)]
+Scale = Annotated[float, Field(le=1e6)]
 
 
 class _Frozen(BaseModel):
@@ -60,22 +79,30 @@ class Preprocessing(_Frozen):
     Then `x = (value / 255 - mean) / std`, channels first.
     """
 
-    height: Annotated[int, Field(gt=0)]
-    width: Annotated[int, Field(gt=0)]
+    height: Side
+    width: Side
     color_order: Literal["RGB"] = "RGB"
     resize: Literal["letterbox"] = "letterbox"
     interpolation: Literal["bilinear"] = "bilinear"
     padding: Literal["bottom_right"] = "bottom_right"
     pad_value: Annotated[int, Field(ge=0, le=255)] = 114
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[Shift, Shift, Shift]
+    std: tuple[Scale, Scale, Scale]
 
     @field_validator("std")
     @classmethod
     def _positive_std(cls, std: tuple[float, float, float]) -> tuple[float, float, float]:
-        if min(std) <= 0:
-            raise ValueError(f"std must be positive, got {std}")
+        if min(std) < 1e-6:
+            raise ValueError(f"std must be positive, at least 1e-6, got {std}")
         return std
+
+    @model_validator(mode="after")
+    def _few_pixels(self) -> Self:
+        if self.height * self.width > MAX_PIXELS:
+            raise ValueError(
+                f"{self.height} x {self.width} are more than {MAX_PIXELS:,} pixels of input"
+            )
+        return self
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Return the `(width, height)` to which an image is resized."""
@@ -86,7 +113,7 @@ class Preprocessing(_Frozen):
 class TrainingCard(_Frozen):
     """Origin of the weights: data set, losses, seed, steps, versions and checkpoint."""
 
-    data: str
+    data: Text
     losses: dict[str, Any]
     seed: int
     steps: Count
@@ -98,8 +125,13 @@ class TrainingCard(_Frozen):
     def _is_json(cls, losses: dict[str, Any]) -> dict[str, Any]:
         try:
             json.dumps(losses, allow_nan=False)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"losses must be what JSON can hold: {error}") from error
+        level: list[Any] = [losses]
+        for _ in range(MAX_DEPTH):
+            level = [inner for each in level for inner in _inside(each)]
+        if level:
+            raise ValueError(f"losses are nested more than {MAX_DEPTH} deep")
         return losses
 
 
@@ -154,16 +186,16 @@ class DetectorCard(_Frozen):
     """
 
     format_version: Literal[1, 2] = FORMAT_VERSION
-    name: Annotated[str, Field(min_length=1)]
-    architecture: str
-    backbone: str
+    name: Name
+    architecture: Text
+    backbone: Text
     input: InputType = "float32"
-    class_names: Annotated[list[str], Field(min_length=1)]
-    threshold_policy: str
-    thresholds: list[ClassThreshold]
+    class_names: Annotated[list[Text], Field(min_length=1, max_length=MAX_CLASSES)]
+    threshold_policy: Text
+    thresholds: Annotated[list[ClassThreshold], Field(max_length=MAX_CLASSES)]
     iou_threshold: Probability
-    candidates: Annotated[int, Field(gt=0)]
-    max_detections: Annotated[int, Field(gt=0)]
+    candidates: Limit
+    max_detections: Limit
     preprocessing: Preprocessing
     statistics: ClassStatistics
     training: TrainingCard
@@ -183,13 +215,23 @@ class DetectorCard(_Frozen):
     def _check_classes(self) -> Self:
         names = self.class_names
         if len(set(names)) != len(names):
-            raise ValueError(f"class names repeat: {names}")
+            raise ValueError(f"class names repeat: {_shown(names)}")
         for field, covered in (
             ("thresholds", [entry.name for entry in self.thresholds]),
             ("statistics", list(self.statistics.class_names)),
         ):
             if covered != names:
-                raise ValueError(f"{field} are for {covered}, classes are {names}")
+                raise ValueError(f"{field} are for {_shown(covered)}, classes are {_shown(names)}")
+        counted = self.statistics
+        for field in (
+            "anchors",
+            "positives",
+            "ground_truths",
+            "positive_scores",
+            "negative_scores",
+        ):
+            if (most := np.max(getattr(counted, field), initial=0)) > MAX_COUNT:
+                raise ValueError(f"{field} count to {most}; at most {MAX_COUNT} are read")
         return self
 
     @property
@@ -213,6 +255,10 @@ class DetectorCard(_Frozen):
             CardError: The text is not JSON, its `format_version` is too new for this package, or
                 a field is missing or out of range.
         """
+        if len(text) > MAX_CARD_BYTES:
+            raise CardError(
+                f"the card has {len(text):,} characters; at most {MAX_CARD_BYTES:,} are read"
+            )
         try:
             raw = json.loads(text)
         except (ValueError, RecursionError) as error:  # ValueError also for a number too long
@@ -250,3 +296,13 @@ class DetectorCard(_Frozen):
             raise CardError(
                 f"the graph's iou_threshold is {iou_threshold!r}, the card's {self.iou_threshold!r}"
             )
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _shown(names: list[str]) -> str:
+    return str(names) if len(names) <= 10 else f"{str(names[:10])[:-1]}, ... {len(names)} in all]"

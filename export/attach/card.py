@@ -9,11 +9,10 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from export.card import CardError, DetectorCard, Preprocessing, TrainingCard
+from export.card import CardError, DetectorCard, Limit, Name, Preprocessing, Side, TrainingCard
 from ghm_triton.evidence import ClassStatistics, ClassThreshold, Probability, as_float32
 
 NOT_TOLD = "not told"
-Side = Annotated[int, Field(gt=0)]
 Row = tuple[float, float, float]
 
 
@@ -45,7 +44,7 @@ class AttachCard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Name
     class_names: Annotated[list[str], Field(min_length=1)]
     thresholds: Probability | dict[str, Probability]
     size: tuple[Side, Side]
@@ -55,8 +54,8 @@ class AttachCard(BaseModel):
     pad_value: Annotated[int, Field(ge=0, le=255)] = 114
     resize: Literal["letterbox"] = "letterbox"
     iou_threshold: Probability = 0.5
-    candidates: Annotated[int, Field(gt=0)] = 1000
-    max_detections: Annotated[int, Field(gt=0)] = 100
+    candidates: Limit = 1000
+    max_detections: Limit = 100
     architecture: str = NOT_TOLD
     backbone: str = NOT_TOLD
     data: str = NOT_TOLD

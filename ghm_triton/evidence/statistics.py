@@ -72,7 +72,10 @@ class ClassStatistics:
 
     def __post_init__(self) -> None:
         self.class_names = tuple(self.class_names)
-        self.anchors = int(_integers("anchors", self.anchors))
+        anchors = _integers("anchors", self.anchors)
+        if anchors.ndim:
+            raise ValueError(f"anchors must be one number, got {list(anchors.shape)}")
+        self.anchors = int(anchors)
         counts = {name: _integers(name, getattr(self, name)) for name in _COUNTS}
         bins = {each.shape[1] for each in counts.values() if each.ndim == 2} or {SCORE_BINS}
         for name, values in counts.items():

@@ -141,6 +141,64 @@ def test_a_card_that_contradicts_itself_is_refused(changes, message):
         read(**changes)
 
 
+def within(part: str, **changes: object) -> dict:
+    return {part: fields()[part] | changes}
+
+
+NESTED: list = []
+for _ in range(800):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (within("statistics", positive_scores=[[10**30, 1], [1, 1]]), "integers of 64 bits"),
+        (within("statistics", negative_scores=[[2**53 + 1, 1], [1, 1]]), "negative_scores count"),
+        (within("statistics", anchors=10**30), "anchors must hold integers of 64 bits"),
+        (within("statistics", anchors=[[1000]]), "anchors must be one number"),
+        (within("statistics", anchors=2**60), "anchors count to 1152921504606846976; at most"),
+        (within("statistics", positives=[math.nan, 1]), "positives must hold integers"),
+        (within("preprocessing", height=10**9, width=10**9), "height: .* less than or equal to"),
+        (within("preprocessing", height=10**6, width=10**6), "height: .* less than or equal to"),
+        (within("preprocessing", height=2**14, width=2**14), "16384 x 16384 are more than"),
+        (within("preprocessing", mean=[math.nan, 0, 0]), "preprocessing.mean.0: .* finite"),
+        (within("preprocessing", mean=[1e308, 0, 0]), "preprocessing.mean.0"),
+        (within("preprocessing", std=[1e-320, 1, 1]), "std must be positive"),
+        (within("training", losses={"deep": NESTED}), "nested more than 10 deep"),
+        ({"class_names": [str(i) for i in range(10_001)]}, "class_names: .* at most 10000 items"),
+        ({"class_names": ["a" * 1001, "b"]}, "class_names.0: .* at most 1000 characters"),
+        ({"class_names": ["\ud800", "b"]}, "class_names.0"),
+        ({"candidates": 10**30}, "candidates: .* less than or equal to"),
+        ({"max_detections": 10**9}, "max_detections: .* less than or equal to"),
+        ({"iou_threshold": math.nan}, "iou_threshold: .* finite"),
+    ],
+)
+def test_absurd_values_are_refused_in_one_short_sentence(changes, message):
+    with pytest.raises(CardError, match=message) as caught:
+        read(**changes)
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+
+
+def test_a_card_of_many_megabytes_is_not_parsed():
+    with pytest.raises(CardError, match="the card has 33,554,433 characters; at most 33,554,432"):
+        DetectorCard.from_json("[" + " " * 2**25)
+
+
+def test_as_many_classes_as_detectors_have_are_read():
+    names = [f"class {i}" for i in range(2000)]
+    entries = [{**fields()["thresholds"][0], "name": name} for name in names]
+    counts = {name: [1] * 2000 for name in ("positives", "ground_truths")}
+    scores = {name: [[1] * 200] * 2000 for name in ("positive_scores", "negative_scores")}
+    statistics = {"anchors": 2**53, **counts, **scores}
+    card = read(class_names=names, thresholds=entries, statistics=statistics)
+    assert DetectorCard.from_json(card.to_json()) == card
+    with pytest.raises(CardError, match=r"class names repeat: .*\.\.\. 2000 in all") as caught:
+        read(class_names=["dog"] * 2000, thresholds=entries, statistics=statistics)
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize("missing", sorted(set(fields()) - {"format_version"}))
 def test_a_field_that_is_missing_is_named(missing):
     rest = {name: value for name, value in fields().items() if name != missing}

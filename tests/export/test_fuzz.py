@@ -7,7 +7,7 @@ write them, are damaged in ways that get past it, and whatever is read is served
 import contextlib
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,28 @@ def splice(content: bytes, rng: Rng) -> bytes:
 
 
 WRONG = [
-    *(None, True, False, -1, 0, 3, 10**30, 0.1, -0.5, 1.5, 1e308, float("nan"), float("inf")),
+    *(
+        None,
+        True,
+        False,
+        -1,
+        0,
+        3,
+        2**53 + 1,
+        2**63,
+        10**6,
+        10**9,
+        10**30,
+        -(10**30),
+        0.1,
+        -0.5,
+        1.5,
+        1e308,
+        float("nan"),
+        float("inf"),
+    ),
     *("", "x", "0", "\ud800", "\n", "0" * 64, [], {}, [[]], {"": None}, [1, 2, 3], ["dog"]),
-    [0.0, 1.0, float("nan")],
+    *([0.0, 1.0, float("nan")], "a" * 2000, "\x1b[31m\u202e", [[10**30]], [{"": [[]]}] * 3),
 ]
 
 
@@ -120,6 +139,31 @@ def external(model: ModelProto, rng: Rng) -> None:
     one.external_data.add(key="location", value="/etc/passwd")
 
 
+def external_in_an_attribute(model: ModelProto, rng: Rng) -> None:
+    far = TensorProto(name="far", data_type=TensorProto.FLOAT, dims=[1], data_location=1)
+    far.external_data.add(key="location", value="/etc/passwd")
+    made = node(model, rng).attribute.add(name=str(rng.choice(["value", "sparse_value", "x"])))
+    sparse = onnx.SparseTensorProto(values=far, dims=[1])
+    (made.t, made.tensors.add(), made.sparse_tensor.values, made.sparse_tensors.add().values)[
+        rng.integers(4)
+    ].CopyFrom(far)
+    model.functions.add(name="f").attribute_proto.add(name="y").sparse_tensor.CopyFrom(sparse)
+
+
+def many_nodes(model: ModelProto, rng: Rng) -> None:
+    one = node(model, rng)
+    model.graph.node.extend([one] * int(rng.choice([100, 30_000])))
+
+
+def many_calls(model: ModelProto, rng: Rng) -> None:
+    levels = int(rng.choice([3, 40, 1000]))
+    for level in range(levels):
+        calls = [helper.make_node(f"f{level + 1}", [], [], domain="deep")] * 2
+        body = calls if level < levels - 1 else []
+        model.functions.append(helper.make_function("deep", f"f{level}", [], [], body, []))
+    model.graph.node.append(helper.make_node("f0", [], [], domain="deep"))
+
+
 def nested(model: ModelProto, rng: Rng) -> None:
     graph = helper.make_graph([], "leaf", [], [])
     for _ in range(rng.integers(1, 28)):  # protobuf builds no more
@@ -141,6 +185,9 @@ SIZES = [-1, 0, 1, 2, 7, 2**31, 2**40, 2**62]
 STRUCTURE: list[Callable[[ModelProto, Rng], object]] = [
     cycle,
     external,
+    external_in_an_attribute,
+    many_nodes,
+    many_calls,
     nested,
     recursive,
     lambda m, r: setattr(m, "ir_version", int(r.choice([*SIZES, 11, 13, 99]))),
@@ -214,9 +261,22 @@ def test_a_sealed_file_is_read_only_if_what_was_sealed_is_whole(sealed, tmp_path
     assert len(refusals) > 0.9 * files
 
 
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    """One flipped bit of a shape in the graph is enough to ask for gigabytes."""
+    status = Path("/proc/self/status").read_text()
+    used = int(status.partition("VmData:")[2].split()[0]) * 1024
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 def serve(file: DetectorFile) -> None:
-    """It answers, or says that it cannot; nothing else may come out."""
-    with contextlib.suppress(ModelError):
+    """It answers, or raises ModelError; nothing else may come out."""
+    with contextlib.suppress(ModelError), little_memory():
         ServedModel(file, provider="cpu").warm_up()
 
 
