@@ -33,12 +33,13 @@ from uvicorn.protocols.http.httptools_impl import (
 from uvicorn.protocols.utils import is_ssl
 from uvicorn.server import ServerState
 
-from service.core.errors import problem_response, short
+from service.core.errors import problem_response
+from service.http.heads import Refusal, check_head, too_large
 
 logger = logging.getLogger("ghm.service")
 
 _MOST_PIPELINED = 16
-_MOST_HEADERS = 100  # as Envoy
+_MOST_REFUSED = 8  # connections beyond the limit whose clients may read their refusal
 _LINGER_SECONDS = 2.0
 _WATCH_SECONDS = 0.1
 _SLOWEST_READER = 1024  # bytes per second
@@ -66,18 +67,6 @@ class ConnectionLimits:
     write_seconds: float = 30.0
     unsent_bytes: int = 256 * 2**20
     connections: int = 1000
-
-
-class _Refusal(Exception):  # noqa: N818  raised through the parser, which wraps it
-    def __init__(self, status: HTTPStatus, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.reason = reason
-
-
-def _unsupported(protocol: str) -> _Refusal:
-    status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
-    return _Refusal(status, "malformed", f"{protocol} is not supported; use HTTP/1.1")
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -132,7 +121,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self.connections.discard(longest)
         else:
             detail = f"busy: {self._limits.connections} connections are open, which is the most"
-            self._refuse(_Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "connections", detail))
+            self._refuse(Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "connections", detail))
+            if len(self.connections) > self._limits.connections + _MOST_REFUSED:
+                self.transport.abort()  # each that lingers has a descriptor
 
     def check(self, now: float) -> None:
         """Close a connection whose head is late, or whose client reads nothing of its answer.
@@ -155,7 +146,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._held:
             detail = f"the headers did not arrive within {self._limits.header_seconds:g} s"
-            self._refuse(_Refusal(HTTPStatus.REQUEST_TIMEOUT, "slow_headers", detail))
+            self._refuse(Refusal(HTTPStatus.REQUEST_TIMEOUT, "slow_headers", detail))
         else:
             self.transport.close()
 
@@ -178,14 +169,14 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._held += len(data)
                 data = self._feed(data)
             if self._held > self._limits.header_bytes:
-                raise self._too_large(bool(self.headers))
-        except _Refusal as refusal:
+                raise too_large(self._limits.header_bytes, headers=bool(self.headers))
+        except Refusal as refusal:
             self._refuse(refusal)
         except httptools.HttpParserError as error:
             cause = error.__context__
             detail = f"the request is not HTTP/1.1: {str(error) or type(error).__name__}"
-            malformed = _Refusal(HTTPStatus.BAD_REQUEST, "malformed", detail)
-            self._refuse(cause if isinstance(cause, _Refusal) else malformed)
+            malformed = Refusal(HTTPStatus.BAD_REQUEST, "malformed", detail)
+            self._refuse(cause if isinstance(cause, Refusal) else malformed)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Answer a client that has ended its side alone; return whether to keep the connection.
@@ -233,7 +224,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Begin a request."""
         if len(self.pipeline) >= _MOST_PIPELINED:
             detail = f"more than {_MOST_PIPELINED} requests wait on this connection"
-            raise _Refusal(HTTPStatus.TOO_MANY_REQUESTS, "pipelined", detail)
+            raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, "pipelined", detail)
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -243,45 +234,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Check a head, and start or queue its request."""
-        self._check_head()
+        check_head(self.parser, self.url, self.headers, self._fed, self._limits.header_bytes)
         if self.parser.should_upgrade():
             return  # `_feed` parses it again
         self._head_since = None
         self._held = 0
         self._in_body = True
         super().on_headers_complete()
-
-    def _check_head(self) -> None:
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > self._limits.header_bytes or len(self.headers) > _MOST_HEADERS:
-            raise self._too_large(len(self.url) <= self._limits.header_bytes)
-        method, version = self.parser.get_method(), self.parser.get_http_version()
-        if version not in ("1.1", "1.0"):
-            raise _unsupported(f"HTTP/{version}")
-        if any(self.url + protocol in self._fed for protocol in (b" RTSP/", b" ICE/")):
-            raise _unsupported("RTSP or ICE")  # which the parser takes for HTTP
-        if method == b"CONNECT":
-            raise _Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "malformed", "CONNECT is not answered")
-        hosts = [value for name, value in self.headers if name == b"host"]
-        if len(hosts) > 1 or (not hosts and version == "1.1"):
-            detail = f"the request has {len(hosts)} Host headers; it must have one"
-            raise _Refusal(HTTPStatus.BAD_REQUEST, "malformed", detail)
-        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
-        if codings and (version == "1.0" or [coding.lower() for coding in codings] != [b"chunked"]):
-            detail = f"Transfer-Encoding is {short(b', '.join(codings))}; only chunked is supported"
-            raise _Refusal(HTTPStatus.NOT_IMPLEMENTED, "malformed", detail)
-
-    def _too_large(self, headers: bool) -> _Refusal:
-        limit = self._limits.header_bytes
-        if headers:
-            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            detail = f"the headers are more than {limit} bytes, or more than {_MOST_HEADERS}"
-        else:
-            status, detail = (
-                HTTPStatus.REQUEST_URI_TOO_LONG,
-                f"the URL is longer than {limit} bytes",
-            )
-        return _Refusal(status, "headers_too_large", detail)
 
     def on_chunk_header(self) -> None:
         """Pass a chunk's size."""
@@ -316,7 +275,7 @@ class BoundedProtocol(HttpToolsProtocol):
         cycle.keep_alive = False
         cycle.transport = cast(Transport, _LingeringTransport(self.transport, self._linger))
 
-    def _refuse(self, refusal: _Refusal) -> None:
+    def _refuse(self, refusal: Refusal) -> None:
         """Answer what is not a request, after the answers of earlier requests, and close."""
         self._closing = True
         self._count(refusal.reason)

@@ -4,7 +4,7 @@ import asyncio
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from threading import Event, Thread
 from types import SimpleNamespace
@@ -278,3 +278,16 @@ def test_a_client_that_is_gone_is_noticed(server):
     with server.connect() as connection:
         connection.sendall(b"GET /gone HTTP/1.1\r\nHost: x\r\n\r\n")
     assert GONE.wait(20)
+
+
+def test_refused_connections_take_few_descriptors():
+    with serving(connections=1) as server, ExitStack() as stack:
+        stack.enter_context(server.connect()).sendall(POST + b"Content-Length: 1\r\n\r\n")
+        while "connections" not in server.reasons:  # until the request has begun
+            server.exchange(end=False)
+        crowd = [stack.enter_context(server.connect()) for _ in range(50)]
+        for connection in crowd:
+            connection.setblocking(True)
+            with suppress(ConnectionError):
+                connection.recv(1)
+        assert len(server.server_state.connections) < 20
