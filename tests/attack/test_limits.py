@@ -154,6 +154,7 @@ def hold(service: Service, first: bytes, again: bytes) -> bool:
 @pytest.fixture(scope="module")
 def closed(impatient) -> dict[str, bool]:
     """All at once, since each takes its time."""
+    impatient.lives()  # so that it has opened what it needs
     before = impatient.descriptors()
     with ThreadPoolExecutor(len(HOLDS)) as pool:
         ends = pool.map(lambda shape: hold(impatient, *shape), HOLDS.values())
