@@ -74,6 +74,9 @@ def create_app(settings: Settings | None = None, model: ServedModel | None = Non
         version=version("ghm-triton"),
         description=_DESCRIPTION,
         lifespan=lifespan,
+        root_path=service.settings.root_path,
+        docs_url=None,  # FastAPI's pages load scripts of other hosts
+        redoc_url=None,
         redirect_slashes=False,  # the redirect would lead to whatever `Host` the client sent
         middleware=build_middleware(service.settings, service.metrics),
         routes=detect.first_routes(),

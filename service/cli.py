@@ -6,6 +6,8 @@ import argparse
 import logging
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +39,7 @@ http://127.0.0.1:8000/docs describes every request and answer. Ctrl+C stops the 
 """
 
 _BAD_USAGE = 2
+_BACKLOG = 2048
 _LEVELS = ("critical", "error", "warning", "info", "debug")
 
 
@@ -53,6 +56,14 @@ class ServeOptions:
 
     host: str | None = option(None, "address to listen at", shown="127.0.0.1")
     port: int | None = option(None, "port; 0 takes a free one", shown="8000")
+    uds: str | None = option(None, "Unix socket to listen at, in place of host and port")
+    ssl_certfile: str | None = option(None, "certificate chain, PEM: answer over HTTPS")
+    ssl_keyfile: str | None = option(
+        None, "its private key, if the certificate's file does not hold it"
+    )
+    root_path: str | None = option(
+        None, "prefix of the paths under which a reverse proxy publishes the service"
+    )
     provider: str | None = option(
         None,
         "what runs the model; cuda fails to start where CUDA does not work",
@@ -87,6 +98,12 @@ class ServeOptions:
         None, "largest image", group="limits", shown="40", type=_positive
     )
     max_images: int | None = option(None, "most images in a request", group="limits", shown="16")
+    max_connections: int | None = option(
+        None, "most open connections per worker", group="limits", shown="1000"
+    )
+    keep_alive_seconds: float | None = option(
+        None, "how long an idle connection stays open", group="limits", shown="75"
+    )
     rate_limit: float | None = option(
         None, "requests per second of one token or address", group="limits", shown="no limit"
     )
@@ -95,6 +112,9 @@ class ServeOptions:
         None,
         "bearer tokens, name:token a line, of which each request must carry one",
         group="operations",
+    )
+    model_control: bool | None = option(
+        None, "let requests reload models; on by default if tokens are required", group="operations"
     )
     cors_origins: str | None = option(
         None, "origins whose pages may call, comma-separated, or *", group="operations"
@@ -167,8 +187,8 @@ def _serve(settings: Settings) -> None:
     from service.server import DrainingServer, banner, prepare
 
     app = prepare(settings)  # before listening, so that a model that cannot run fails the start
-    with _listen(settings.host, settings.port) as listener:
-        _announce(banner(app), listener)
+    with _listen(settings) as listener:
+        _announce(banner(app), listener, settings)
         DrainingServer(app, settings).run(sockets=[listener])
 
 
@@ -178,30 +198,71 @@ def _serve_with_workers(settings: Settings) -> None:
 
     if sys.platform == "win32":
         raise SettingsError(f"workers is {settings.workers}: Windows can have only 1")
-    with _listen(settings.host, settings.port) as listener:
-        Supervisor(settings, listener, lambda text: _announce(text, listener)).run()
+    with _listen(settings) as listener:
+        Supervisor(settings, listener, lambda text: _announce(text, listener, settings)).run()
 
 
-def _announce(text: str, listener: socket.socket) -> None:
+def _announce(text: str, listener: socket.socket, settings: Settings) -> None:
     print(text)
-    print(f"serving at {_url(listener)}", flush=True)
+    print(f"serving at {_url(listener, settings)}", flush=True)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens already, so that readers of stdout can connect at once."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+@contextmanager
+def _listen(settings: Settings) -> Iterator[socket.socket]:
+    """Yield a socket that listens already, so that readers of stdout can connect at once."""
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = _bind(settings)
     except OSError as error:
         reason = str(error.strerror).partition(" (while")[0]  # Python appends the address
-        raise OSError(f"cannot listen at {host}:{port}: {reason}") from error
+        address = settings.uds or f"{settings.host}:{settings.port}"
+        raise OSError(f"cannot listen at {address}: {reason}") from error
+    with listener:
+        try:
+            yield listener
+        finally:
+            if settings.uds is not None:
+                settings.uds.unlink(missing_ok=True)
 
 
-def _url(listener: socket.socket) -> str:
+def _bind(settings: Settings) -> socket.socket:
+    if settings.uds is not None:
+        _remove_stale(settings.uds)
+        listener = socket.socket(socket.AF_UNIX)
+        try:
+            listener.bind(str(settings.uds))
+            listener.listen(_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+        return listener
+    host = settings.host
+    if ":" not in host:
+        return socket.create_server((host, settings.port), backlog=_BACKLOG)
+    both = host == "::" and socket.has_dualstack_ipv6()  # the wildcard is that of IPv4 too
+    return socket.create_server(
+        (host, settings.port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=both
+    )
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket of a service that has ended; one that is in use stays."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+
+
+def _url(listener: socket.socket, settings: Settings) -> str:
     """Return an address that can be opened, also for a wildcard."""
+    if settings.uds is not None:
+        return f"unix:{settings.uds}"
+    scheme = "http" if settings.ssl_certfile is None else "https"
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  shown, not bound
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 SERVE = Command("serve", "serve a detector over HTTP", configure, run, "serve")

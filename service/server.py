@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ def prepare(settings: Settings) -> FastAPI:
     Raises:
         SettingsError: No model can be served, or a setting is invalid; one sentence.
     """
+    _check_certificate(settings)
     try:
         app = create_app(settings)
         asyncio.run(_load(app.state.service))
@@ -65,6 +67,19 @@ def prepare(settings: Settings) -> FastAPI:
     gc.freeze()  # so that collections skip the objects that live as long as the process
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, 10, 10)
     return app
+
+
+def _check_certificate(settings: Settings) -> None:
+    if settings.ssl_certfile is None:
+        if settings.ssl_keyfile is not None:
+            raise SettingsError("ssl_keyfile is set, and ssl_certfile is not")
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, lambda: "")
+    except OSError as error:  # of which ssl's are
+        key = f" with {settings.ssl_keyfile}" if settings.ssl_keyfile else ""
+        raise SettingsError(f"ssl_certfile {settings.ssl_certfile}{key}: {error}") from error
 
 
 async def _load(service: ServiceState) -> None:
@@ -118,6 +133,8 @@ class DrainingServer(uvicorn.Server):
             http=partial(  # type: ignore[arg-type]  # called as the class would be
                 BoundedProtocol, limits=self._limits, count=service.metrics.rejected
             ),
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
             timeout_keep_alive=math.ceil(settings.keep_alive_seconds),
             log_config=None,  # done by service.observability.logs
             access_log=False,  # service.http.access logs more

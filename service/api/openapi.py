@@ -17,6 +17,7 @@ _MEANINGS = {
     400: "The request is malformed: its body is not what its headers state, or an image is"
     " damaged.",
     401: "The request has no token, or an unknown one.",
+    403: "Model control is off: `--model-control`, or tokens, switch it on.",
     404: "There is no such model.",
     408: "The body did not arrive in time.",
     409: "The file cannot be served as it is. The previous model keeps serving.",
@@ -140,7 +141,7 @@ def _correct(document: dict[str, Any], settings: Settings) -> None:
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     schemas[ProblemDetails.__name__] = ProblemDetails.model_json_schema()
-    has_tokens = settings.tokens is not None or settings.tokens_file is not None
+    has_tokens = settings.has_tokens
     if has_tokens:
         document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():

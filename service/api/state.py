@@ -112,8 +112,14 @@ class ServiceState:
         """Read every version of a model again and return its entries.
 
         Raises:
-            ProblemError: 404 if there is no such model, 409 if a file cannot be served.
+            ProblemError: 403 if requests may not control models, 404 if there is no such model, 409
+                if a file cannot be served.
         """
+        allowed = self.settings.model_control
+        if not (self.settings.has_tokens if allowed is None else allowed):
+            raise ProblemError(
+                403, "model control is off; --model-control or GHM_MODEL_CONTROL=1 allows it"
+            )
         entries = await self.registry.reload(name)
         problems = [f"{entry.path.name}: {entry.problem}" for entry in entries if entry.problem]
         if problems:

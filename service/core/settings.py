@@ -89,6 +89,11 @@ class Settings(BaseSettings):
         models: A folder of detectors: `NAME.onnx`, or `NAME/VERSION.onnx` for several versions.
         host: Address to listen at.
         port: Port to listen at; 0 takes a free one.
+        uds: Unix socket to listen at, in place of `host` and `port`.
+        ssl_certfile: Certificate chain, PEM; with it, the service speaks HTTPS.
+        ssl_keyfile: Its private key, PEM, if the certificate's file does not hold it.
+        root_path: Prefix of the paths under which a reverse proxy publishes the service.
+        model_control: Whether requests may reload models; None: only if tokens are required.
         workers: Processes that answer at the same address.
         provider: `cpu`, `cuda` (the start fails where CUDA does not work), or `auto`.
         threads: Threads that a model's inferences share, and images decoded at a time.
@@ -141,6 +146,11 @@ class Settings(BaseSettings):
     models: Path | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    uds: Path | None = None
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    root_path: str = Field(default="", pattern=r"^(/[^/?#\s]+)*$")
+    model_control: bool | None = None
     workers: int = Field(default=1, ge=1, le=256)
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default_factory=available_cpus, ge=1, le=1024)
@@ -195,6 +205,11 @@ class Settings(BaseSettings):
         return text
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether requests need a token."""
+        return self.tokens is not None or self.tokens_file is not None
+
+    @property
     def source(self) -> Path:
         """The file or folder that is served.
 
@@ -221,6 +236,8 @@ def load_settings(**arguments: Any) -> Settings:
             setting and the value.
     """
     values = {name: value for name, value in arguments.items() if value is not None}
+    if _is_service_link():
+        values.setdefault("port", Settings.model_fields["port"].default)
     if "provider" not in values and not os.environ.get(f"{PREFIX}PROVIDER"):
         alias = os.environ.get(_PROVIDERS)
         values |= {"provider": alias} if alias else {}
@@ -247,9 +264,17 @@ def load_settings(**arguments: Any) -> Settings:
     return settings
 
 
+def _is_service_link() -> bool:
+    """Whether `GHM_PORT` is what Kubernetes sets in each pod beside a Service called `ghm`."""
+    return os.environ.get(f"{PREFIX}PORT", "").startswith("tcp://")
+
+
 def unknown_variables() -> list[str]:
     """Return variables of the environment that look like settings but are not: likely typos."""
+    links = (f"{PREFIX}PORT_", f"{PREFIX}SERVICE_") if _is_service_link() else ()
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {_PROVIDERS}
     return sorted(
-        name for name in os.environ if name.startswith(PREFIX) and name.upper() not in known
+        name
+        for name in os.environ
+        if name.startswith(PREFIX) and name.upper() not in known and not name.startswith(links)
     )

@@ -3,7 +3,7 @@
 Without tokens the service is open to everybody who can reach it. With them, every request needs
 `Authorization: Bearer TOKEN`, except for
 
-- `/`, `/static`, `/docs`, `/redoc` and `/openapi.json`: they hold nothing but the API itself, and
+- `/`, `/static`, `/docs` and `/openapi.json`: they hold nothing but the API itself, and
   a browser cannot send a token before it has a page that asks for one;
 - `/health` and `/v2/health`, unless `public_health` is off: orchestrators send no tokens;
 - `/metrics`, if `public_metrics` is on: metrics show what is detected, so they are private by
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
+from starlette._utils import get_route_path  # the same path that routes match
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -45,7 +46,7 @@ _MOST_KNOWN = 4096
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-_PAGES = ("/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", "/favicon.ico")
+_PAGES = ("/", "/docs", "/openapi.json", "/favicon.ico")
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class AuthMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        if scope["type"] != "http" or is_public(scope["path"], self.settings):
+        if scope["type"] != "http" or is_public(get_route_path(scope), self.settings):
             await self.app(scope, receive, send)
             return
         header = Headers(scope=scope).get("authorization", "")

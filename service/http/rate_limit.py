@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from starlette._utils import get_route_path  # the same path that routes match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.core.errors import problem_response
@@ -29,7 +30,7 @@ class RateLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        if scope["type"] != "http" or is_public(scope["path"], self.settings):
+        if scope["type"] != "http" or is_public(get_route_path(scope), self.settings):
             await self.app(scope, receive, send)
             return
         client = scope["state"].get("token") or client_network(scope)

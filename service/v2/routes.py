@@ -233,7 +233,7 @@ def _listed(entry: Entry) -> dict[str, str]:
     "/repository/models/{name}/load",
     summary="Read a model's file again",
     response_model=list[schemas.RepositoryModel],
-    responses=problems(400, 404, 408, 409, 413, 415, 429, 500),
+    responses=problems(400, 403, 404, 408, 409, 413, 415, 429, 500),
     openapi_extra={"requestBody": _json_body(schemas.LoadRequest)},
 )
 async def load_model(request: Request, name: Name) -> Response:

@@ -271,6 +271,7 @@ def told(detector: Path):
 
     def make(**changes: object) -> Settings:
         given = {"model": detector, "threads": 1, "inferences": 1, "provider": "cpu"}
+        given["model_control"] = True
         return Settings(**given | changes)
 
     return make

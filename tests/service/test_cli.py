@@ -4,14 +4,18 @@ import argparse
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import numpy as np
 import onnx
 import pytest
+import trustme
 from onnx import numpy_helper
 
 from export.file import read_detector
@@ -52,6 +56,60 @@ def refused(*arguments: object) -> str:
     return "".join(
         line for line in done.stderr.splitlines(keepends=True) if not line.startswith("{")
     )
+
+
+@contextmanager
+def running(*arguments: object, **variables: str) -> Iterator[str]:
+    """Run the command; yields the address that it prints."""
+    environment = ENVIRONMENT | variables
+    with subprocess.Popen(
+        command(*arguments), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield next(line.split()[-1] for line in process.stdout if line.startswith("serving"))
+        finally:
+            process.terminate()
+
+
+def test_a_unix_socket_is_taken_over_from_a_service_that_has_ended(detector, tmp_path):
+    path = tmp_path / "ghm.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    with running(detector, "--uds", path, GHM_PORT="tcp://10.0.0.7:8000") as address:
+        assert address == f"unix:{path}"
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
+            assert client.get("http://ghm/health/ready").status_code == 200
+        assert "Address already in use" in refused(detector, "--uds", path)
+    assert not path.exists()
+
+
+def test_https_under_a_prefix(detector, tmp_path):
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    chain, key = tmp_path / "chain.pem", tmp_path / "key.pem"
+    certificate.cert_chain_pems[0].write_to_path(chain)
+    certificate.private_key_pem.write_to_path(key)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    files = ("--ssl-certfile", chain, "--ssl-keyfile", key)
+    with running(detector, "--port", 0, *files, "--root-path", "/ghm", GHM_TOKENS="a") as address:
+        assert address.startswith("https://")
+        with httpx.Client(base_url=address, verify=context) as client:
+            for prefix in ("", "/ghm"):  # of a proxy that takes it away, and of one that does not
+                assert client.get(f"{prefix}/health/ready").status_code == 200
+                assert client.get(f"{prefix}/v1/models").status_code == 401
+            assert client.get("/openapi.json").json()["servers"] == [{"url": "/ghm"}]
+    assert f"ssl_certfile {key} with {chain}: " in refused(
+        detector, "--ssl-certfile", key, "--ssl-keyfile", chain
+    )
+    assert "ssl_certfile is not" in refused(detector, "--ssl-keyfile", key)
+
+
+def test_the_wildcard_of_ipv6_is_that_of_ipv4_too(detector):
+    with running(detector, "--port", 0, "--host", "::") as address:
+        port = address.rpartition(":")[2]
+        for host in ("127.0.0.1", "[::1]"):
+            assert httpx.get(f"http://{host}:{port}/health/live").status_code == 200
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ async def show_model(request: Request, name: str, version: Version = None) -> Mo
 
 
 @router.post(
-    "/{name}/reload", summary="Read a model's file again", responses=problems(404, 409, 500)
+    "/{name}/reload", summary="Read a model's file again", responses=problems(403, 404, 409, 500)
 )
 async def reload_model(request: Request, name: str) -> ModelList:
     """Replace every version of a model by what its file holds now.

@@ -37,6 +37,10 @@ _HEADERS = {
 }
 
 
+# What `/docs` needs, which is there without the page too.
+_REFERENCE = ("docs.html", "docs.js", "dom.js", "page.css")
+
+
 @cache
 def _assets() -> dict[str, tuple[str, bytes, bytes, str]]:
     """Return the type, content, compressed content and digest of each file of the page."""
@@ -56,6 +60,12 @@ async def page(request: Request) -> Response:
     return await static(request, "index.html")
 
 
+@router.api_route("/docs", methods=["GET", "HEAD"])
+async def docs(request: Request) -> Response:
+    """The reference of requests and answers, from `/openapi.json`."""
+    return await static(request, "docs.html")
+
+
 @router.api_route("/favicon.ico", methods=["GET", "HEAD"])
 async def favicon(request: Request) -> Response:
     """The icon, at the path that browsers try for pages that name none, such as `/docs`."""
@@ -65,7 +75,9 @@ async def favicon(request: Request) -> Response:
 @router.api_route("/static/{name}", methods=["GET", "HEAD"])
 async def static(request: Request, name: str) -> Response:
     """A file of the page."""
-    asset = _assets().get(name) if service_state(request).settings.page else None
+    asset = _assets().get(name)
+    if not service_state(request).settings.page and name not in _REFERENCE:
+        asset = None
     if asset is None:
         path = short(request.url.path)
         raise ProblemError(404, f"there is nothing at {path}; /docs lists what there is")

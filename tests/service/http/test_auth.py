@@ -167,7 +167,7 @@ def test_a_start_without_any_token_is_refused(told, tmp_path):
     assert TokenStore(told(tokens=BOB, tokens_file=path)).required
 
 
-OPEN = ["/", "/static/app.js", "/docs", "/redoc", "/openapi.json"]
+OPEN = ["/", "/static/app.js", "/docs", "/openapi.json"]
 HEALTH = ["/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"]
 GUARDED = ["/v1/detect", "/v1/models", "/v2", "/v2/", "/v2/models/x", "/nowhere", "/static", "//"]
 

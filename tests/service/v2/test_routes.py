@@ -114,7 +114,9 @@ class TestRepository:
     def test_load_reads_the_file_again(self, tmp_path, detector, problem):
         path = tmp_path / "colours.onnx"
         path.write_bytes(detector.read_bytes())
-        settings = Settings(model=path, threads=1, provider="cpu", reload_seconds=0)
+        settings = Settings(
+            model=path, model_control=True, threads=1, provider="cpu", reload_seconds=0
+        )
         with TestClient(create_app(settings)) as client:
             loaded = client.post("/v2/repository/models/colours/load", content=b"{}")
             assert [one["state"] for one in loaded.json()] == ["READY"]

@@ -37,6 +37,25 @@ def test_reload_takes_what_the_file_holds_now(tmp_path, write_detector, serve_wi
         assert client.get("/v1/models/colours").json()["card"]["backbone"] == "another"
 
 
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"model_control": None}, 403),
+        ({"model_control": False, "tokens": "secret"}, 403),
+        ({"model_control": None, "tokens": "secret"}, 200),
+        ({"model_control": True}, 200),
+    ],
+)
+@pytest.mark.parametrize(
+    "path", ["/v1/models/colours/reload", "/v2/repository/models/colours/load"]
+)
+def test_models_are_controlled_by_requests_where_that_is_allowed(serve_with, changes, status, path):
+    with serve_with(**changes) as client:
+        response = client.post(path, headers={"Authorization": "Bearer secret"})
+    assert response.status_code == status
+    assert status == 200 or "--model-control" in response.json()["detail"]
+
+
 def test_a_bad_file_is_409_and_its_predecessor_serves(tmp_path, detector, serve_with, png):
     path = tmp_path / "served.onnx"
     path.write_bytes(detector.read_bytes())
