@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ghm_triton.options import Command, add_options, chosen, option
+from ghm_triton.tables import printable
 
 if TYPE_CHECKING:
     from export.card import DetectorCard
@@ -154,7 +155,7 @@ def _export_quantized(asked: QuantizeOptions, options: dict[str, Any]) -> Detect
         )
     except AccuracyLossError as error:
         print(error.tradeoff.table())
-        print(f"ghm: {error}", file=sys.stderr)
+        print(f"ghm: {printable(str(error))}", file=sys.stderr)
         return None
     print(f"{tradeoff.table()}\n")
     return tradeoff.card
@@ -165,7 +166,8 @@ def _print_written(card: DetectorCard, *paths: Path, note: str = "") -> None:
     frame = card.preprocessing
     for path in paths:
         size = path.stat().st_size / 1e6
-        print(f"{path}: {card.name}, {frame.height}x{frame.width} px, {size:.1f} MB{note}")
+        name = printable(f"{path}: {card.name}")
+        print(f"{name}, {frame.height}x{frame.width} px, {size:.1f} MB{note}")
 
 
 @dataclass(frozen=True)

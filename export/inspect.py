@@ -11,6 +11,7 @@ from onnx import ModelProto, helper
 
 from export.card import DetectorCard
 from export.file import DetectorFile
+from ghm_triton.tables import printable
 
 LINE = 100
 
@@ -30,10 +31,10 @@ def describe(file: DetectorFile) -> str:
         **_facts(card),
     }
     indent = 4 + max(map(len, facts))
-    lines = [f"{file.path}: {card.name}"]
+    lines = [printable(f"{file.path}: {card.name}")]
     for name, text in facts.items():
         lines += wrap(
-            text,
+            printable(text),
             LINE,
             initial_indent=f"  {name}".ljust(indent),
             subsequent_indent=" " * indent,

@@ -15,6 +15,7 @@ import onnx
 from export.card import FORMAT_VERSION, IOU_INPUT, THRESHOLDS_INPUT, DetectorCard
 from export.file import read_detector, refuse_output, set_default, write_detector
 from ghm_triton.evidence import as_float32
+from ghm_triton.tables import printable
 
 
 def set_thresholds(
@@ -43,7 +44,8 @@ def set_thresholds(
         raise ValueError("nothing to set: name a class, a threshold for all, or an IoU threshold")
     unknown = [name for name in classes if name not in card.class_names]
     if unknown:
-        raise ValueError(f"unknown class {unknown[0]!r}; known: {', '.join(card.class_names)}")
+        known = printable(", ".join(card.class_names))
+        raise ValueError(f"unknown class {unknown[0]!r}; known: {known}")
     for subject, value in (
         *((f"the threshold of class {name!r}", value) for name, value in classes.items()),
         ("the threshold of all classes", every),

@@ -14,6 +14,7 @@ from ghm_triton.demo import DEMO
 from ghm_triton.detection.commands import EVAL, THRESHOLDS, TRAIN
 from ghm_triton.extras import MissingExtraError, needed_by
 from ghm_triton.options import Command
+from ghm_triton.tables import printable_lines
 
 COMMANDS = (TRAIN, EVAL, THRESHOLDS, DEMO)
 
@@ -91,11 +92,11 @@ def _run(command: Command, arguments: argparse.Namespace) -> int:
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning without the line of code that raised it."""
-    print(f"ghm: warning: {message}", file=sys.stderr)
+    print(f"ghm: warning: {printable_lines(str(message))}", file=sys.stderr)
 
 
 def _refuse(reason: str) -> int:
-    print(f"ghm: {reason}", file=sys.stderr)
+    print(f"ghm: {printable_lines(reason)}", file=sys.stderr)
     return 2
 
 

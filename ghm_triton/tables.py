@@ -1,11 +1,40 @@
-"""Tables for a terminal."""
+"""Text and tables for a terminal."""
 
 from __future__ import annotations
 
 import io
+import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 
 _RULE = "    \n    \n -- \n" + "    \n" * 5  # a rich box with a line below the head only
+
+
+def printable(text: str) -> str:
+    r"""Escape what a terminal would act on, in text that comes from a file or a service.
+
+    Control characters (escape sequences begin with one, and a newline forges a line), marks that
+    reverse the direction of text, and what is no character are written as in Python's literals.
+
+    Example:
+        >>> print(printable("cat\x1b[2J\nPROBLEM"))
+        cat\x1b[2J\nPROBLEM
+    """
+    return "".join(
+        character
+        if character.isprintable() or _is_harmless(character)
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def printable_lines(text: str) -> str:
+    """Escape each line of a text with `printable`."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _is_harmless(character: str) -> bool:
+    # Spaces of other widths, and the joiners of emoji and of Arabic and Indic scripts.
+    return unicodedata.category(character) == "Zs" or character in "\u200c\u200d"
 
 
 def table(
@@ -15,7 +44,7 @@ def table(
 
     Args:
         head: Titles of the columns.
-        rows: The cells, formatted with `str`.
+        rows: The cells, formatted with `str` and `printable`.
         left: Columns aligned to the left; the others are aligned to the right.
 
     Returns:
@@ -35,9 +64,11 @@ def table(
 
     grid = Table(box=Box(_RULE, ascii=True), show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for column, title in enumerate(head):
-        grid.add_column(Text(title), justify="left" if column in left else "right", no_wrap=True)
+        grid.add_column(
+            Text(printable(title)), justify="left" if column in left else "right", no_wrap=True
+        )
     for row in rows:
-        grid.add_row(*(Text(str(cell)) for cell in row))
+        grid.add_row(*(Text(printable(str(cell))) for cell in row))
     console = Console(file=io.StringIO(), width=10_000, color_system=None)
     with console.capture() as capture:
         console.print(grid)

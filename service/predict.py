@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ghm_triton.options import Command, add_options, chosen, option
+from ghm_triton.tables import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -160,11 +161,13 @@ def _show(
 
 
 def _table(path: Path, detections: list[dict[str, Any]]) -> str:
-    lines = [f"{path}: {len(detections)} detection{'' if len(detections) == 1 else 's'}"]
+    lines = [
+        f"{printable(str(path))}: {len(detections)} detection{'' if len(detections) == 1 else 's'}"
+    ]
     for one in detections:
         box = " ".join(f"{value:8.1f}" for value in one["box"])
         passed = f"{one['score']:.4f} >= {one['threshold']:.4f}"
-        lines.append(f"  {one['class']:<16}  {passed}  box {box}")
+        lines.append(f"  {printable(one['class']):<16}  {passed}  box {box}")
     return "\n".join(lines)
 
 

@@ -45,7 +45,7 @@ from ghm_triton.detection.evaluate import (
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.training.checkpoint import Checkpoint, sha256_of
 from ghm_triton.evidence import SCORE_FLOOR, ThresholdWarning
-from ghm_triton.tables import table
+from ghm_triton.tables import printable, table
 
 PRECISIONS = ("int8", "fp16")
 DIGITS = 4  # of an average precision in the card
@@ -263,8 +263,8 @@ class Tradeoff:
         ap_before, ap_after = classes[worst]
         shown = table(("", "AP", "AP50", "size", "latency"), [*rows, change])
         return (
-            f"{title}\n{shown}\n"
-            f"class that loses most: {worst}, AP {ap_before:.3f} to {ap_after:.3f}\n"
+            f"{printable(title)}\n{shown}\n"
+            f"class that loses most: {printable(worst)}, AP {ap_before:.3f} to {ap_after:.3f}\n"
             "latency: one image, one thread, median of calls in turns; change of AP in points"
         )
 

@@ -22,7 +22,7 @@ from ghm_triton.detection.data import Sample
 from ghm_triton.detection.evaluate import MeanAveragePrecision, mean_average_precision
 from ghm_triton.detection.training.checkpoint import Checkpoint, sha256_of
 from ghm_triton.evidence import ThresholdWarning
-from ghm_triton.tables import table
+from ghm_triton.tables import printable, table
 
 SLOW_IMAGES = 2  # a number that a slow runtime runs in seconds
 GROUP = 24  # images in memory at a time; whole batches of 1, 3 and 8
@@ -111,12 +111,12 @@ class VerifyReport:
             by_class = zip(self.class_names, self.total(runtime).matched.tolist(), strict=True)
             counts = ", ".join(f"{name} {count}" for name, count in by_class)
             title = self.titles.get(runtime, runtime)
-            lines += ["", title, table(head, rows), f"compared by class: {counts}"]
+            lines += ["", title, table(head, rows), printable(f"compared by class: {counts}")]
         if self.average_precision:
             results = self.average_precision.items()
             maps = [(side, f"{each.ap:.4f}", f"{each.ap50:.4f}") for side, each in results]
             lines += ["", table(("mAP", "AP", "AP50"), maps)]
-        lines += [f"PROBLEM {problem}" for problem in self.problems]
+        lines += [printable(f"PROBLEM {problem}") for problem in self.problems]
         lines.append("the file does what the checkpoint does" if self.ok else "FAILED")
         return "\n".join(lines)
 

@@ -6,13 +6,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from PIL import Image
 
 import export.quantize.tradeoff
 from export.card import DetectorCard
 from export.cli import COMMANDS
-from export.file import read_detector
+from export.file import read_detector, write_detector
 from export.quantize.tradeoff import AccuracyLossError, Measured, Tradeoff
 from ghm_triton.cli import build_parser, main
 from ghm_triton.detection.evaluate import MeanAveragePrecision
@@ -257,3 +259,43 @@ def test_what_needs_no_network_imports_no_torch(detector_path, tmp_path, code, m
         [sys.executable, "-c", code, path], check=True, capture_output=True, text=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+EVIL = "\x1b[2J\x1b]0;owned\x07\nPROBLEM \u202ered"
+
+
+@pytest.fixture
+def evil(detector_path, tmp_path):
+    """A detector whose names would write to a terminal what they like."""
+    model, card = onnx.load(detector_path), read_detector(detector_path).card
+    names = [EVIL, *card.class_names[1:]]
+    entries = [replace(e, name=name) for e, name in zip(card.thresholds, names, strict=True)]
+    training = card.training.model_copy(update={"data": EVIL, "losses": {EVIL: EVIL}})
+    changes = {"name": EVIL, "class_names": names, "thresholds": entries, "training": training}
+    statistics = replace(card.statistics, class_names=tuple(names))
+    card = card.model_copy(update={**changes, "statistics": statistics, "backbone": EVIL})
+    write_detector(tmp_path / "evil.onnx", model, card)
+    return tmp_path / "evil.onnx"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "inspect {0}",
+        "inspect {0} --json",
+        "thresholds set {0} --in-place --all 0.4",
+        "thresholds set {0} --in-place --class pink=0.4",
+        "predict {0} {1}",
+        "predict {0} {1} --json",
+        "verify {0} --checkpoint {2} --data digits:held_out_images=2 --images 1",
+    ],
+)
+def test_names_of_classes_cannot_write_to_the_terminal(
+    evil, tmp_path, checkpoint_path, capsys, words
+):
+    Image.new("RGB", (96, 64), "white").save(tmp_path / "x.png")
+    ghm(*words.format(evil, tmp_path / "x.png", checkpoint_path).split())
+    printed = "".join(capsys.readouterr())
+    assert "owned" in printed
+    assert not {*"\x1b\x07\u202e"} & {*printed}
+    assert "\nPROBLEM " not in printed or words.startswith("verify")
