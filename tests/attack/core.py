@@ -324,11 +324,11 @@ def run(*arguments: object, seconds: float = PATIENCE, **variables: str):
     )
 
 
-def until(check: Callable[[], Any]) -> Any:
+def until(check: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     """Ask until the answer is true, and return it. Asking takes a moment, since it is a request."""
     started = perf_counter()
     while not (answer := check()):
-        assert perf_counter() - started < PATIENCE, "it did not happen in time"
+        assert perf_counter() - started < seconds, "it did not happen in time"
     return answer
 
 
