@@ -9,7 +9,6 @@ from http import HTTPStatus
 import orjson
 from asgi_correlation_id import correlation_id
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 MEDIA_TYPE = "application/problem+json"
@@ -62,7 +61,6 @@ def install(app: FastAPI) -> None:
     """Make an application answer every error as a problem."""
     app.exception_handler(ProblemError)(_on_problem)
     app.exception_handler(HTTPException)(_on_http_exception)
-    app.exception_handler(RequestValidationError)(_on_validation_error)
 
 
 async def _on_problem(request: Request, error: ProblemError) -> Response:  # noqa: ARG001
@@ -79,9 +77,3 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
         methods = headers.get("Allow", "").split(", ")
         headers["Allow"] = ", ".join([*methods, "HEAD"] if methods == ["GET"] else methods)
     return problem_response(error.status_code, detail, headers)
-
-
-async def _on_validation_error(request: Request, error: RequestValidationError) -> Response:  # noqa: ARG001
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return problem_response(422, f"{where}: {first['msg']}")

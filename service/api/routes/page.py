@@ -54,25 +54,25 @@ def _assets() -> dict[str, tuple[str, bytes, bytes, str]]:
     return assets
 
 
-@router.api_route("/", methods=["GET", "HEAD"])
+@router.get("/")
 async def page(request: Request) -> Response:
     """The page."""
     return await static(request, "index.html")
 
 
-@router.api_route("/docs", methods=["GET", "HEAD"])
+@router.get("/docs")
 async def docs(request: Request) -> Response:
     """The reference of requests and answers, from `/openapi.json`."""
     return await static(request, "docs.html")
 
 
-@router.api_route("/favicon.ico", methods=["GET", "HEAD"])
+@router.get("/favicon.ico")
 async def favicon(request: Request) -> Response:
     """The icon, at the path that browsers try for pages that name none, such as `/docs`."""
     return await static(request, "icon.svg")
 
 
-@router.api_route("/static/{name}", methods=["GET", "HEAD"])
+@router.get("/static/{name}")
 async def static(request: Request, name: str) -> Response:
     """A file of the page."""
     asset = _assets().get(name)
