@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from benchmarks.provenance import provenance
 from benchmarks.result_file import Row, Rows, latest, markdown, read
 from benchmarks.trainings import precision_on_test, trained
 from export.graph import build_graph
+from export.runtimes import open_session
 from ghm_triton.detection.models.config import DetectorConfig
 from ghm_triton.detection.models.detector import Detector
 from ghm_triton.detection.models.faster_rcnn import FasterRCNNDetector
@@ -136,9 +136,9 @@ def cost(name: str, backbone: str) -> dict[str, Any]:
     )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
-    network = _session(program.model_proto.SerializeToString())
+    network = open_session(program.model_proto.SerializeToString(), threads=1)
     classes = [0.5] * config.num_classes
-    file = _session(build_graph(detector, classes, 0.5).SerializeToString())
+    file = open_session(build_graph(detector, classes, 0.5).SerializeToString(), threads=1)
     with torch.inference_mode():
         scores = detector.predict(images).scores.flatten()
     busy = float(scores.topk(min(CHOSEN, len(scores))).values[-1])
@@ -159,15 +159,6 @@ def cost(name: str, backbone: str) -> dict[str, Any]:
     }
     about = {"image_size": list(config.image_size), "network_ms": round(medians["network"], 2)}
     return {**about, **shares, "rounds": ROUNDS}
-
-
-def _session(content: bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = (
-        3  # silences a warning that thresholds can be overridden, as intended
-    )
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 def table(rows: list[Row]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -51,3 +52,12 @@ pip install 'ghm-triton[wings]'
         raise MissingExtraError(
             f"{user} needs the package {error.name!r}: {how_to_install(extra)}", name=error.name
         ) from error
+
+
+def disable_telemetry() -> None:
+    """Keep onnxruntime from sending telemetry, unless the user set `ORT_DISABLE_TELEMETRY`.
+
+    The variable is read when onnxruntime is imported, so each package that imports it calls this
+    first, in its `__init__.py`.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

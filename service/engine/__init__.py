@@ -1,6 +1,5 @@
 """Sessions, batching and the model repository."""
 
-import os
+from ghm_triton.extras import disable_telemetry
 
-# Read when onnxruntime is imported. It would send telemetry, and write to stderr if it cannot.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+disable_telemetry()
