@@ -28,7 +28,6 @@ import threading
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Pipe, wait
-from tempfile import TemporaryDirectory
 from time import monotonic, sleep
 from typing import NoReturn
 
@@ -173,7 +172,7 @@ class Supervisor(multiprocess.Multiprocess):
         Raises:
             SettingsError: A worker could not start.
         """
-        with TemporaryDirectory(prefix="ghm-") as folder:
+        with worker_files.shared_folder() as folder:
             os.environ[worker_files.VARIABLE] = folder
             try:
                 super().run()
@@ -192,6 +191,13 @@ class Supervisor(multiprocess.Multiprocess):
         if len(texts) == len(self.processes):
             self._config.announced = True
             self._announce(texts[0])
+
+    def keep_subprocess_alive(self) -> None:
+        """Replace workers that have ended; one that cannot be started is tried again."""
+        try:
+            super().keep_subprocess_alive()
+        except OSError as error:  # no more files, processes or memory
+            logger.error("a worker cannot be started: %s", error)
 
     def terminate_all(self) -> None:
         """Stop all workers. A further signal is passed on; a second one ends their drain."""

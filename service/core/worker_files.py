@@ -3,18 +3,24 @@
 Counters and histograms are in prometheus_client's own files (its multi-process mode), the live
 counts of drift beside them. When a worker ends, its gauges and live counts go, but its counters
 stay: prometheus_client would drop them, and a counter that falls looks like a restart.
+
+The files are mapped, so their space is allocated when they are created: writing to a page that a
+full disk cannot hold ends a process with SIGBUS.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+from prometheus_client import values
 from prometheus_client.metrics_core import Metric
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -23,12 +29,52 @@ from prometheus_client.registry import Collector
 # prometheus_client reads this variable when it is first imported.
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
+_VALUES_BYTES = 2**18  # some thousand series; beyond them the file grows as it used to
+# some thousand series; prometheus_client's files grow beyond it by themselves
+
 # prometheus_client has no types for these.
 _merge: Any = MultiProcessCollector.merge
-_Values: Any = MmapedDict
+_read: Any = MmapedDict.read_all_values_from_file
 
 _RETIRED = "retired"
 _SUMMED = ("counter", "histogram")
+
+
+def shared_folder() -> TemporaryDirectory[str]:
+    """Create a folder for `WorkerFiles`, in `TMPDIR`, in memory, or among temporary files.
+
+    Raises:
+        OSError: None of them can be written to.
+    """
+    if "TMPDIR" not in os.environ:
+        with suppress(OSError):
+            return TemporaryDirectory(prefix="ghm-", dir="/dev/shm")
+    return TemporaryDirectory(prefix="ghm-")
+
+
+def allocate(file: IO[bytes], size: int) -> None:
+    """Give a file at least `size` bytes, zeros at first, that can be written to for certain.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        os.posix_fallocate(file.fileno(), 0, size)
+    elif os.fstat(file.fileno()).st_size < size:
+        file.truncate(size)
+
+
+class _Values(MmapedDict):
+    """prometheus_client's file of values, allocated."""
+
+    def __init__(self, filename: str, read_mode: bool = False) -> None:
+        if not read_mode:
+            with Path(filename).open("a+b") as file:
+                allocate(file, _VALUES_BYTES)
+        super().__init__(filename, read_mode)  # type: ignore[no-untyped-call]
+
+
+values.MmapedDict = _Values  # type: ignore[attr-defined]  # it has no other hook for it
 
 
 class WorkerFiles(Collector):
@@ -50,7 +96,9 @@ class WorkerFiles(Collector):
     def own_counts(self, key: str, shape: tuple[int, int]) -> npt.NDArray[np.float64]:
         """Create this worker's live counts, float64 of `shape`, all zero, in a shared file."""
         path = self.folder / f"live-{key}-{os.getpid()}.f64"
-        counts: npt.NDArray[np.float64] = np.memmap(path, np.float64, "w+", shape=shape)
+        with path.open("w+b") as file:
+            allocate(file, np.dtype(np.float64).itemsize * math.prod(shape))
+        counts: npt.NDArray[np.float64] = np.memmap(path, np.float64, "r+", shape=shape)
         return counts
 
     def all_counts(self, key: str, shape: tuple[int, int]) -> npt.NDArray[np.float64]:
@@ -87,7 +135,7 @@ class WorkerFiles(Collector):
             return
         sums: Any = _Values(str(target))
         try:
-            for key, value, _, _ in _Values.read_all_values_from_file(str(source)):
+            for key, value, _, _ in _read(str(source)):
                 sums.write_value(key, sums.read_value(key)[0] + value, 0.0)
         finally:
             sums.close()

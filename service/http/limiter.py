@@ -17,7 +17,7 @@ from time import monotonic
 
 from starlette.types import Scope
 
-from service.core.worker_files import WorkerFiles
+from service.core.worker_files import WorkerFiles, allocate
 
 # A bucket: the client's digest, what is left in it, and when that was.
 _BUCKET = Struct("=8sdd")
@@ -55,7 +55,7 @@ class Limiter:
             self._file, self._memory = None, mmap.mmap(-1, size)
         else:
             self._file = (files.folder / name).open("a+b")
-            self._file.truncate(size)  # a new file is all zeros; each worker asks for one size
+            allocate(self._file, size)  # a new file is all zeros; each worker asks for one size
             self._memory = mmap.mmap(self._file.fileno(), size)
 
     def wait(self, client: str, *, take: bool = True) -> float:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import logging
 import logging.config
+import os
+import stat
+import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import orjson
 
@@ -64,7 +67,7 @@ def configure(level: str, kind: Format) -> None:
                 "stderr": {
                     "class": "logging.StreamHandler",
                     "formatter": "lines",
-                    "stream": "ext://sys.stderr",
+                    "stream": _stderr(),
                 }
             },
             "root": {"level": "WARNING", "handlers": ["stderr"]},
@@ -73,6 +76,44 @@ def configure(level: str, kind: Format) -> None:
     )
     logging.getLogger("uvicorn.access").disabled = True  # service.http logs more
     logging.captureWarnings(capture=True)
+
+
+class _Pipe:
+    """A pipe that drops lines while its reader does not keep up, instead of blocking."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._rest = b""  # of a line that is written in part
+
+    def write(self, text: str) -> None:
+        """Write a line, or nothing."""
+        self._rest = self._write(self._rest)
+        if not self._rest:
+            line = text.encode(errors="backslashreplace")
+            rest = self._write(line)
+            self._rest = rest if len(rest) < len(line) else b""
+
+    def _write(self, data: bytes) -> bytes:
+        """Write what the pipe takes, and return the rest."""
+        try:
+            return data[os.write(self._descriptor, data) :]
+        except BlockingIOError:
+            return data
+
+    def flush(self) -> None:
+        """Do nothing: what is left waits for room in the pipe."""
+
+
+def _stderr() -> TextIO | _Pipe:
+    """Return stderr, opened a second time if it is a pipe: not blocking is a property of both."""
+    try:
+        descriptor = sys.stderr.fileno()
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            path = f"/proc/self/fd/{descriptor}"
+            return _Pipe(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_APPEND))
+    except OSError:  # not a file, or not on Linux
+        pass
+    return sys.stderr
 
 
 class JsonFormatter(logging.Formatter):

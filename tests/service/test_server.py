@@ -8,6 +8,7 @@ import pytest
 from service.app import create_app
 from service.core.settings import Settings, SettingsError
 from service.server import DrainingServer, banner, prepare
+from service.workers import Supervisor
 
 
 @pytest.fixture
@@ -91,3 +92,12 @@ def test_what_cannot_start_says_why(settings, changes, message):
     told = Settings(**{**settings.model_dump(exclude_none=True), **changes})
     with pytest.raises(SettingsError, match=message):
         prepare(told)
+
+
+def test_a_worker_that_cannot_be_started_ends_no_other(monkeypatch, caplog):
+    def fail(self):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("uvicorn.supervisors.multiprocess.Multiprocess.keep_subprocess_alive", fail)
+    Supervisor.keep_subprocess_alive(object.__new__(Supervisor))
+    assert "a worker cannot be started: [Errno 24] Too many open files" in caplog.text

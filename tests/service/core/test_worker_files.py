@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.core.worker_files import VARIABLE, WorkerFiles
+from service.core.worker_files import VARIABLE, WorkerFiles, shared_folder
 
 # A worker: counts as it is told and says its pid; ends as it is told.
 WORKER = """
@@ -114,3 +115,25 @@ def test_the_folder_is_the_environments(monkeypatch, tmp_path):
     assert WorkerFiles.of_environment() is None
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     assert WorkerFiles.of_environment().folder == Path(tmp_path)
+
+
+def test_files_are_allocated_so_that_a_full_disk_ends_no_process(files, worker):
+    worker(1)
+    for path in (*files.folder.glob("*.db"), *files.folder.glob("live-*")):
+        assert path.stat().st_blocks * 512 >= path.stat().st_size > 0
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_the_folder_is_in_memory_or_among_temporary_files(monkeypatch, tmp_path, memory):
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    if not memory:
+
+        def refuse(*, prefix, dir=None):  # noqa: A002
+            if dir is not None:
+                raise OSError("read-only")
+            return TemporaryDirectory(prefix=prefix)
+
+        monkeypatch.setattr("service.core.worker_files.TemporaryDirectory", refuse)
+    with shared_folder() as folder:
+        assert (Path(folder).parent == tmp_path) is not memory

@@ -2,6 +2,8 @@ import asyncio
 import contextvars
 import json
 import logging
+import os
+import subprocess
 import sys
 import threading
 import warnings
@@ -144,3 +146,33 @@ def test_notes_are_summed_over_threads_and_dropped_outside_of_a_request():
     notes = contextvars.copy_context().run(happens)
     assert notes == {"request_id": "abc", "model": "b", "images": 5}
     contextvars.Context().run(logs.note, model="a")
+
+
+def test_a_pipe_that_nobody_reads_stops_nothing():
+    program = (
+        "import logging; from service.observability import logs; logs.configure('info', 'json')\n"
+        "for number in range(20_000): logging.getLogger('ghm').info('%s', 'x' * (number % 9000))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
+    assert process.wait(60) == 0
+    lines = process.stderr.read().splitlines()
+    process.stderr.close()
+    assert 0 < len(lines) < 20_000
+    for line in lines[:-1]:  # the last one may be cut
+        assert json.loads(line)["msg"].strip("x") == ""
+
+
+def test_a_line_that_did_not_fit_is_completed_before_the_next():
+    program = (
+        "import sys; from service.observability.logs import _stderr; pipe = _stderr()\n"
+        "pipe.write('x' * 200_000); print(flush=True); sys.stdin.readline(); pipe.write('y')"
+    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as process:
+        process.stdout.readline()
+        first = os.read(process.stderr.fileno(), 200_000)
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        rest = process.stderr.read()
+    assert 0 < len(first) < len(first + rest) < 200_000
+    assert set(first + rest) == set(b"x")
