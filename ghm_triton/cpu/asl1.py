@@ -12,43 +12,31 @@ from ghm_triton.reference.interface import RegionCounts, RegressionInputs
 from ghm_triton.reference.losses import hypotenuse, squared_width
 
 
-def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
+def count_asl1(inputs: RegressionInputs, bins: int) -> RegionCounts:
     """As `reference.count_asl1`, in blocks where they are supported."""
     if not supports(inputs):
-        return reference.count_asl1(inputs, bins, mu)
-    return ASL1(inputs, mu).count(bins)
+        return reference.count_asl1(inputs, bins)
+    return ASL1(inputs).count(bins)
 
 
 def weighted_asl1(
-    inputs: RegressionInputs,
-    table: Tensor,
-    scale: Tensor,
-    *,
-    mu: float,
-    weighted: bool,
-    reduce: bool,
+    inputs: RegressionInputs, table: Tensor, scale: Tensor, *, weighted: bool, reduce: bool
 ) -> Tensor:
     """As `reference.weighted_asl1`, in blocks where they are supported; as `weighted_bce` then."""
     if not supports(inputs, table, scale):
-        options = {"weighted": weighted, "reduce": reduce}
-        return reference.weighted_asl1(inputs, table, scale, mu=mu, **options)
-    return ASL1(inputs, mu, table * scale, weighted=weighted)(inputs.pred, reduce)
+        return reference.weighted_asl1(inputs, table, scale, weighted=weighted, reduce=reduce)
+    return ASL1(inputs, table * scale, weighted=weighted)(inputs.pred, reduce)
 
 
 class ASL1(BlockLoss):
     """The arithmetic of `weighted_asl1`."""
 
     def __init__(
-        self,
-        inputs: RegressionInputs,
-        mu: float,
-        weights: Tensor | None = None,
-        *,
-        weighted: bool = False,
+        self, inputs: RegressionInputs, weights: Tensor | None = None, *, weighted: bool = False
     ) -> None:
         super().__init__(inputs, weights, weighted=weighted)
         self._target = inputs.target
-        self._mu = mu
+        self._mu = inputs.mu
 
     def read(self, block: Block) -> None:
         """Compute `d = pred - target` and `sqrt(d^2 + mu^2)`."""

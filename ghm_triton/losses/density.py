@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,10 +13,10 @@ from ghm_triton.losses.schedule import StrengthSchedule, require_strength
 from ghm_triton.reference.density import (
     fine_regions,
     stream_density,
-    update_window,
+    update_density,
     window_density,
 )
-from ghm_triton.reference.interface import Kernels, RegionCounts
+from ghm_triton.reference.interface import DensityOptions, DensityState, Kernels, RegionCounts
 from ghm_triton.reference.losses import compute_dtype, unit_region
 from ghm_triton.state import SharedState
 
@@ -156,19 +154,6 @@ class GradientDensity(SharedState):
         constant = torch.full((), self._constant, dtype=torch.float32, device=device)
         self.register_buffer("strength", constant, persistent=False)
 
-    @classmethod
-    def without_average(
-        cls,
-        bins: int,
-        strength: float | StrengthSchedule,
-        normalizer: str,
-        max_weight: float | None,
-        device: torch.device,
-        density: str,
-    ) -> Self:
-        """Make the density of a single call."""
-        return cls(bins, 0.0, strength, normalizer, "debiased", max_weight, None, device, density)
-
     def gather(self, counts: RegionCounts) -> RegionCounts:
         """Sum the counts over the process group, if there is one."""
         if self.process_group is None:
@@ -213,19 +198,15 @@ class GradientDensity(SharedState):
             the batch has an invalid entry. With `exact` the weight is 1, as entries are weighed
             one by one.
         """
-        update = self._update(kernels)
-        state = (self.smoothed, self.updates, self.current_strength())
-        return update(counts, *state, persist=self.training, divisor=divisor, factor=factor)
-
-    def _update(self, kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor]]:
-        average: dict[str, Any]
-        average = {"momentum": self.momentum, "ema": self.ema, "max_weight": self.max_weight}
+        state = DensityState(self.smoothed, self.updates, self.current_strength())
+        average = (self.momentum, self.ema, self.normalizer, self.max_weight)
+        options = DensityOptions(*average, self.training, divisor, factor)
         if self.method == "streaming":
-            return partial(update_window, bins=self.bins, **average)
+            return update_density(counts, state, options, window=self.bins)
         if self.method == "exact":
             # One region, of weight 1, without an average: entries have their own weights.
-            average = {"momentum": 0.0, "ema": "debiased", "max_weight": None}
-        return partial(kernels.update_density, normalizer=self.normalizer, **average)
+            options = options._replace(momentum=0.0, ema="debiased", max_weight=None)
+        return kernels.update_density(counts, state, options)
 
     def reset(self) -> None:
         """Reset the average and the number of updates."""

@@ -79,15 +79,7 @@ def focal_loss(
 class FocalLoss(LossModule):
     """Sigmoid focal loss as a module; see `focal_loss` for the equation.
 
-    Args:
-        alpha: Weight of the positives, in [0, 1]; negatives have `1 - alpha`.
-        gamma: Focusing exponent, at least 0.
-        loss_weight: Multiplies the loss.
-        average: `positives` (the paper) or `valid`.
-        weighted: Multiply by `label_weight` as well as select by it.
-        reduction: `mean`, `sum` or `none`.
-        backend: `auto`, `triton` or `torch`.
-        validate: Check the values of target and weight; None: on the CPU only.
+    Its options are those of `focal_loss`; they are attributes, which may be changed.
 
     Raises:
         ValueError: An option is invalid.

@@ -91,37 +91,25 @@ def ghm_c_loss(
     options = LossOptions(loss_weight, average, weighted, reduction, backend, validate)
     inputs = classification_inputs(logits, target, label_weight, validate)
     if state is None:
-        state = GradientDensity.without_average(
-            bins, strength, normalizer, max_weight, logits.device, density
-        )
+        weighing = (bins, 0.0, strength, normalizer, "debiased", max_weight)
+        state = GradientDensity(*weighing, device=logits.device, density=density)
     return _ghm_c(inputs, state, options)
 
 
 class GHMCLoss(HarmonizedLoss):
     """GHM-C with a moving average of its counts; see `ghm_c_loss` for the equation.
 
+    `ghm_c_loss` documents the other options.
+
     Args:
-        bins: Number of unit regions `M`, 1 to 1024.
         momentum: Of the moving average of the counts, in [0, 1); 0 keeps no average.
-        strength: The weight is `beta ** strength`, in [0, 1], or a `StrengthSchedule`. 1 is the
-            paper's, 0 is plain cross entropy.
-        loss_weight: Multiplies the loss.
-        density: `unit_region`; `exact`, the paper's sliding window, which sorts the entries; or
-            `streaming`, that window from a fine histogram. See `GradientDensity`.
-        normalizer: `valid_bins` (released code) or `bins` (the paper).
-        average: `valid` (the paper) or `positives` (as focal loss).
-        ema: `debiased` or `mmdet` (the released behaviour).
-        max_weight: Upper bound of a weight, or None.
-        weighted: Multiply by `label_weight` as well as select by it.
-        reduction: `mean`, `sum` or `none`.
+        ema: `debiased` or `mmdet` (the released behaviour); see `GradientDensity`.
         process_group: Ranks that share one density. The average of the losses of `N` ranks (DDP
             averages gradients) then equals the loss of one rank with the whole batch. Not for
             `exact`. `GradientDensity` documents the use with DDP and FSDP2.
-        backend: `auto`, `triton` or `torch`.
-        validate: Check the values of target and weight; None: on the CPU only.
 
-    The state (`density.smoothed`, `density.updates`) is in the `state_dict`; it changes in training
-    mode only.
+    The options are attributes, which may be changed. The state (`density.smoothed`,
+    `density.updates`) is in the `state_dict`; it changes in training mode only.
 
     Raises:
         ValueError: An option is invalid.

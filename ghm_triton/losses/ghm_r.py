@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch.distributed as dist
 from torch import Tensor
 
@@ -84,36 +82,26 @@ def ghm_r_loss(
     """
     options = LossOptions(loss_weight, "valid", weighted, reduction, backend, validate)
     mu = require_mu(mu)
-    inputs = regression_inputs(pred, target, label_weight, validate)
+    inputs = regression_inputs(pred, target, label_weight, validate, mu)
     if state is None:
-        state = GradientDensity.without_average(
-            bins, strength, normalizer, max_weight, pred.device, density
-        )
-    return _ghm_r(inputs, state, options, mu)
+        weighing = (bins, 0.0, strength, normalizer, "debiased", max_weight)
+        state = GradientDensity(*weighing, device=pred.device, density=density)
+    return _ghm_r(inputs, state, options)
 
 
 class GHMRLoss(HarmonizedLoss):
     """GHM-R with a moving average of its counts; see `ghm_r_loss` for the equation.
 
-    Args:
-        mu: Width of the quadratic part of ASL1, positive.
-        bins: Number of unit regions `M`, 1 to 1024.
-        momentum: Of the moving average of the counts, in [0, 1); 0 keeps no average.
-        strength: The weight is `beta ** strength`, in [0, 1], or a `StrengthSchedule`. 1 is the
-            paper's, 0 is plain authentic smooth L1.
-        loss_weight: Multiplies the loss; the released configuration uses 10.
-        density: `unit_region`, `exact` or `streaming`; see `GradientDensity`.
-        normalizer: `valid_bins` (released code) or `bins` (the paper).
-        ema: `debiased` or `mmdet` (the released behaviour).
-        max_weight: Upper bound of a weight, or None.
-        weighted: Multiply by `label_weight` as well as select by it.
-        reduction: `mean`, `sum` or `none`.
-        process_group: Ranks that share one density; see `GradientDensity`. Not for `exact`.
-        backend: `auto`, `triton` or `torch`.
-        validate: Check the values of the weight; None: on the CPU only.
+    `ghm_r_loss` documents the other options.
 
-    The state (`density.smoothed`, `density.updates`) is in the `state_dict`; it changes in training
-    mode only.
+    Args:
+        momentum: Of the moving average of the counts, in [0, 1); 0 keeps no average.
+        loss_weight: Multiplies the loss; the released configuration uses 10.
+        ema: `debiased` or `mmdet` (the released behaviour); see `GradientDensity`.
+        process_group: Ranks that share one density; see `GHMCLoss`. Not for `exact`.
+
+    The options are attributes, which may be changed. The state (`density.smoothed`,
+    `density.updates`) is in the `state_dict`; it changes in training mode only.
 
     Raises:
         ValueError: An option is invalid.
@@ -151,8 +139,8 @@ class GHMRLoss(HarmonizedLoss):
 
     def forward(self, pred: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
         """Compute the loss; shapes, dtypes and errors are those of `ghm_r_loss`."""
-        inputs = regression_inputs(pred, target, label_weight, self.validate)
-        return _ghm_r(inputs, self.density, self, self.mu)
+        inputs = regression_inputs(pred, target, label_weight, self.validate, self.mu)
+        return _ghm_r(inputs, self.density, self)
 
 
 def require_mu(mu: float) -> float:
@@ -162,13 +150,11 @@ def require_mu(mu: float) -> float:
     return mu
 
 
-def _ghm_r(
-    inputs: RegressionInputs, density: GradientDensity, options: LossOptions, mu: float
-) -> Tensor:
+def _ghm_r(inputs: RegressionInputs, density: GradientDensity, options: LossOptions) -> Tensor:
     kernels = select_backend(options.backend, inputs.pred)
     return harmonized_loss(
         *(inputs, inputs.pred, density, options, kernels),
-        count=partial(kernels.count_asl1, mu=mu),
-        loss=partial(kernels.weighted_asl1, mu=mu),
-        weigh=partial(weigh_asl1, mu=mu),
+        count=kernels.count_asl1,
+        loss=kernels.weighted_asl1,
+        weigh=weigh_asl1,
     )

@@ -60,7 +60,11 @@ def classification_inputs(
 
 
 def regression_inputs(
-    pred: Tensor, target: Tensor, label_weight: Tensor | None, validate: bool | None
+    pred: Tensor,
+    target: Tensor,
+    label_weight: Tensor | None,
+    validate: bool | None,
+    mu: float = 0.02,
 ) -> RegressionInputs:
     """Validate the inputs of `ghm_r_loss` and view them as rows.
 
@@ -80,9 +84,8 @@ def regression_inputs(
     look = checks_values(pred, validate)
     weight = _broadcast_weight(label_weight, pred, look)
     columns = _columns(pred, target, weight)
-    return RegressionInputs(
-        _rows(pred, columns), _rows(target.detach(), columns), _rows(weight, columns), pred.shape
-    )
+    rows, target_rows = _rows(pred, columns), _rows(target.detach(), columns)
+    return RegressionInputs(rows, target_rows, _rows(weight, columns), pred.shape, mu)
 
 
 def softmax_inputs(

@@ -85,9 +85,8 @@ def ghm_softmax_loss(
     options = LossOptions(loss_weight, "valid", weighted, reduction, backend, validate)
     inputs = softmax_inputs(logits, target, label_weight, validate)
     if state is None:
-        state = GradientDensity.without_average(
-            bins, strength, normalizer, max_weight, logits.device, density
-        )
+        weighing = (bins, 0.0, strength, normalizer, "debiased", max_weight)
+        state = GradientDensity(*weighing, device=logits.device, density=density)
     return _ghm_softmax(inputs, state, options)
 
 
@@ -95,25 +94,15 @@ class GHMSoftmaxLoss(HarmonizedLoss):
     """Softmax GHM with a moving average of its counts; see `ghm_softmax_loss` for the equation.
 
     For exclusive classes, as in the second stage of Faster R-CNN. An extension of the paper.
+    `ghm_softmax_loss` documents the other options.
 
     Args:
-        bins: Number of unit regions `M`, 1 to 1024.
         momentum: Of the moving average of the counts, in [0, 1); 0 keeps no average.
-        strength: The weight is `beta ** strength`, in [0, 1], or a `StrengthSchedule`. 0 is plain
-            cross entropy.
-        loss_weight: Multiplies the loss.
-        density: `unit_region` or `streaming`; see `GradientDensity`.
-        normalizer: `valid_bins` (released code) or `bins` (the paper).
-        ema: `debiased` or `mmdet` (the released behaviour).
-        max_weight: Upper bound of a weight, or None.
-        weighted: Multiply by `label_weight` as well as select by it.
-        reduction: `mean`, `sum` or `none`.
-        process_group: Ranks that share one density; see `GradientDensity`.
-        backend: `auto`, `triton` or `torch`.
-        validate: Check the values of target and weight; None: on the CPU only.
+        ema: `debiased` or `mmdet` (the released behaviour); see `GradientDensity`.
+        process_group: Ranks that share one density; see `GHMCLoss`.
 
-    The state (`density.smoothed`, `density.updates`) is in the `state_dict`; it changes in training
-    mode only.
+    The options are attributes, which may be changed. The state (`density.smoothed`,
+    `density.updates`) is in the `state_dict`; it changes in training mode only.
 
     Raises:
         ValueError: An option is invalid.

@@ -107,24 +107,18 @@ WEIGHTED_ASL1 = launch.LossOperator(
 )
 
 
-def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
+def count_asl1(inputs: RegressionInputs, bins: int) -> RegionCounts:
     """Count `|d| / sqrt(d^2 + mu^2)` by unit region, in one pass over the inputs."""
-    counts = torch.ops.ghm.count_asl1(inputs.pred, inputs.target, inputs.weight, bins, mu)
+    counts = torch.ops.ghm.count_asl1(inputs.pred, inputs.target, inputs.weight, bins, inputs.mu)
     return launch.region_counts(counts, bins)
 
 
 def weighted_asl1(
-    inputs: RegressionInputs,
-    table: Tensor,
-    scale: Tensor,
-    *,
-    mu: float,
-    weighted: bool,
-    reduce: bool,
+    inputs: RegressionInputs, table: Tensor, scale: Tensor, *, weighted: bool, reduce: bool
 ) -> Tensor:
     """Weighted authentic smooth L1; the gradient has the dtype and layout of the predictions."""
     data = (inputs.pred, inputs.target, inputs.weight)
-    return WEIGHTED_ASL1.apply(*data, table, scale, mu, weighted, reduce=reduce)
+    return WEIGHTED_ASL1.apply(*data, table, scale, inputs.mu, weighted, reduce=reduce)
 
 
 def launch_count(

@@ -7,6 +7,7 @@ whatever the batch. Does not synchronise with the host.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -14,28 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ghm_triton.ops.launch import OPTIONS, define
-from ghm_triton.reference.interface import RegionCounts
+from ghm_triton.reference.interface import DensityOptions, DensityState, RegionCounts
 
 
 def update_density(
-    counts: RegionCounts,
-    smoothed: Tensor,
-    updates: Tensor,
-    strength: Tensor,
-    *,
-    momentum: float,
-    ema: str,
-    normalizer: str,
-    max_weight: float | None,
-    persist: bool,
-    divisor: str | None,
-    factor: float,
+    counts: RegionCounts, state: DensityState, options: DensityOptions
 ) -> tuple[Tensor, Tensor]:
     """Compute what `ghm_triton.reference.update_density` documents."""
-    weights, scale = torch.ops.ghm.update_density(
-        *(counts.regions, counts.positives, counts.invalid, smoothed, updates, strength),
-        *(momentum, ema, normalizer, max_weight, persist, divisor, factor),
-    )
+    weights, scale = torch.ops.ghm.update_density(*counts, *state, *options)
     return weights, scale
 
 
@@ -46,40 +33,27 @@ def launch_density(
     smoothed: Tensor,
     updates: Tensor,
     strength: Tensor,
-    momentum: float,
-    ema: str,
-    normalizer: str,
-    max_weight: float | None,
-    persist: bool,
-    divisor: str | None,
-    factor: float,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel for `update_density`."""
-    bins, sums = smoothed.numel(), positives.numel()
+    """Launch the kernel for `update_density`; `arguments` are those of `DensityOptions`."""
+    options = DensityOptions(*arguments)
+    momentum, bins, sums = options.momentum, smoothed.numel(), positives.numel()
     weights = torch.empty(bins, dtype=torch.float32, device=smoothed.device)
     scale = torch.empty((), dtype=torch.float32, device=smoothed.device)
     with torch.cuda.device_of(smoothed):
         density_kernel[(1,)](
-            regions.contiguous(),
-            positives,
-            invalid,
-            smoothed,
-            updates,
-            strength,
-            weights,
-            scale,
-            sums,
-            factor,
+            *(regions.contiguous(), positives, invalid, smoothed, updates, strength),
+            *(weights, scale, sums, options.factor),
             BINS=bins,
             BLOCK_BINS=triton.next_power_of_2(bins),
             BLOCK_SUMS=triton.next_power_of_2(sums),
             MOMENTUM=momentum,
             LOG_MOMENTUM=math.log(momentum) if momentum > 0 else -math.inf,
-            DEBIASED=ema == "debiased",
-            VALID_BINS=normalizer == "valid_bins",
-            MAX_WEIGHT=max_weight,
-            PERSIST=persist,
-            DIVISOR=divisor,
+            DEBIASED=options.ema == "debiased",
+            VALID_BINS=options.normalizer == "valid_bins",
+            MAX_WEIGHT=options.max_weight,
+            PERSIST=options.persist,
+            DIVISOR=options.divisor,
             **OPTIONS,
         )
     return weights, scale
@@ -97,27 +71,14 @@ define(
 )
 
 
+# fmt: off
 @triton.jit(do_not_specialize=["sums", "factor"])
 def density_kernel(
-    regions_ptr,
-    positives_ptr,
-    invalid_ptr,
-    smoothed_ptr,
-    updates_ptr,
-    strength_ptr,
-    weights_ptr,
-    scale_ptr,
-    sums,
-    factor,
-    BINS: tl.constexpr,
-    BLOCK_BINS: tl.constexpr,
-    BLOCK_SUMS: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    LOG_MOMENTUM: tl.constexpr,
-    DEBIASED: tl.constexpr,
-    VALID_BINS: tl.constexpr,
-    MAX_WEIGHT: tl.constexpr,
-    PERSIST: tl.constexpr,
+    regions_ptr, positives_ptr, invalid_ptr, smoothed_ptr, updates_ptr, strength_ptr,
+    weights_ptr, scale_ptr, sums, factor,
+    BINS: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_SUMS: tl.constexpr,
+    MOMENTUM: tl.constexpr, LOG_MOMENTUM: tl.constexpr, DEBIASED: tl.constexpr,
+    VALID_BINS: tl.constexpr, MAX_WEIGHT: tl.constexpr, PERSIST: tl.constexpr,
     DIVISOR: tl.constexpr,
 ):
     """The arithmetic of the reference, in the same order."""
@@ -166,3 +127,4 @@ def density_kernel(
         keep = sane & (total > 0)
         tl.store(smoothed_ptr + region, tl.where(keep, moved, smoothed), mask=exists)
         tl.store(updates_ptr, updates + keep.to(tl.int64))
+# fmt: on

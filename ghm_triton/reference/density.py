@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ghm_triton.reference.interface import ClassificationInputs, RegionCounts, RegressionInputs
+from ghm_triton.reference.interface import (
+    ClassificationInputs,
+    DensityOptions,
+    DensityState,
+    RegionCounts,
+    RegressionInputs,
+)
 from ghm_triton.reference.losses import difference, gradient_norm, hypotenuse, valid_entries
 
 MOST_REGIONS = 1024  # the limit of the kernels
 
 
 def update_density(
-    counts: RegionCounts,
-    smoothed: Tensor,
-    updates: Tensor,
-    strength: Tensor,
-    *,
-    momentum: float,
-    ema: str,
-    normalizer: str,
-    max_weight: float | None,
-    persist: bool,
-    divisor: str | None,
-    factor: float,
+    counts: RegionCounts, state: DensityState, options: DensityOptions, window: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute the weights of the unit regions and the scale of the sum; update the average.
 
     With `S` the moving average of the counts, `N` the valid entries of this batch and `n` the
-    regions counted by `normalizer`: `beta_j = N / (S_j * n)`, weight `beta_j ** strength`.
+    regions counted by `normalizer`: `beta_j = N / (S_j * n)`, weight `beta_j ** strength`. For a
+    sliding window `beta_j = N / GD_j`, with `GD_j` the `stream_density` of the moving average.
 
     Args:
         counts: The batch, summed over ranks.
-        smoothed: float32 `[M]`, `S` as stored; changed in place when `persist`.
-        updates: int64 scalar, the updates so far; changed in place when `persist`.
-        strength: float32 scalar in [0, 1].
-        momentum: `a` in [0, 1): `S <- a S + (1 - a) R`.
-        ema: `debiased`: divide by `1 - a^t`, empty regions decay. `mmdet`: no correction, empty
-            regions keep their value.
-        normalizer: `valid_bins`: `n` is the number of regions occupied in this batch; `bins`: `M`.
-        max_weight: Upper bound of a weight, or None.
-        persist: Whether to store the new average. A batch without valid entries, or with an
-            invalid one, is never stored.
-        divisor: Divisor of the sum, at least 1: the number of `valid` entries, the sum of
-            the `positives`, or None.
-        factor: Multiplies the sum.
+        state: Changed in place when `options.persist`.
+        options: Of the average, the weights and the scale.
+        window: `M`, the inverse of the width of a sliding window over the regions, which are then
+            `fine_regions(M)`; None: each unit region has the density of its own count.
 
     Returns:
         The weights, float32 `[M]`, 0 in empty regions, and the scale of the sum, float32 scalar.
@@ -52,62 +41,21 @@ def update_density(
     """
     occupied = counts.regions > 0
     total = counts.regions.sum()
-    density, moved = _average(counts.regions, smoothed, updates, momentum, ema)
-    regions = occupied.sum() if normalizer == "valid_bins" else len(smoothed)
+    density, moved = _average(counts.regions, state, options)
+    if window is not None:
+        density = stream_density(density, window)
     # Empty regions hold no entry: any finite density is valid for them.
-    beta = total / torch.where(occupied, density, 1.0) / regions
-    weights = _weights(beta, occupied, strength, max_weight)
-    if persist:
-        _store(counts, total, moved, smoothed, updates)
-    return _poison(weights, _scale(counts.positives.sum(), total, divisor, factor), counts.invalid)
-
-
-def update_window(
-    counts: RegionCounts,
-    smoothed: Tensor,
-    updates: Tensor,
-    strength: Tensor,
-    *,
-    bins: int,
-    momentum: float,
-    ema: str,
-    max_weight: float | None,
-    persist: bool,
-    divisor: str | None,
-    factor: float,
-) -> tuple[Tensor, Tensor]:
-    r"""`update_density` for a sliding window over fine regions: `beta_j = N / GD_j`.
-
-    `GD_j` is `stream_density` of the moving average of the counts; `N` are this batch's valid
-    entries. Used by every backend: it is a few operations on `F` numbers.
-
-    Args:
-        counts: The batch in `F = fine_regions(bins)` regions, summed over ranks.
-        smoothed: float32 `[F]`, the moving average as stored.
-        updates: int64 scalar, the number of updates stored so far.
-        strength: float32 scalar in [0, 1]; the weight is `beta ** strength`.
-        bins: `M`, the inverse of the window's width.
-        momentum: In [0, 1), of the average of the counts in fine regions; 0 keeps no average.
-        ema: `debiased` or `mmdet`.
-        max_weight: Upper bound of a weight, or None.
-        persist: Whether to store the new average. A batch without valid entries, or with an
-            invalid one, is never stored.
-        divisor: Divisor of the sum, at least 1: the number of `valid` entries, the sum of
-            the `positives`, or None.
-        factor: Multiplies the sum.
-
-    Returns:
-        The weights, float32 `[F]`, 0 in empty regions, and the scale of the sum, float32 scalar;
-        both NaN when an entry was invalid.
-    """
-    occupied = counts.regions > 0
-    total = counts.regions.sum()
-    density, moved = _average(counts.regions, smoothed, updates, momentum, ema)
-    beta = total / torch.where(occupied, stream_density(density, bins), 1.0)
-    weights = _weights(beta, occupied, strength, max_weight)
-    if persist:
-        _store(counts, total, moved, smoothed, updates)
-    return _poison(weights, _scale(counts.positives.sum(), total, divisor, factor), counts.invalid)
+    beta = total / torch.where(occupied, density, 1.0)
+    if window is None:
+        beta = beta / (occupied.sum() if options.normalizer == "valid_bins" else len(occupied))
+    weights = _weights(beta, occupied, state.strength, options.max_weight)
+    clean = counts.invalid == 0
+    if options.persist:
+        sound = clean & (total > 0)
+        state.smoothed.copy_(torch.where(sound, moved, state.smoothed))
+        state.updates.add_(sound)
+    scale = _scale(counts.positives.sum(), total, options.divisor, options.factor)
+    return torch.where(clean, weights, float("nan")), torch.where(clean, scale, float("nan"))
 
 
 def fine_regions(bins: int) -> int:
@@ -167,14 +115,15 @@ def stream_density(counts: Tensor, bins: int) -> Tensor:
 
 
 def _average(
-    regions: Tensor, smoothed: Tensor, updates: Tensor, momentum: float, ema: str
+    regions: Tensor, state: DensityState, options: DensityOptions
 ) -> tuple[Tensor, Tensor]:
     """The average of the counts with this batch, as used and as stored."""
-    moved = momentum * smoothed + (1.0 - momentum) * regions.to(torch.float32)
-    if ema == "mmdet":
-        moved = torch.where(regions > 0, moved, smoothed)
+    a, stored = options.momentum, state.smoothed
+    moved = a * stored + (1.0 - a) * regions.to(torch.float32)
+    if options.ema == "mmdet":
+        moved = torch.where(regions > 0, moved, stored)
         return moved, moved
-    return moved / (1.0 - momentum ** (updates + 1).double()).to(torch.float32), moved
+    return moved / (1.0 - a ** (state.updates + 1).double()).to(torch.float32), moved
 
 
 def _weights(beta: Tensor, occupied: Tensor, strength: Tensor, max_weight: float | None) -> Tensor:
@@ -182,19 +131,6 @@ def _weights(beta: Tensor, occupied: Tensor, strength: Tensor, max_weight: float
     if max_weight is not None:
         weights = weights.clamp(max=max_weight)
     return torch.where(occupied, weights, 0.0)
-
-
-def _store(
-    counts: RegionCounts, total: Tensor, moved: Tensor, smoothed: Tensor, updates: Tensor
-) -> None:
-    sound = (counts.invalid == 0) & (total > 0)
-    smoothed.copy_(torch.where(sound, moved, smoothed))
-    updates.add_(sound)
-
-
-def _poison(weights: Tensor, scale: Tensor, invalid: Tensor) -> tuple[Tensor, Tensor]:
-    clean = invalid == 0
-    return torch.where(clean, weights, float("nan")), torch.where(clean, scale, float("nan"))
 
 
 def _scale(positives: Tensor, total: Tensor, divisor: str | None, factor: float) -> Tensor:
@@ -271,10 +207,9 @@ def weigh_bce(
         Inputs to hand to `weighted_bce` with `weighted=True` and a table of ones.
     """
     norm, valid = gradient_norm(inputs), valid_entries(inputs)
-    weight = _entry_weights(
-        norm, valid, bins, strength, max_weight, inputs.weight if weighted else None
-    )
-    return ClassificationInputs(inputs.logits, inputs.index, inputs.target, weight, inputs.shape)
+    multiplier = inputs.weight if weighted else None
+    weight = _entry_weights(norm, valid, bins, strength, max_weight, multiplier)
+    return replace(inputs, weight=weight)
 
 
 def weigh_asl1(
@@ -283,17 +218,15 @@ def weigh_asl1(
     strength: Tensor,
     max_weight: float | None,
     *,
-    mu: float,
     weighted: bool,
 ) -> RegressionInputs:
-    """As `weigh_bce`, for `weighted_asl1`; `mu` is the width of the quadratic part."""
+    """As `weigh_bce`, for `weighted_asl1`."""
     d = difference(inputs).detach()
-    norm = d.abs() / hypotenuse(d, mu)
+    norm = d.abs() / hypotenuse(d, inputs.mu)
     valid = torch.ones_like(d, dtype=torch.bool) if inputs.weight is None else inputs.weight > 0
-    weight = _entry_weights(
-        norm, valid, bins, strength, max_weight, inputs.weight if weighted else None
-    )
-    return RegressionInputs(inputs.pred, inputs.target, weight, inputs.shape)
+    multiplier = inputs.weight if weighted else None
+    weight = _entry_weights(norm, valid, bins, strength, max_weight, multiplier)
+    return replace(inputs, weight=weight)
 
 
 def _entry_weights(

@@ -35,12 +35,16 @@ class ClassificationInputs:
 
 @dataclass(frozen=True)
 class RegressionInputs:
-    """Predictions and targets `[R, C]`, `weight` `[R, C]` or None, and the original shape."""
+    """Predictions and targets `[R, C]`, `weight` `[R, C]` or None, and the original shape.
+
+    `mu` is the width of the quadratic part of authentic smooth L1.
+    """
 
     pred: Tensor
     target: Tensor
     weight: Tensor | None
     shape: torch.Size
+    mu: float
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,45 @@ class RegionCounts(NamedTuple):
     invalid: Tensor
 
 
+class DensityState(NamedTuple):
+    """State of a gradient density.
+
+    Attributes:
+        smoothed: float32 `[M]`, the moving average `S` of the counts as stored.
+        updates: int64 scalar, the number of updates so far.
+        strength: float32 scalar in [0, 1]: the weight is `beta ** strength`.
+    """
+
+    smoothed: Tensor
+    updates: Tensor
+    strength: Tensor
+
+
+class DensityOptions(NamedTuple):
+    """How counts become weights and the scale of the sum.
+
+    Attributes:
+        momentum: `a` in [0, 1): `S <- a S + (1 - a) R`; 0 keeps no average.
+        ema: `debiased`: divide by `1 - a^t`, empty regions decay. `mmdet`: no correction, empty
+            regions keep their value.
+        normalizer: `valid_bins`: `n` is the number of regions occupied in this batch; `bins`: `M`.
+        max_weight: Upper bound of a weight, or None.
+        persist: Whether to store the new average in place. A batch without valid entries, or with
+            an invalid one, is never stored.
+        divisor: Divisor of the sum, at least 1: the number of `valid` entries, the sum of the
+            `positives`, or None.
+        factor: Multiplies the sum.
+    """
+
+    momentum: float = 0.0
+    ema: str = "debiased"
+    normalizer: str = "valid_bins"
+    max_weight: float | None = None
+    persist: bool = True
+    divisor: str | None = None
+    factor: float = 1.0
+
+
 class Kernels(Protocol):
     """An implementation of the losses: a module or an object with these functions.
 
@@ -84,26 +127,14 @@ class Kernels(Protocol):
     def count_bce(self, inputs: ClassificationInputs, bins: int) -> RegionCounts:
         """Count the gradient norms `|sigmoid(x) - p*|` by unit region."""
 
-    def count_asl1(self, inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
+    def count_asl1(self, inputs: RegressionInputs, bins: int) -> RegionCounts:
         """Count the gradient norms `|d| / sqrt(d^2 + mu^2)` by unit region."""
 
     def count_softmax(self, inputs: SoftmaxInputs, bins: int) -> RegionCounts:
         """Count the gradient norms `1 - p_y` by unit region."""
 
     def update_density(
-        self,
-        counts: RegionCounts,
-        smoothed: Tensor,
-        updates: Tensor,
-        strength: Tensor,
-        *,
-        momentum: float,
-        ema: str,
-        normalizer: str,
-        max_weight: float | None,
-        persist: bool,
-        divisor: str | None,
-        factor: float,
+        self, counts: RegionCounts, state: DensityState, options: DensityOptions
     ) -> tuple[Tensor, Tensor]:
         """Compute the weight of each unit region and the scale of the loss."""
 
@@ -124,7 +155,6 @@ class Kernels(Protocol):
         table: Tensor,
         scale: Tensor,
         *,
-        mu: float,
         weighted: bool,
         reduce: bool,
     ) -> Tensor:

@@ -33,7 +33,7 @@ def count_bce(inputs: ClassificationInputs, bins: int) -> RegionCounts:
     return RegionCounts(regions, positives.view(1), valid.sum() - sound.sum())
 
 
-def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
+def count_asl1(inputs: RegressionInputs, bins: int) -> RegionCounts:
     """Count `g = |d| / sqrt(d^2 + mu^2)` of the valid entries into `bins` unit regions."""
     valid = (
         torch.ones_like(inputs.pred, dtype=torch.bool)
@@ -42,7 +42,7 @@ def count_asl1(inputs: RegressionInputs, bins: int, mu: float) -> RegionCounts:
     )
     d = difference(inputs).detach()
     sound = valid & torch.isfinite(d)
-    regions = _count(d.abs() / hypotenuse(d, mu), sound, bins)
+    regions = _count(d.abs() / hypotenuse(d, inputs.mu), sound, bins)
     entries = valid.sum()
     return RegionCounts(regions, entries.double().view(1), entries - sound.sum())
 
@@ -167,27 +167,21 @@ def _bce(inputs: ClassificationInputs, valid: Tensor) -> Tensor:
 
 
 def weighted_asl1(
-    inputs: RegressionInputs,
-    table: Tensor,
-    scale: Tensor,
-    *,
-    mu: float,
-    weighted: bool,
-    reduce: bool,
+    inputs: RegressionInputs, table: Tensor, scale: Tensor, *, weighted: bool, reduce: bool
 ) -> Tensor:
     """`scale * sum_i table[region(g_i)] * (sqrt(d_i^2 + mu^2) - mu)`, differentiable in `pred`.
 
-    Arguments and result as in `weighted_bce`, with `mu` the width of the quadratic part.
+    Arguments and result as in `weighted_bce`.
     """
     d = difference(inputs)
     with torch.no_grad():
-        factor = table[unit_region(d.abs() / hypotenuse(d, mu), len(table))]
+        factor = table[unit_region(d.abs() / hypotenuse(d, inputs.mu), len(table))]
     if inputs.weight is not None:
         valid = inputs.weight > 0
         kept = factor * inputs.weight.to(factor.dtype) if weighted else factor
         factor = torch.where(valid, kept, 0.0)
         d = torch.where(valid, d, 0.0)
-    loss = factor * _asl1(d, mu)
+    loss = factor * _asl1(d, inputs.mu)
     return (loss.sum() if reduce else loss) * scale
 
 

@@ -23,7 +23,7 @@ def draw(case, shape, generator, dtype=torch.float32, weight=None):
     weight = None if weight is None else weight.expand(shape)
     if case == "asl1":
         target = values.float() + torch.randn(shape, generator=generator) * 0.03
-        return RegressionInputs(values, target, weight, values.shape)
+        return RegressionInputs(values, target, weight, values.shape, 0.02)
     index, target = None, torch.rand(shape, generator=generator)
     if case.endswith("index"):
         index = torch.randint(-1, classes + 1, (rows,), generator=generator)
@@ -42,8 +42,6 @@ def replace(inputs, values):
 
 
 def count(case, inputs, bins=8, module=cpu):
-    if case == "asl1":
-        return module.count_asl1(inputs, bins, 0.02)
     return getattr(module, "count_" + case.partition("-")[0])(inputs, bins)
 
 
@@ -52,8 +50,6 @@ def loss_of(case, inputs, table=TABLE, scale=SCALE, module=cpu, **options):
     if case.startswith("focal"):
         gamma = 0.5 if case == "focal-steep" else 2.0
         return module.weighted_focal(inputs, scale, alpha=0.25, gamma=gamma, **options)
-    if case == "asl1":
-        return module.weighted_asl1(inputs, table, scale, mu=0.02, **options)
     loss = getattr(module, "weighted_" + case.partition("-")[0])
     return loss(inputs, table, scale, **options)
 

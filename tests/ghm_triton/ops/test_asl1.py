@@ -15,13 +15,13 @@ def test_an_entry_is_weighed_by_the_region_it_was_counted_in(device):
     g = torch.arange(1, bins, dtype=torch.float64) / bins
     edges = (mu * g / (1 - g * g).sqrt()).float()
     near = torch.cat([edges, edges.nextafter(edges + 1), edges.nextafter(edges - 1)]).to(device)
-    inputs = regression_inputs(near, torch.zeros_like(near), None, None)
-    regions = ops.count_asl1(inputs, bins, mu).regions
+    inputs = regression_inputs(near, torch.zeros_like(near), None, None, mu)
+    regions = ops.count_asl1(inputs, bins).regions
     one = torch.ones((), device=device)
 
     def weigh(table):
         table = table.to(device)
-        return ops.weighted_asl1(inputs, table, one, mu=mu, weighted=False, reduce=False)
+        return ops.weighted_asl1(inputs, table, one, weighted=False, reduce=False)
 
     weighed = weigh(torch.arange(1.0, bins + 1)) / weigh(torch.ones(bins))
     found = torch.bincount(weighed.round().long().flatten() - 1, minlength=bins)

@@ -38,9 +38,9 @@ def test_regression_programs_that_walk(paper, device, poisoned, two_programs):
     generator = torch.Generator().manual_seed(6)
     target = torch.zeros(3000, 4)
     pred = paper.draw_pred(target, torch.float32, 10, 0.02, generator)
-    expected = reference.count_asl1(regression_inputs(pred, target, None, None), 10, 0.02)
+    expected = reference.count_asl1(regression_inputs(pred, target, None, None), 10)
     there = regression_inputs(pred.to(device), target.to(device), None, None)
-    assert ops.count_asl1(there, 10, 0.02).regions.tolist() == expected.regions.tolist()
+    assert ops.count_asl1(there, 10).regions.tolist() == expected.regions.tolist()
 
 
 @pytest.mark.parametrize("kind", ["index", "soft"])

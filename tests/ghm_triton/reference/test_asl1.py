@@ -19,12 +19,11 @@ def test_a_table_of_its_own(paper, device, kernels, reduce, weighted, mu):
     outer = torch.randn(90, 4, generator=generator) if not reduce else torch.tensor(-2.3)
 
     x = pred.to(device).requires_grad_()
-    inputs = regression_inputs(x, target.to(device), weight.to(device), None)
+    inputs = regression_inputs(x, target.to(device), weight.to(device), None, mu)
     loss = kernels.weighted_asl1(
         inputs,
         table.to(device),
         torch.tensor(0.125, device=device),
-        mu=mu,
         weighted=weighted,
         reduce=reduce,
     )
@@ -44,5 +43,5 @@ def test_tiny_differences_keep_their_digits(paper, device, kernels):
     d = torch.tensor([[1e-6, -1e-4, 1e-3, 0.0]])
     inputs = regression_inputs(d.to(device), torch.zeros(1, 4, device=device), None, None)
     one = torch.ones(1, device=device)
-    loss = kernels.weighted_asl1(inputs, one, one[0], mu=0.02, weighted=False, reduce=False)
+    loss = kernels.weighted_asl1(inputs, one, one[0], weighted=False, reduce=False)
     paper.assert_close(loss, paper.asl1_parts(paper.as_numpy(d), 0.02)[0])

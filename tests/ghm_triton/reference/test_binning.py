@@ -90,7 +90,7 @@ def test_regression_counts(paper, device, generator, kernels, bins):
     weight = torch.randint(0, 2, (120, 1), generator=generator).float()
     truth = paper.ghm_r(pred, target, weight, bins=bins)
     given = regression_inputs(pred.to(device), target.to(device), weight.to(device), None)
-    counts = kernels.count_asl1(given, bins, 0.02)
+    counts = kernels.count_asl1(given, bins)
     assert counts.regions.tolist() == truth.counts
     assert counts.positives.sum() == truth.positives
     assert counts.invalid == 0
@@ -99,7 +99,7 @@ def test_regression_counts(paper, device, generator, kernels, bins):
 def test_a_difference_that_is_not_finite_is_noticed(device, kernels):
     pred = torch.tensor([[torch.nan, torch.inf], [-torch.inf, 1.0]], device=device)
     weight = torch.tensor([[1.0, 1.0], [0.0, 1.0]], device=device)
-    counts = kernels.count_asl1(regression_inputs(pred, pred * 0 + 1, weight, False), 4, 0.02)
+    counts = kernels.count_asl1(regression_inputs(pred, pred * 0 + 1, weight, False), 4)
     # pred * 0 is NaN where pred is not finite: NaN - NaN, inf - NaN, ignored, 1 - 1.
     assert counts.invalid > 0
 

@@ -1,17 +1,18 @@
 """From counts to weights, by either implementation, against the loops of the paper."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghm_triton import gradient_density
-from ghm_triton.reference import RegionCounts
-from ghm_triton.reference.density import fine_regions, stream_density, update_window
+from ghm_triton import gradient_density, reference
+from ghm_triton.reference.density import fine_regions, stream_density
+from ghm_triton.reference.interface import DensityOptions, DensityState, RegionCounts
 
 BINS = 6
-UNDIVIDED = {"divisor": None, "factor": 1.0}
 BATCHES = [
     [5, 0, 3, 1, 0, 90],
     [0, 0, 8, 1, 2, 40],
@@ -21,108 +22,147 @@ BATCHES = [
 ]
 
 
-def counts_on(device, regions, invalid=0, positives=(0,)):
-    return RegionCounts(
-        torch.tensor(regions, device=device),
-        torch.tensor(positives, dtype=torch.float64, device=device),
-        torch.tensor(invalid, device=device),
-    )
+class Weigher:
+    """Calls of `update_density` on one state."""
+
+    def __init__(self, kernels, device, bins=BINS, average=0.0, updates=0):
+        self.kernels, self.device = kernels, device
+        self.smoothed = torch.full((bins,), average, device=device)
+        self.updates = torch.full((), updates, device=device)
+
+    def __call__(self, regions, invalid=0, positives=(0,), strength=1.0, window=None, **options):
+        counts = RegionCounts(
+            torch.as_tensor(regions, device=self.device),
+            torch.tensor(positives, dtype=torch.float64, device=self.device),
+            torch.tensor(invalid, device=self.device),
+        )
+        strength = torch.tensor(strength, device=self.device)
+        state = DensityState(self.smoothed, self.updates, strength)
+        more = {} if window is None else {"window": window}
+        return self.kernels.update_density(counts, state, DensityOptions(**options), **more)
+
+    @property
+    def state(self):
+        return self.smoothed.tolist(), int(self.updates)
 
 
-def new_state(device):
-    smoothed = torch.zeros(BINS, device=device)
-    return smoothed, torch.zeros((), dtype=torch.int64, device=device)
+def norms_of(regions):
+    """As many gradient norms in the middle of each region as were counted."""
+    return np.repeat((np.arange(len(regions)) + 0.5) / len(regions), regions)
 
 
 def truth_of(paper, regions, state, **options):
-    """The weight of every region, from as many entries as were counted."""
-    norms = np.concatenate([np.full(n, (j + 0.5) / BINS) for j, n in enumerate(regions)] or [[]])
+    """The weight of every region that holds an entry, and 0."""
+    norms = norms_of(regions)
     weights, _ = paper.harmonize(norms, np.ones_like(norms, bool), BINS, state=state, **options)
     starts = np.cumsum([0, *regions[:-1]])
     return [weights[s] if n else 0.0 for s, n in zip(starts, regions, strict=True)]
 
 
-@pytest.mark.parametrize("ema", ["debiased", "mmdet"])
-@pytest.mark.parametrize("normalizer", ["valid_bins", "bins"])
-@pytest.mark.parametrize("momentum", [0.0, 0.75, 0.999])
-def test_several_batches(paper, device, kernels, ema, normalizer, momentum):
-    options = {"momentum": momentum, "ema": ema, "normalizer": normalizer, "max_weight": None}
-    check_several_batches(paper, device, kernels, 0.5, options)
+@pytest.mark.parametrize(
+    ("momentum", "ema", "normalizer", "max_weight", "strength"),
+    [
+        *itertools.product(
+            [0.0, 0.75, 0.999], ["debiased", "mmdet"], ["valid_bins", "bins"], [None], [0.5]
+        ),
+        *itertools.product([0.9], ["debiased"], ["bins"], [None, 1.3], [0.0, 0.25, 1.0]),
+    ],
+)
+def test_several_batches(paper, device, kernels, momentum, ema, normalizer, max_weight, strength):
+    options = {
+        "momentum": momentum,
+        "ema": ema,
+        "normalizer": normalizer,
+        "max_weight": max_weight,
+        "strength": strength,
+    }
+    weigh, state = Weigher(kernels, device), paper.Average(np.zeros(BINS))
+    for regions in BATCHES:
+        expected = truth_of(paper, regions, state, **options)
+        paper.assert_close(weigh(regions, **options)[0], expected)
+        # Each update rounds three times, and what it rounded is in the next.
+        paper.assert_close(weigh.smoothed, state.smoothed)
+        assert int(weigh.updates) == state.updates
+    assert int(weigh.updates) == 4  # the empty batch is none
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
-@pytest.mark.parametrize("max_weight", [None, 1.3])
-def test_strength_and_bound(paper, device, kernels, strength, max_weight):
-    options = {"momentum": 0.9, "ema": "debiased", "normalizer": "bins", "max_weight": max_weight}
-    check_several_batches(paper, device, kernels, strength, options)
+@pytest.mark.parametrize("invalid", [0, 3])
+def test_implementations_agree_with_the_specification(device, kernels, strength, invalid):
+    """For every combination of options, with counts that float32 rounds."""
+    several = (
+        [0.0, 0.75, 0.999] if device.type == "cuda" or kernels.__name__.endswith("cpu") else [0.75]
+    )
+    for momentum, ema, normalizer, max_weight, divisor in itertools.product(
+        several,
+        ["debiased", "mmdet"],
+        ["valid_bins", "bins"],
+        [None, 1.3],
+        [None, "valid", "positives"],
+    ):
+        options = {"momentum": momentum, "ema": ema, "normalizer": normalizer}
+        options |= {"max_weight": max_weight, "divisor": divisor, "factor": 3.0}
+        ours, theirs = Weigher(kernels, device, 4), Weigher(reference, "cpu", 4)
+        for regions, persist in (
+            ([5, 0, 3, 90], True),
+            ([0, 0, 8, 2**40], True),
+            ([0, 0, 0, 0], True),
+            ([1, 1, 1, 1], False),
+            ([0, 7, 0, 0], True),
+        ):
+            given = {"positives": [0.25, 1e9], "invalid": invalid * (regions[0] == 0)}
+            given |= {"strength": strength, "persist": persist, **options}
+            for mine, other in zip(ours(regions, **given), theirs(regions, **given), strict=True):
+                # A power, which each library rounds its own way, and three divisions.
+                torch.testing.assert_close(mine.cpu(), other, rtol=2e-6, atol=0.0, equal_nan=True)
+            torch.testing.assert_close(ours.smoothed.cpu(), theirs.smoothed, rtol=2e-7, atol=0.0)
+            assert int(ours.updates) == int(theirs.updates)
 
 
-def check_several_batches(paper, device, kernels, strength, options):
-    smoothed, updates = new_state(device)
-    state = paper.Average(np.zeros(BINS))
-    for regions in BATCHES:
-        expected = truth_of(paper, regions, state, strength=strength, **options)
-        weights, _ = kernels.update_density(
-            counts_on(device, regions),
-            smoothed,
-            updates,
-            torch.tensor(strength, device=device),
-            persist=True,
-            **UNDIVIDED,
-            **options,
-        )
-        paper.assert_close(weights, expected)
-        # Each update rounds three times, and what it rounded is in the next.
-        paper.assert_close(smoothed, state.smoothed)
-        assert int(updates) == state.updates
-    assert int(updates) == 4  # the empty batch is none
+@pytest.mark.parametrize("bins", [1, 2, 3, 33, 1000])
+def test_any_number_of_regions(device, kernels, poisoned, bins):
+    generator = torch.Generator().manual_seed(7)
+    ours, theirs = Weigher(kernels, device, bins), Weigher(reference, "cpu", bins)
+    for _ in range(3):
+        regions = torch.randint(0, 5, (bins,), generator=generator)
+        options = {"momentum": 0.7, "strength": 0.6}
+        weights, expected = ours(regions, **options)[0], theirs(regions, **options)[0]
+        # exp(s log beta) against a power: an ulp or two of the exponent, about 5 here.
+        torch.testing.assert_close(weights.cpu(), expected, rtol=2e-6, atol=0.0)
+        torch.testing.assert_close(ours.smoothed.cpu(), theirs.smoothed, rtol=2e-7, atol=0.0)
+
+
+def test_nothing_is_written_past_the_last_region(device, kernels):
+    store = torch.full((64,), -7.0, device=device)
+    weigh = Weigher(kernels, device, 5)
+    weigh.smoothed = store[:5].zero_()
+    options = {"momentum": 0.5, "normalizer": "bins"}
+    weights, _ = weigh(torch.full((64,), 9, device=device)[:5], **options)
+    assert weights.tolist() == [1.0] * 5
+    assert store.tolist() == [4.5] * 5 + [-7.0] * 59
 
 
 @pytest.mark.parametrize("invalid", [1, 3])
-def test_an_invalid_entry_poisons_the_weights_and_not_the_state(device, kernels, invalid):
-    smoothed, updates = new_state(device)
-    smoothed += 5
-    updates += 3
-    weights, _ = kernels.update_density(
-        counts_on(device, BATCHES[0], invalid),
-        smoothed,
-        updates,
-        torch.tensor(1.0, device=device),
-        momentum=0.5,
-        ema="debiased",
-        normalizer="bins",
-        max_weight=None,
-        persist=True,
-        **UNDIVIDED,
-    )
-    assert weights.isnan().all()
-    assert smoothed.tolist() == [5.0] * BINS
-    assert int(updates) == 3
+def test_an_invalid_entry_makes_weights_and_scale_nan_and_leaves_the_state(
+    device, kernels, invalid
+):
+    for divisor in (None, "valid", "positives"):
+        weigh = Weigher(kernels, device, average=5.0, updates=3)
+        options = {"momentum": 0.5, "normalizer": "bins", "divisor": divisor}
+        weights, scale = weigh(BATCHES[0], invalid, [1], **options)
+        assert weights.isnan().all()
+        assert scale.isnan()
+        assert weigh.state == ([5.0] * BINS, 3)
 
 
-def test_without_persist_it_weighs_alike_and_stores_nothing(device, kernels):
-    results = []
-    for persist in (False, True):
-        smoothed, updates = new_state(device)
-        smoothed += 5
-        updates += 3
-        weights, _ = kernels.update_density(
-            counts_on(device, BATCHES[0]),
-            smoothed,
-            updates,
-            torch.tensor(0.5, device=device),
-            momentum=0.5,
-            ema="debiased",
-            normalizer="bins",
-            max_weight=None,
-            persist=persist,
-            **UNDIVIDED,
-        )
-        results.append((weights.tolist(), smoothed.tolist(), int(updates)))
-    assert results[0][0] == results[1][0]
-    assert results[0][1:] == ([5.0] * BINS, 3)
-    assert results[1][2] == 4
-    assert results[1][1] != [5.0] * BINS
+def test_without_persist_weights_are_the_same_and_nothing_is_stored(device, kernels):
+    kept, moved = (Weigher(kernels, device, average=5.0, updates=3) for _ in range(2))
+    options = {"momentum": 0.5, "normalizer": "bins", "strength": 0.5}
+    weights = kept(BATCHES[0], persist=False, **options)[0]
+    assert torch.equal(weights, moved(BATCHES[0], persist=True, **options)[0])
+    assert kept.state == ([5.0] * BINS, 3)
+    assert moved.state[1] == 4
+    assert moved.state[0] != [5.0] * BINS
 
 
 def test_strength_one_and_zero_are_exact(device, kernels):
@@ -132,19 +172,7 @@ def test_strength_one_and_zero_are_exact(device, kernels):
         ([3, 10, 61, 129, 17, 319], 1.0, odd.tolist()),
         ([4, 9, 0, 1, 0, 0], 0.0, [1.0, 1.0, 0, 1.0, 0, 0]),
     ):
-        smoothed, updates = new_state(device)
-        weights, _ = kernels.update_density(
-            counts_on(device, regions),
-            smoothed,
-            updates,
-            torch.tensor(strength, device=device),
-            momentum=0.0,
-            ema="debiased",
-            normalizer="valid_bins",
-            max_weight=None,
-            persist=True,
-            **UNDIVIDED,
-        )
+        weights, _ = Weigher(kernels, device)(regions, strength=strength)
         assert weights.tolist() == expected
 
 
@@ -160,45 +188,22 @@ def test_strength_one_and_zero_are_exact(device, kernels):
     ],
 )
 def test_the_scale_of_the_sum(device, kernels, divisor, regions, positives, expected):
-    assert scale_of(device, kernels, divisor, regions, positives) == np.float32(expected)
+    given = {"positives": positives, "divisor": divisor, "factor": 3.0}
+    _, scale = Weigher(kernels, device)(regions, **given)
+    assert (scale.dtype, scale.shape) == (torch.float32, ())
+    assert float(scale) == np.float32(expected)
 
 
-@pytest.mark.parametrize("divisor", [None, "valid", "positives"])
-def test_an_invalid_entry_poisons_the_scale(device, kernels, divisor):
-    assert np.isnan(scale_of(device, kernels, divisor, BATCHES[0], [1], invalid=1))
-
-
-def scale_of(device, kernels, divisor, regions, positives, invalid=0):
-    smoothed, updates = new_state(device)
-    _, scale = kernels.update_density(
-        counts_on(device, regions, invalid, positives),
-        smoothed,
-        updates,
-        torch.tensor(1.0, device=device),
-        momentum=0.5,
-        ema="debiased",
-        normalizer="bins",
-        max_weight=None,
-        persist=True,
-        divisor=divisor,
-        factor=3.0,
-    )
-    assert scale.dtype == torch.float32
-    assert scale.shape == ()
-    return float(scale)
+def test_a_scale_beyond_float32_is_infinite_without_a_warning(device, kernels):
+    assert Weigher(kernels, device)(BATCHES[0], factor=1e39)[1] == torch.inf
 
 
 class TestFineRegions:
-    @pytest.mark.parametrize(
-        ("bins", "fine"), [(1, 1023), (2, 1022), (10, 1010), (30, 990), (204, 1020), (341, 1023)]
-    )
-    def test_an_odd_number_a_bin_and_1024_at_most(self, paper, bins, fine):
-        assert fine_regions(bins) == paper.fine_regions(bins) == fine
-
-    def test_every_number_of_bins(self, paper):
-        assert [fine_regions(b) for b in range(1, 342)] == [
-            paper.fine_regions(b) for b in range(1, 342)
-        ]
+    def test_an_odd_number_per_bin_and_1024_at_most(self, paper):
+        chosen = [fine_regions(bins) for bins in (1, 2, 10, 30, 204, 341)]
+        assert chosen == [1023, 1022, 1010, 990, 1020, 1023]
+        every = range(1, 342)
+        assert list(map(fine_regions, every)) == list(map(paper.fine_regions, every))
 
     @pytest.mark.parametrize("bins", [342, 1024])
     def test_too_many(self, bins):
@@ -312,70 +317,36 @@ class TestUpdateWindow:
         regions = torch.randint(0, most, (fine,), generator=generator)
         return regions * (torch.rand(fine, generator=generator) < share)
 
-    def state(self, device):
-        fine = fine_regions(self.BINS)
-        return torch.zeros(fine, device=device), torch.zeros((), dtype=torch.int64, device=device)
-
     @pytest.mark.parametrize("ema", ["debiased", "mmdet"])
     @pytest.mark.parametrize("momentum", [0.0, 0.9])
     @pytest.mark.parametrize(("strength", "max_weight"), [(1.0, None), (0.5, 1.3), (0.0, None)])
     def test_several_batches(self, paper, device, ema, momentum, strength, max_weight):
         generator = torch.Generator().manual_seed(5)
         options = {"momentum": momentum, "ema": ema, "max_weight": max_weight}
-        smoothed, updates = self.state(device)
-        state = paper.Average(np.zeros(len(smoothed)))
+        options["strength"] = strength
+        weigh = Weigher(reference, device, fine_regions(self.BINS))
+        state = paper.Average(np.zeros(len(weigh.smoothed)))
         for most, share in [(5, 0.2), (100, 0.01), (2, 0.0), (2, 0.5)]:
             regions = self.counts(generator, most, share)
-            weights, _ = update_window(
-                counts_on(device, regions.tolist()),
-                smoothed,
-                updates,
-                torch.tensor(strength, device=device),
-                bins=self.BINS,
-                persist=True,
-                **UNDIVIDED,
-                **options,
-            )
-            norms = np.repeat((np.arange(len(regions)) + 0.5) / len(regions), regions)
+            weights = weigh(regions, window=self.BINS, **options)[0].cpu()
+            norms = norms_of(regions)
+            valid = np.ones_like(norms, bool)
             expected, _ = paper.harmonize(
-                norms,
-                np.ones_like(norms, bool),
-                self.BINS,
-                density="streaming",
-                strength=strength,
-                state=state,
-                **options,
+                norms, valid, self.BINS, density="streaming", state=state, **options
             )
-            paper.assert_close(
-                weights[regions.to(device) > 0].repeat_interleave(regions[regions > 0].to(device)),
-                expected,
-            )
-            assert not weights[regions.to(device) == 0].any()
-            paper.assert_close(smoothed, state.smoothed)
-            assert int(updates) == state.updates
-        assert int(updates) == 3  # the empty batch is none
+            paper.assert_close(weights.repeat_interleave(regions), expected)
+            assert not weights[regions == 0].any()
+            paper.assert_close(weigh.smoothed, state.smoothed)
+            assert int(weigh.updates) == state.updates
+        assert int(weigh.updates) == 3  # the empty batch is none
 
     @pytest.mark.parametrize(("persist", "invalid"), [(False, 0), (True, 2)])
-    def test_what_leaves_no_trace(self, device, persist, invalid):
-        smoothed, updates = self.state(device)
-        smoothed += 5
-        updates += 3
-        regions = self.counts(torch.Generator().manual_seed(5), 9, 0.5).tolist()
-        weights, scale = update_window(
-            counts_on(device, regions, invalid, [4.0]),
-            smoothed,
-            updates,
-            torch.tensor(1.0, device=device),
-            bins=self.BINS,
-            momentum=0.5,
-            ema="debiased",
-            max_weight=None,
-            persist=persist,
-            divisor="positives",
-            factor=3.0,
-        )
-        assert bool(weights.isnan().all()) == bool(invalid)
-        assert bool(scale.isnan()) == bool(invalid)
+    def test_evaluation_and_invalid_batches_leave_the_state(self, device, persist, invalid):
+        weigh = Weigher(reference, device, fine_regions(self.BINS), average=5.0, updates=3)
+        regions = self.counts(torch.Generator().manual_seed(5), 9, 0.5)
+        options = {"momentum": 0.5, "persist": persist, "divisor": "positives", "factor": 3.0}
+        weights, scale = weigh(regions, invalid, [4.0], window=self.BINS, **options)
+        assert bool(weights.isnan().all()) == bool(scale.isnan()) == bool(invalid)
         assert invalid or float(scale) == 0.75
-        assert set(smoothed.tolist()) == {5.0}
-        assert int(updates) == 3
+        assert set(weigh.smoothed.tolist()) == {5.0}
+        assert int(weigh.updates) == 3

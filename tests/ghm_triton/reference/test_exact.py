@@ -96,7 +96,7 @@ class TestWeights:
     def weighed(weight, max_weight=None, weighted=False, strength=1.0, pred=0.0):
         inputs = regression_inputs(torch.full((4, 1), pred), torch.zeros(4, 1), weight, False)
         strength = torch.tensor(strength)
-        out = weigh_asl1(inputs, 2, strength, max_weight, mu=0.02, weighted=weighted)
+        out = weigh_asl1(inputs, 2, strength, max_weight, weighted=weighted)
         assert out.weight.dtype == torch.float32
         return out.weight.flatten().tolist()
 
