@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from ghm_triton.reference.interface import ClassificationInputs, RegressionInputs, SoftmaxInputs
 
@@ -54,14 +54,18 @@ def supports(inputs: Inputs, *constants: Tensor) -> bool:
 
 def holds_numbers(*tensors: Tensor) -> bool:
     """Return whether the memory of these tensors is on the CPU and holds their values."""
-    return all(
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
-        and unpack_dual(tensor).tangent is None  # type: ignore[no-untyped-call]
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        if (
+            type(tensor) not in (Tensor, torch.nn.Parameter)
+            or not tensor.is_cpu
+            or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+            or torch._C._functorch.is_legacy_batchedtensor(tensor)
+        ):
+            return False
+    if forward_ad._current_level < 0:  # there are no tangents, and asking takes a microsecond each
+        return True
+    tangents = (forward_ad.unpack_dual(tensor).tangent for tensor in tensors)  # type: ignore[no-untyped-call]
+    return all(tangent is None for tangent in tangents)
 
 
 class Block(NamedTuple):
@@ -85,6 +89,11 @@ class Block(NamedTuple):
         """Return this block of a tensor `[R, C]`, or its rows of `[R, 1]`."""
         return tensor[self.rows, self.columns if tensor.shape[1] > 1 else slice(None)]
 
+    def flatten(self, tensor: Tensor) -> Tensor:
+        """Return this block of a contiguous tensor as a vector, in its memory."""
+        whole = tensor.view(-1)
+        return whole if whole.shape[0] == self.entries else whole[self.flat]
+
     def read(self, tensor: Tensor, out: int | None = None) -> Tensor:
         """Return this block of `[R, C]` as flat float32, possibly the memory of the tensor.
 
@@ -94,7 +103,7 @@ class Block(NamedTuple):
                 made GHM-C with dense bfloat16 targets up to 1.8 times as slow on two threads.
         """
         if tensor.is_contiguous():
-            part = tensor.view(-1)[self.flat]
+            part = self.flatten(tensor)
             if out is None or tensor.dtype == torch.float32:
                 return part.to(torch.float32)
             return buffer(out, self.entries).copy_(part)
@@ -156,7 +165,6 @@ class RegionCounter:
 
     def __init__(self, bins: int) -> None:
         self._bins = bins
-        self._scale = torch.tensor(float(bins), dtype=torch.float32, device="cpu")
         self._paired = bins <= MAX_PAIRED
         self._codes = np.zeros((bins + 2) * (BYTE if self._paired else 1), dtype=np.int64)
 
@@ -169,7 +177,7 @@ class RegionCounter:
                 counts all.
         """
         outside = self._bins + 1
-        regions, codes = _find(norm, self._bins, self._scale, norm, outside)
+        regions, codes = _find(norm, self._bins, norm, outside)
         if keep is not None:
             # Arithmetic, as filling by a mask costs a mispredicted branch at every change.
             rows = regions.view(keep.shape[0], -1)
@@ -209,7 +217,6 @@ class RegionTable:
 
     def __init__(self, weights: NDArray[np.float32]) -> None:
         self._bins = weights.size
-        self._scale = torch.tensor(float(weights.size), dtype=torch.float32, device="cpu")
         self._paired = self._bins <= MAX_PAIRED
         stored: NDArray[Any] = np.append(weights, weights[-1])  # g = 1 is in the last region
         if self._paired:
@@ -227,7 +234,7 @@ class RegionTable:
         """
         entries = norm.shape[0]
         weight = buffer(WEIGHT, entries)
-        _, codes = _find(norm, self._bins, self._scale, weight, 0)
+        _, codes = _find(norm, self._bins, weight, 0)
         if self._paired:
             # Behind the bytes, which take a quarter of the buffer.
             half = codes.shape[0]
@@ -239,17 +246,23 @@ class RegionTable:
         return weight
 
 
-def _find(norm: Tensor, bins: int, scale: Tensor, out: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+@functools.lru_cache
+def _scale(bins: int) -> Tensor:
+    """Return the number of regions as a tensor, which a call handles faster."""
+    with torch.inference_mode(False):  # usable outside as well
+        return torch.tensor(float(bins), dtype=torch.float32, device="cpu")
+
+
+def _find(norm: Tensor, bins: int, out: Tensor, pad: int) -> tuple[Tensor, Tensor]:
     """Return the index of each entry's region, 0 to `M`, and the same memory as codes.
 
     Args:
         norm: float32 `[n]`.
         bins: `M`.
-        scale: The same as a tensor, which a call handles faster.
         out: float32 `[n]`; receives `norm * M`.
         pad: The index that pairs with an odd last one.
     """
-    torch.mul(norm, scale, out=out)
+    torch.mul(norm, _scale(bins), out=out)
     entries = norm.shape[0]
     if bins > MAX_PAIRED:
         indices = buffer(LOSS, entries, torch.int32)

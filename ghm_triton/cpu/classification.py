@@ -48,8 +48,8 @@ class ClassificationLoss(BlockLoss):
             self._labels = inputs.index.numpy().view(np.uint64)
             if self._labels.size and self._labels.max() > self.values.shape[1]:
                 self._ignoring = inputs.index
-                above = (inputs.index > self.values.shape[1]).unsqueeze(1)
-                self._above = above if above.any() else None
+                if self._labels.view(np.int64).max() > self.values.shape[1]:
+                    self._above = (inputs.index > self.values.shape[1]).unsqueeze(1)
 
     def read(self, block: Block) -> None:
         """Read a block of logits and targets."""

@@ -57,9 +57,11 @@ class BlockLoss(ABC):
         self.tensors = [value for value in vars(inputs).values() if isinstance(value, Tensor)]
         self.values = self.tensors[0].detach()
         # NaN once an invalid entry was counted: the loss and its gradient are NaN throughout.
-        self.poisoned = weights is not None and bool(weights.isnan().any())
+        self.poisoned = False
         if weights is not None:
-            self._table = RegionTable(weights.numpy())
+            numbers = weights.numpy()
+            self.poisoned = bool(np.isnan(numbers).any())
+            self._table = RegionTable(numbers)
         self._weighted = weighted
         self._weight = inputs.weight
         if self._weight is not None:
@@ -125,7 +127,7 @@ class BlockLoss(ABC):
             gradient.fill_(math.nan)
         for block in () if self.poisoned else blocks(*self.values.shape):
             self.read(block)
-            part = None if gradient is None else gradient.view(-1)[block.flat]
+            part = None if gradient is None else block.flatten(gradient)
             factor = upstream
             if upstream is not None and upstream.dim():
                 factor = self.block.cut(upstream.view(len(upstream), -1)).reshape(-1)
@@ -134,7 +136,9 @@ class BlockLoss(ABC):
                 total += float(loss.sum())
             else:
                 losses.view(-1)[self.block.flat] = loss
-        return torch.tensor(total, dtype=torch.float32, device="cpu") if losses is None else losses
+        return (
+            torch.full((), total, dtype=torch.float32, device="cpu") if losses is None else losses
+        )
 
     def find_valid(self, block: Block) -> None:
         """Set `keep` for a block of entries."""
@@ -161,6 +165,8 @@ class BlockLoss(ABC):
 
     def gate(self, weights: Tensor) -> Tensor:
         """Multiply weights by `label_weight`, 0 if ignored and NaN if unsound; in place."""
+        if self.keep is None and self.unsound is None:
+            return weights
         rows = weights.view(self.block.shape)
         if self.keep is not None and self._weighted and self._weight is not None:
             factor = self.block.cut(self._weight).to(torch.float32)
@@ -187,8 +193,10 @@ class BlockLoss(ABC):
         return buffer(number, self.block.flat.stop - self.block.flat.start)
 
     def _kept(self) -> Tensor:
-        ones = torch.ones(1, 1, dtype=torch.float32, device="cpu")
-        return (ones if self.keep is None else self.keep).expand(self.block.shape)
+        keep = self.keep
+        if keep is None:
+            keep = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+        return keep.expand(self.block.shape)
 
 
 class _Blockwise(torch.autograd.Function):
@@ -206,19 +214,23 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        saved, loss = ctx.saved_tensors, ctx.loss
-        if not _keeps_graph():
-            ctx.loss = None
+        if not torch.is_grad_enabled():
+            return _gradient(ctx, upstream), None, None
         with torch.no_grad():
-            if loss is None:
-                gradient = _scale(saved[0], upstream)
-            else:
-                shape = loss.values.shape
-                gradient = torch.empty(shape, dtype=loss.values.dtype, device="cpu")
-                loss.run(gradient, True, upstream)
-        if torch.is_grad_enabled():  # the caller may differentiate the gradient
-            gradient = _Once.apply(gradient.requires_grad_())
-        return gradient, None, None
+            gradient = _gradient(ctx, upstream)
+        # The caller may differentiate the gradient.
+        return _Once.apply(gradient.requires_grad_()), None, None
+
+
+def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
+    saved, loss = ctx.saved_tensors, ctx.loss
+    if loss is None:
+        return _scale(saved[0], upstream)
+    if not _keeps_graph():
+        ctx.loss = None
+    gradient = torch.empty(loss.values.shape, dtype=loss.values.dtype, device="cpu")
+    loss.run(gradient, True, upstream)
+    return gradient
 
 
 class _Once(torch.autograd.Function):
