@@ -131,10 +131,15 @@ class Service:
         return parse_answers(self.send(*pieces), method)
 
     def ask(
-        self, path: str, body: bytes | None = None, method: str | None = None, **headers: str
+        self,
+        path: str,
+        body: bytes | None = None,
+        method: str | None = None,
+        seconds: float = PATIENCE,
+        **headers: str,
     ) -> Answer:
         """Send one honest request; underscores in names of headers are hyphens."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=seconds)
         try:
             sent = {name.replace("_", "-"): value for name, value in headers.items()}
             connection.request(method or ("GET" if body is None else "POST"), path, body, sent)

@@ -42,7 +42,8 @@ class Folder:
             logs = Path(tempfile.mkdtemp())
             self._stack.callback(shutil.rmtree, logs)
             prefix = NOBODY if os.getuid() == 0 else ()
-            following = serving(self.path, logs, prefix=prefix, GHM_RELOAD_SECONDS="0.1")
+            variables = {"GHM_RELOAD_SECONDS": "0.1", "GHM_LOAD_SECONDS": "4"}
+            following = serving(self.path, logs, prefix=prefix, **variables)
             self._service = self._stack.enter_context(following)
         return self._service
 
@@ -51,7 +52,8 @@ class Folder:
         self._service = None
 
     def models(self) -> set[str]:
-        return {one["name"] for one in self.service.ask("/v1/models").json()["models"]}
+        models = self.service.ask("/health/ready").json()["models"]
+        return {one["name"] for one in models if one["ready"]}
 
     def problems(self) -> list[str]:
         return self.service.ask("/health/ready").json()["problems"]
