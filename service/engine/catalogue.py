@@ -21,14 +21,15 @@ FIRST_VERSION = "1"
 
 
 class CatalogueError(ValueError):
-    """A folder without models, or with two files for the same version of a model."""
+    """A folder without models that can be served."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Modification time, size and inode of a file: different if the file has changed."""
+    """Times, size and inode of a file: different if its content or its permissions changed."""
 
     modified_ns: int
+    changed_ns: int
     size: int
     inode: int
 
@@ -39,7 +40,7 @@ class Signature:
             status = path.stat()
         except OSError:
             return None
-        return cls(status.st_mtime_ns, status.st_size, status.st_ino)
+        return cls(status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ def list_models(source: Path) -> tuple[list[Listed], dict[Path, str]]:
 
     Returns:
         The files, by name and then by version, the newest version last; and the reason per entry
-        of the folder that cannot be listed: a folder that cannot be read, or an invalid name.
+        of the folder that cannot be listed: a folder that cannot be read, an invalid name, or the
+        name and version of another file.
 
     Raises:
-        CatalogueError: Two files have the same name and version.
         OSError: The folder itself cannot be read.
     """
     if not source.is_dir():
@@ -83,8 +84,8 @@ def list_models(source: Path) -> tuple[list[Listed], dict[Path, str]]:
                     " inside, at most 128"
                 )
             elif key in models:
-                raise CatalogueError(
-                    f"{models[key].path} and {listed.path} are both version {key[1]} of {key[0]}"
+                problems[listed.path] = (
+                    f"{models[key].path} is version {key[1]} of {key[0]} already"
                 )
             else:
                 models[key] = listed

@@ -121,7 +121,9 @@ class Registry:
     def problems(self) -> list[str]:
         """Return one sentence per file that is present but not served as it is."""
         failed = {entry.path: entry.problem for entry in self.entries() if entry.problem}
-        return [f"{path}: {problem}" for path, problem in (self._skipped | failed).items()]
+        problems = [f"{path}: {problem}" for path, problem in (self._skipped | failed).items()]
+        # Half of a surrogate pair, from a path that is not UTF-8, cannot be sent.
+        return [text.encode(errors="backslashreplace").decode() for text in problems]
 
     def get(self, name: str | None = None, version: str | None = None) -> ServedModel:
         """Return the model for a request.
@@ -197,7 +199,7 @@ class Registry:
 
         Raises:
             CardError, ModelError, OSError: The only file cannot be served.
-            CatalogueError: The folder is ambiguous or empty, or none of its files can be served.
+            CatalogueError: The folder is empty, or none of its files can be served.
         """
         for listed in await self._list():
             entry = Entry(listed, signature=Signature.of(listed.path))

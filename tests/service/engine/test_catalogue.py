@@ -1,6 +1,6 @@
 import pytest
 
-from service.engine.catalogue import CatalogueError, Listed, Signature, list_models, version_key
+from service.engine.catalogue import Listed, Signature, list_models, version_key
 
 
 @pytest.fixture
@@ -33,9 +33,12 @@ def test_every_layout_and_nothing_else(folder):
     assert list_models(root) == (expected, {})
 
 
-def test_two_files_of_one_version_are_refused(folder):
-    with pytest.raises(CatalogueError, match=r"are both version 1 of pets"):
-        list_models(folder("pets.onnx", "pets/1.onnx"))
+def test_the_second_file_of_a_version_is_a_problem(folder):
+    root = folder("pets.onnx", "pets/1.onnx")
+    listed, problems = list_models(root)
+    assert listed == [Listed(root / "pets/1.onnx", "pets", "1")]
+    reason = f"{root / 'pets/1.onnx'} is version 1 of pets already"
+    assert problems == {root / "pets.onnx": reason}
 
 
 @pytest.mark.parametrize("name", ["good (1).onnx", "ü.onnx", "a" * 129 + ".onnx", "x/v?.onnx"])
