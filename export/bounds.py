@@ -22,13 +22,14 @@ from export.card import CardError
 MAX_FILE_BYTES = 2**31 - 1
 MAX_NODES = 20_000  # in all graphs, with functions written out; onnxruntime loads them in seconds
 MAX_NESTING = 8  # graphs within one another
-MAX_PARTS = 500_000  # nodes, attributes, tensors and named values
+MAX_FIELDS = 1_000_000  # of all messages in the file, each of which takes memory once parsed
 MAX_DENSE = 2**26  # elements of a sparse tensor, which onnxruntime writes out
 
 # Others need operators that are registered in the process, or are onnxruntime's own.
 DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 FILE_READERS = frozenset({"EPContext"})  # operators that name a file to load
 
+_VARINT, _FIXED_64, _LENGTH, _FIXED_32 = 0, 1, 2, 5  # wire types of protobuf
 _ELEMENTS = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
 _PLAIN = ("FLOAT", "FLOAT16", "DOUBLE", "INT8", "UINT8", "INT32", "INT64", "BOOL")
 _ITEM_BYTES = {
@@ -53,6 +54,7 @@ def parse_model(content: bytes) -> ModelProto:
     Raises:
         CardError: It is not ONNX, or is refused.
     """
+    _count_fields(content)
     try:
         model = onnx.load_model_from_string(content)
     except DecodeError as error:
@@ -62,6 +64,42 @@ def parse_model(content: bytes) -> ModelProto:
         raise CardError("not an ONNX file: it holds no graph")
     check_model(model)
     return model
+
+
+def _count_fields(content: bytes) -> None:
+    """Refuse a file of more than `MAX_FIELDS` fields, before they are parsed.
+
+    A message of two bytes becomes an object of 80; parsing a file of 20 MB could take 1.6 GB.
+    """
+    count, stack = 0, [(0, len(content), ModelProto.DESCRIPTOR)]
+    while stack:
+        place, end, kind = stack.pop()
+        while place < end:
+            count += 1
+            if count > MAX_FIELDS:
+                raise CardError(f"the file has more than {MAX_FIELDS:,} fields")
+            try:
+                tag, place = _varint(content, place)
+                length = {_FIXED_32: 4, _FIXED_64: 8}.get(tag & 7, 0)
+                if tag & 7 in (_VARINT, _LENGTH):
+                    length, place = _varint(content, place)
+            except IndexError:
+                return  # cut short, as the parser will find
+            if tag & 7 == _LENGTH:
+                field = kind.fields_by_number.get(tag >> 3)
+                if field is not None and field.message_type is not None:
+                    stack.append((place, min(place + length, end), field.message_type))
+            place += length if tag & 7 != _VARINT else 0
+
+
+def _varint(content: bytes, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while (byte := content[place]) > 127:
+        value |= (byte & 127) << shift
+        shift, place = shift + 7, place + 1
+        if shift > 63:
+            raise CardError("not an ONNX file, or cut short")
+    return value | byte << shift, place + 1
 
 
 def check_model(model: ModelProto) -> None:
@@ -77,6 +115,8 @@ def check_model(model: ModelProto) -> None:
     for message, depth, node, function in _parts(model):
         if depth > MAX_NESTING:
             raise CardError(f"graphs lie in one another more than {MAX_NESTING} deep")
+        if isinstance(message, (GraphProto, FunctionProto)) and len(message.node) > MAX_NODES:
+            raise CardError(f"a graph has more than {MAX_NODES:,} nodes")
         if isinstance(message, TensorProto):
             _check_tensor(message, node)
         elif isinstance(message, SparseTensorProto):
@@ -128,26 +168,14 @@ def _tensor_fields() -> dict[str, frozenset[str]]:
 
 
 _TENSOR_FIELDS = _tensor_fields()
-# Repeated fields that cost the reader something for each entry.
-_COUNTED = {
-    NodeProto: ("input", "output", "attribute"),
-    GraphProto: ("node", "initializer", "sparse_initializer", "input", "output", "value_info"),
-    FunctionProto: ("node", "input", "output", "attribute", "attribute_proto", "value_info"),
-    ModelProto: ("functions", "opset_import", "metadata_props", "training_info"),
-}
 
 
 def _parts(model: ModelProto) -> Iterator[_Part]:
     """Iterate over all messages that are or may hold tensors, wherever they lie; no recursion."""
-    stack, count = [_Part(model, 0, None, None)], 0
+    stack = [_Part(model, 0, None, None)]
     while stack:
-        part = stack.pop()
-        message = part.message
-        count += sum(len(getattr(message, name)) for name in _COUNTED.get(type(message), ()))
-        if count > MAX_PARTS:
-            raise CardError(f"the model has more than {MAX_PARTS:,} parts")
-        yield part
-        depth, node, function = part.depth, part.node, part.function
+        yield (part := stack.pop())
+        message, depth, node, function = part
         if isinstance(message, GraphProto):
             depth += 1
         elif isinstance(message, NodeProto):

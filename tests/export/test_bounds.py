@@ -194,7 +194,7 @@ def of_domain(domain: str, op_type: str = "Relu") -> ModelProto:
     ("model", "message"),
     [
         (chain(bounds.MAX_NODES + 1), "more than 20,000 nodes"),
-        (wide(bounds.MAX_PARTS + 1), "more than 500,000 parts"),
+        (wide(bounds.MAX_FIELDS + 1), "more than 1,000,000 fields"),
         (nested(bounds.MAX_NESTING + 1), "more than 8 deep"),
         (doubling(16), "more than 20,000 nodes with functions written out"),
         (doubling(2000), "more than 20,000 nodes"),
@@ -205,9 +205,7 @@ def of_domain(domain: str, op_type: str = "Relu") -> ModelProto:
     ],
     ids=["nodes", "inputs", "depth", "calls", "many calls", "recursion", "sparse", "domain", "op"],
 )
-def test_models_beyond_the_bounds_are_refused(tmp_path, small_model, small_card, model, message):
-    with pytest.raises(CardError, match=message):
-        check_model(model)
+def test_models_beyond_the_bounds_are_refused(tmp_path, model, message):
     path, card = tmp_path / "x.onnx", tmp_path / "card.json"
     path.write_bytes(model.SerializeToString())
     facts = {"name": "x", "class_names": ["a"], "thresholds": 0.5, "size": [8, 8]}
@@ -215,10 +213,23 @@ def test_models_beyond_the_bounds_are_refused(tmp_path, small_model, small_card,
     for use in (
         lambda: read_detector(path),
         lambda: attach(path, card, tmp_path / "out.onnx"),
-        lambda: write_detector(path, model, small_card),
     ):
         with pytest.raises(ValueError, match=message):
             use()
+
+
+def test_a_model_beyond_the_bounds_is_not_written(tmp_path, small_model, small_card):
+    small_model.graph.node[0].domain = "com.example"
+    with pytest.raises(CardError, match="unknown domain"):
+        write_detector(tmp_path / "x.onnx", small_model, small_card)
+
+
+def test_millions_of_empty_messages_are_refused_before_they_are_parsed(monkeypatch):
+    monkeypatch.setattr(onnx, "load_model_from_string", lambda _: pytest.fail("parsed"))
+    nodes = b"\x0a\x00" * bounds.MAX_FIELDS
+    length = bytes([128 | len(nodes) >> shift & 127 for shift in (0, 7, 14)] + [len(nodes) >> 21])
+    with pytest.raises(CardError, match="more than 1,000,000 fields"):
+        parse_model(b"\x08\x0a\x3a" + length + nodes)
 
 
 @pytest.mark.parametrize(
