@@ -51,6 +51,7 @@ class _Job:
     batch: npt.NDArray[Any]
     params: DetectionParams | None
     answer: asyncio.Future[Outputs]
+    on_start: Callable[[float], None] | None = None
     since: float = field(default_factory=perf_counter)
     context: Context = field(default_factory=copy_context)  # of its request's trace and log
 
@@ -160,7 +161,11 @@ class Scheduler:
         return await loop.run_in_executor(self._decoders, function, *arguments)
 
     async def run(
-        self, model: ServedModel, batch: npt.NDArray[Any], params: DetectionParams | None = None
+        self,
+        model: ServedModel,
+        batch: npt.NDArray[Any],
+        params: DetectionParams | None = None,
+        on_start: Callable[[float], None] | None = None,
     ) -> Outputs:
         """Run a model on the images of a request, when their turn has come.
 
@@ -171,6 +176,7 @@ class Scheduler:
             model: The model.
             batch: As for `ServedModel.run`.
             params: Thresholds in force; None for the file's own.
+            on_start: Called with the seconds that the images waited, when their inference begins.
 
         Returns:
             The outputs for these images, whichever others shared their inference.
@@ -183,7 +189,7 @@ class Scheduler:
         if model in self.stuck:
             raise ProblemError(503, f"not ready: {stuck_reason(model)}", {"Retry-After": "5"})
         answer: asyncio.Future[Outputs] = asyncio.get_running_loop().create_future()
-        self._jobs.append(_Job(model, batch, params, answer))
+        self._jobs.append(_Job(model, batch, params, answer, on_start))
         self._dispatch()
         return await answer
 
@@ -211,7 +217,7 @@ class Scheduler:
         if not self._jobs:
             return []
         first = self._jobs[0]
-        most = self._batch_size(first.model)
+        most = self.batch_size(first.model)
         group, images = [first], len(first.batch)
         for job in list(self._jobs)[1:] if most > 1 else ():
             if not job.answer.done() and job.goes_with(first) and images + len(job.batch) <= most:
@@ -223,7 +229,8 @@ class Scheduler:
         self._jobs = deque(job for job in self._jobs if id(job) not in taken)
         return group
 
-    def _batch_size(self, model: ServedModel) -> int:
+    def batch_size(self, model: ServedModel) -> int:
+        """Return the most images in one inference of a model."""
         default = _BATCH_ON_CUDA if model.providers[0] == CUDA else 1
         return self._settings.batch_size or default
 
@@ -242,7 +249,10 @@ class Scheduler:
     def _start(self, jobs: list[_Job]) -> None:
         loop = asyncio.get_running_loop()
         for job in jobs:
-            job.context.run(self._metrics.stage, "queue", perf_counter() - job.since)
+            waited = perf_counter() - job.since
+            job.context.run(self._metrics.stage, "queue", waited)
+            if job.on_start is not None:
+                job.on_start(waited)
         run = _Run(jobs, _images(jobs))
         self._metrics.batch(run.images)
         self._running += 1

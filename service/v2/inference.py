@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -56,8 +56,9 @@ async def infer(request: Request, model: ServedModel) -> Response:
             )
         images = asked.inputs[INPUT]
         limit_ms = min(service.settings.deadline_ms, asked.timeout_ms or math.inf)
-        with statistics.part("compute_infer"), service.scheduler.admit(len(images)):
-            outputs = await while_wanted(request, _run(service, model, images, params), limit_ms)
+        with statistics.inference() as on_start, service.scheduler.admit(len(images)):
+            work = _run(service, model, images, params, on_start)
+            outputs = await while_wanted(request, work, limit_ms)
         accepted = request.headers.get("accept-encoding", "")
         with _stage(service, statistics, "encode", "compute_output"):
             if outputs.boxes.nbytes > _LARGE:
@@ -71,7 +72,11 @@ async def infer(request: Request, model: ServedModel) -> Response:
 
 
 async def _run(
-    service: ServiceState, model: ServedModel, images: Array, params: DetectionParams | None
+    service: ServiceState,
+    model: ServedModel,
+    images: Array,
+    params: DetectionParams | None,
+    on_start: Callable[[float], None],
 ) -> Outputs:
     """Run a batch in parts no larger than those of other requests.
 
@@ -80,7 +85,7 @@ async def _run(
     step = service.settings.max_images
     async with service.decoded.use(_needed_bytes(images.shape, model.card, step)):
         parts = [
-            await service.scheduler.run(model, images[start : start + step], params)
+            await service.scheduler.run(model, images[start : start + step], params, on_start)
             for start in range(0, len(images), step)
         ]
     if len(parts) == 1:

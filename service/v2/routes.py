@@ -179,7 +179,7 @@ async def model_config(request: Request, name: str, version: str | None) -> Resp
         config(
             model,
             inferences=service.settings.inferences,
-            batch_size=service.scheduler._batch_size(model),
+            batch_size=service.scheduler.batch_size(model),
             batch_wait_ms=service.settings.batch_wait_ms,
         )
     )

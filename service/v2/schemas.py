@@ -214,13 +214,16 @@ class DurationSum(_Answer):
 
 
 class InferenceStatistics(_Answer):
-    """Times of a model's requests; waiting for a turn is part of `compute_infer`."""
+    """Times of a model's requests."""
 
     success: DurationSum
     fail: DurationSum
     compute_input: DurationSum
+    queue: DurationSum
     compute_infer: DurationSum
     compute_output: DurationSum
+    cache_hit: DurationSum
+    cache_miss: DurationSum
 
 
 class ModelStatistics(_Answer):

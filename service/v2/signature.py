@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from export.card import INPUT, IOU_INPUT, OUTPUTS, THRESHOLDS_INPUT, DetectorCard
-from service.core.settings import LARGEST_BATCH
 from service.engine.session import CPU, ServedModel
 from service.v2.tensors import TensorSpec
 
@@ -78,7 +77,8 @@ def config(
         batch_wait_ms: Time that an image waits for others.
 
     Returns:
-        The configuration. `dims` leave out the batch.
+        The configuration. `max_batch_size` is 0 and `dims` include the batch, since
+        `class_thresholds` has none.
     """
     signature = Signature.of(model.card)
     layout = "FORMAT_NHWC" if model.card.input == "uint8" else "FORMAT_NCHW"
@@ -87,7 +87,7 @@ def config(
         "platform": PLATFORM,
         "backend": "onnxruntime",
         "version_policy": {"latest": {"num_versions": 1}},
-        "max_batch_size": LARGEST_BATCH,
+        "max_batch_size": 0,
         "input": [
             {
                 **_configured(spec),
@@ -116,5 +116,4 @@ def config(
 
 
 def _configured(spec: TensorSpec) -> dict[str, Any]:
-    dims = spec.shape if spec.optional else spec.shape[1:]
-    return {"name": spec.name, "data_type": f"TYPE_{spec.datatype}", "dims": list(dims)}
+    return {"name": spec.name, "data_type": f"TYPE_{spec.datatype}", "dims": list(spec.shape)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter_ns, time
@@ -11,7 +11,10 @@ from weakref import WeakKeyDictionary
 
 from service.engine.session import ServedModel
 
-_PARTS = ("success", "fail", "compute_input", "compute_infer", "compute_output")
+_PARTS = (
+    *("success", "fail", "queue", "compute_input", "compute_infer", "compute_output"),
+    *("cache_hit", "cache_miss"),  # of the protocol; there is no cache
+)
 
 
 @dataclass
@@ -34,8 +37,8 @@ class ModelStatistics:
     Attributes:
         images: Images answered.
         last_ms: Time of the last success, in milliseconds since 1970; 0 for never.
-        parts: By the protocol's names. `compute_input` reads a request, `compute_infer` waits for
-            a turn and runs the model, `compute_output` encodes the answer.
+        parts: By the protocol's names. `compute_input` reads a request, `queue` is the wait for a
+            turn, `compute_infer` runs the model, `compute_output` encodes the answer.
     """
 
     images: int = 0
@@ -62,6 +65,19 @@ class ModelStatistics:
         started = perf_counter_ns()
         yield
         self.parts[name].add(perf_counter_ns() - started)
+
+    @contextmanager
+    def inference(self) -> Iterator[Callable[[float], None]]:
+        """Count the time of an inference, unless it raises.
+
+        Yields:
+            A function to be called with the seconds of each wait for a turn.
+        """
+        waits: list[int] = []
+        started = perf_counter_ns()
+        yield lambda seconds: waits.append(round(seconds * 1e9))
+        self.parts["queue"].add(sum(waits))
+        self.parts["compute_infer"].add(max(0, perf_counter_ns() - started - sum(waits)))
 
     def to_dict(self, model: ServedModel) -> dict[str, Any]:
         """Return the counts in the layout of the protocol's statistics extension."""

@@ -93,9 +93,9 @@ class TestInfer:
         ran = []
         run = app.state.service.scheduler.run
 
-        async def spied(served, part, wanted):
+        async def spied(served, part, wanted, *rest):
             ran.append(len(part))
-            return await run(served, part, wanted)
+            return await run(served, part, wanted, *rest)
 
         app.state.service.scheduler.run = spied
         many = np.repeat(batch, 32, axis=0)[np.random.default_rng(0).permutation(64)][:images]
@@ -195,7 +195,8 @@ class TestInfer:
         assert after.execution_count - before.execution_count == 1
         assert after.inference_stats.fail.count - before.inference_stats.fail.count == 1
         parts = after.inference_stats
-        known = [parts.compute_input, parts.compute_infer, parts.compute_output]
+        known = [parts.compute_input, parts.queue, parts.compute_infer, parts.compute_output]
+        assert parts.queue.count == parts.compute_infer.count > 0
         assert sum(part.ns for part in known) <= parts.success.ns + parts.fail.ns
 
     def test_metrics_count_it_and_drift_only_what_the_file_decided(

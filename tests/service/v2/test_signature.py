@@ -37,22 +37,22 @@ def test_metadata_names_the_versions_it_is_given(model):
     assert found["outputs"][3] == {"name": "num_detections", "datatype": "INT64", "shape": [-1]}
 
 
-def test_configuration_leaves_out_the_batch(model, uint8_model):
+def test_configuration_has_the_batch_in_the_shapes(model, uint8_model):
     found = config(model, inferences=2, batch_size=1, batch_wait_ms=2.5)
-    assert found["max_batch_size"] == 64
+    assert found["max_batch_size"] == 0
     assert found["input"][0] == {
         "name": "images",
         "data_type": "TYPE_FP32",
-        "dims": [3, 64, 96],
+        "dims": [-1, 3, 64, 96],
         "format": "FORMAT_NCHW",
         "optional": False,
     }
     assert found["input"][1]["dims"] == [3]
     assert found["input"][1]["optional"] is True
-    assert [output["dims"] for output in found["output"]] == [[20, 4], [20], [20], []]
+    assert [output["dims"] for output in found["output"]] == [[-1, 20, 4], [-1, 20], [-1, 20], [-1]]
     assert found["instance_group"] == [{"name": "colours", "kind": "KIND_CPU", "count": 2}]
     images = config(uint8_model, inferences=1, batch_size=1, batch_wait_ms=0)["input"][0]
-    assert images["dims"] == [-1, -1, 3]
+    assert images["dims"] == [-1, -1, -1, 3]
     assert (images["data_type"], images["format"]) == ("TYPE_UINT8", "FORMAT_NHWC")
 
 

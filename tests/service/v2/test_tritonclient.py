@@ -98,9 +98,9 @@ def test_health_and_metadata(ask):
         configured = ask("get_model_config", "colours", version)
         assert described["versions"] == ["1"]
         assert [one["name"] for one in described["outputs"]] == OUTPUTS
-        assert configured["max_batch_size"] == 64
+        assert configured["max_batch_size"] == 0
         batched = [one for one in described["inputs"] if one["name"] == "images"]
-        assert batched[0]["shape"][1:] == configured["input"][0]["dims"]
+        assert batched[0]["shape"] == configured["input"][0]["dims"]
 
 
 def test_repository(ask):
