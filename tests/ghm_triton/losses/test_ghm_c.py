@@ -102,10 +102,6 @@ class TestGHMC(HarmonizedTester):
         logits = logits.to(self.device)
         torch.testing.assert_close(self.call(logits, index), self.call(logits, dense))
 
-    def test_an_index_of_background_is_no_error(self):
-        loss, _ = self.call(torch.randn(4, 3, device=self.device), torch.full((4,), 3))
-        assert loss.isfinite()
-
     @pytest.mark.parametrize("positives", [0.0, 0.25, 1.0, 1.5])
     def test_positives_below_one_count_as_one(self, positives):
         logits, target = torch.zeros(10, 1, device=self.device), torch.zeros(10, 1)
@@ -113,17 +109,6 @@ class TestGHMC(HarmonizedTester):
         mean, _ = self.call(logits, target, average="positives", strength=0.0)
         whole, _ = self.call(logits, target, reduction="sum", strength=0.0)
         assert float(mean) == pytest.approx(float(whole) / max(positives, 1.0), rel=1e-6)
-
-    def test_float16_gradients_do_not_underflow_under_a_loss_scale(self):
-        # 1 / N is 5e-5 and a background gradient 3e-4: their product is zero in float16 (smallest
-        # 6e-8), and 1e-3 of the loss scale 65,536 is not.
-        logits = torch.full((4000, 5), -8.0, dtype=torch.float16, device=self.device)
-        logits.requires_grad_()
-        target = torch.full((4000,), 5, device=self.device)
-        loss = ghm_c_loss(logits, target, strength=0.0, backend=self.backend)
-        (loss * 65536.0).backward()
-        expected = 65536.0 / 20000 / (1 + np.exp(8.0))
-        np.testing.assert_allclose(logits.grad.float().cpu(), expected, rtol=1e-3)  # eps of float16
 
     @pytest.mark.parametrize("logit", [-1e4, 0.7, 1e4])
     def test_one_norm_for_all(self, logit):

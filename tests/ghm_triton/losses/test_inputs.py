@@ -1,6 +1,5 @@
 """Whatever the user passes becomes rows; what the values may be is tested with the losses."""
 
-import pytest
 import torch
 
 from ghm_triton.losses.inputs import classification_inputs, regression_inputs
@@ -38,35 +37,3 @@ def test_a_vector_is_a_column_or_with_one_index_a_row():
 def test_without_classes_there_are_no_rows():
     inputs = classification_inputs(torch.zeros(5, 0), torch.zeros(5, dtype=int), None, None)
     assert (inputs.logits.shape, inputs.index.shape) == ((0, 1), (0,))
-
-
-def test_only_predictions_carry_a_gradient():
-    given = [torch.zeros(4, 2, requires_grad=True) for _ in range(3)]
-    inputs = classification_inputs(*given, None)
-    assert inputs.logits.requires_grad
-    assert not inputs.target.requires_grad
-    assert not inputs.weight.requires_grad
-    inputs = regression_inputs(*given, None)
-    assert inputs.pred.requires_grad
-    assert not inputs.target.requires_grad
-    assert not inputs.weight.requires_grad
-
-
-def test_values_are_looked_at_on_the_cpu_or_when_asked():
-    logits, index = torch.zeros(2, 3), torch.tensor([0, 7])
-    classification_inputs(logits, index, None, False)
-    for validate in (None, True):
-        with pytest.raises(ValueError, match=r"class index 7.*background 3, negative ignored"):
-            classification_inputs(logits, index, None, validate)
-    weight = torch.tensor([[1.0], [torch.nan]])
-    classification_inputs(logits, logits, weight, False)
-    with pytest.raises(ValueError, match=r"label_weight must lie in \[0, inf\]; got nan"):
-        regression_inputs(logits, logits, weight, None)
-
-
-def test_a_target_under_an_ignored_entry_is_not_looked_at():
-    target = torch.tensor([[0.5, torch.nan], [9.0, 1.0]])
-    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    classification_inputs(torch.zeros(2, 2), target, weight, True)
-    with pytest.raises(ValueError, match=r"target must lie in \[0, 1\]; got 0 to 9"):
-        classification_inputs(torch.zeros(2, 2), target, torch.tensor([[1.0, 0.0], [1.0, 1.0]]), 1)

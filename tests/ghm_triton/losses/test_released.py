@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 
-from ghm_triton import GHMCLoss, ghm_c_loss
+from ghm_triton import GHMCLoss
 
 RELEASED = {"ema": "mmdet", "strength": 1.0}
 FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -42,33 +42,6 @@ def warmed_up(entries, steps=STEPS, device="cpu", **options):
     for _ in range(steps):
         criterion(*(t.to(device) for t in batch(entries)))
     return criterion
-
-
-class TestAsReleased:
-    """`ema="mmdet", normalizer="valid_bins", strength=1`; the steps are in test_mmdet.py."""
-
-    def test_a_region_hit_for_the_first_time_shouts(self, paper, generator):
-        """What users of the released code report; the default does not do it."""
-        busy = torch.full((1000, 1), -4.0)
-        rare = torch.cat([busy, torch.full((1, 1), 2.0)])
-        weights = {}
-        for ema in ("mmdet", "debiased"):
-            criterion = GHMCLoss(ema=ema, momentum=0.9, strength=1.0, reduction="none")
-            for _ in range(40):
-                criterion(busy, torch.zeros_like(busy))
-            loss = criterion(rare, torch.zeros_like(rare))
-            fresh = ghm_c_loss(rare, torch.zeros_like(rare), strength=1.0, reduction="none")
-            weights[ema] = float(loss[-1] / fresh[-1])
-        # Against a fresh count, 1 / (1 - a) either way at once ...
-        assert weights["mmdet"] == pytest.approx(10, rel=1e-3)
-        # ... but only the released one starts every region so: the first step is 10x too heavy.
-        first = {}
-        for ema in ("mmdet", "debiased"):
-            criterion = GHMCLoss(ema=ema, momentum=0.9, strength=1.0)
-            first[ema] = float(criterion(rare, torch.zeros_like(rare)))
-        plain = float(ghm_c_loss(rare, torch.zeros_like(rare), strength=1.0))
-        assert first["mmdet"] == pytest.approx(10 * plain, rel=1e-5)
-        assert first["debiased"] == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.parametrize("momentum", [0.5, 0.75, 0.9])

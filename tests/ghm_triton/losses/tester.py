@@ -381,6 +381,8 @@ class LossTester:
                 shape = (2600, 2)
             values, target = self.draw(kind, shape)
             options = {**self.defaults, "reduction": reduction}
+            if "positives" in self.cases["average"]:
+                options["average"] = "positives"
             ours = self.call(values.to(self.device), target, **options)
             self.device, device = torch.device("cpu"), self.device
             self.backend = "torch"
@@ -460,6 +462,7 @@ class HarmonizedTester(LossTester):
             ("bins must be an integer from 1 to 1024, got 0", {"bins": 0}),
             ("got 1025", {"bins": 1025}),
             ("got 2.5", {"bins": 2.5}),
+            ("got True", {"bins": True}),
             (r"strength must lie in \[0, 1\], got 1.5", {"strength": 1.5}),
             (r"strength must lie in \[0, 1\], got nan", {"strength": float("nan")}),
             ("normalizer must be one of valid_bins, bins; got 'x'", {"normalizer": "x"}),
@@ -478,6 +481,7 @@ class HarmonizedTester(LossTester):
             ("backend must be one of", {"backend": "x"}),
             ("ema must be one of", {"ema": "x"}),
             (r"momentum must lie in \[0, 1\), got 1", {"momentum": 1}),
+            (r"momentum must lie in \[0, 1\), got nan", {"momentum": float("nan")}),
             ("density must be one of", {"density": "x"}),
         ],
     }

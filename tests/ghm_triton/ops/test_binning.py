@@ -1,68 +1,38 @@
-"""What only the counting kernels can get wrong; the arithmetic is tested beside `reference`."""
+"""Regions on their edges, and offsets beyond 32 bits, in the counting and weighing kernels."""
 
 import pytest
 import torch
 
-from ghm_triton import reference
 from ghm_triton.losses.inputs import classification_inputs, regression_inputs
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("kernels_run")]
 
 
-def draw(paper, kind, shape, bins=30):
-    generator = torch.Generator().manual_seed(5)
-    target = torch.rand(shape, generator=generator)
-    if kind == "index":
-        target = torch.randint(-1, shape[1] + 1, shape[:1], generator=generator)
-    return paper.draw_logits(shape, target, torch.float32, bins, generator), target
-
-
-@pytest.mark.parametrize("kind", ["index", "soft"])
-@pytest.mark.parametrize("shape", [(9000, 1), (300, 37)])
-def test_programs_that_walk_over_several_tiles(paper, device, poisoned, two_programs, kind, shape):
-    from ghm_triton.ops import backend as ops
-    from ghm_triton.ops.launch import tiling
-
-    logits, target = draw(paper, kind, shape)
-    assert tiling(logits).tiles > 2 * 2
-    inputs = classification_inputs(logits, target, None, None)
-    there = classification_inputs(logits.to(device), target.to(device), None, None)
-    ours, expected = ops.count_bce(there, 30), reference.count_bce(inputs, 30)
-    assert ours.regions.tolist() == expected.regions.tolist()
-    assert float(ours.positives.sum()) == pytest.approx(float(expected.positives.sum()), rel=1e-6)
-
-
-def test_regression_programs_that_walk(paper, device, poisoned, two_programs):
-    from ghm_triton.ops import backend as ops
-
-    generator = torch.Generator().manual_seed(6)
-    target = torch.zeros(3000, 4)
-    pred = paper.draw_pred(target, torch.float32, 10, 0.02, generator)
-    expected = reference.count_asl1(regression_inputs(pred, target, None, None), 10)
-    there = regression_inputs(pred.to(device), target.to(device), None, None)
-    assert ops.count_asl1(there, 10).regions.tolist() == expected.regions.tolist()
-
-
-@pytest.mark.parametrize("kind", ["index", "soft"])
+@pytest.mark.parametrize("kind", ["index", "soft", "deltas"])
 def test_an_entry_is_weighed_by_the_region_it_was_counted_in(device, kind):
     """Also on the edges, where rounding decides: both kernels must round alike."""
     from ghm_triton.ops import backend as ops
 
     bins = 10
-    edges = torch.logit(torch.arange(1, bins, dtype=torch.float64) / bins).float()
+    g = torch.arange(1, bins, dtype=torch.float64) / bins
+    edges = (0.02 * g / (1 - g * g).sqrt() if kind == "deltas" else torch.logit(g)).float()
     near = torch.stack([edges, edges.nextafter(edges + 1), edges.nextafter(edges - 1)])
-    logits = near.flatten()[:, None].expand(-1, 40).contiguous().to(device)
-    target = torch.zeros_like(logits) if kind == "soft" else torch.ones(27, device=device).long()
-    inputs = classification_inputs(logits, target, None, None)
-    regions = ops.count_bce(inputs, bins).regions
+    values = near.flatten()[:, None].expand(-1, 40).contiguous().to(device)
     one = torch.ones((), device=device)
+    if kind == "deltas":
+        inputs = regression_inputs(values, torch.zeros_like(values), None, None)
+        count, weighted = ops.count_asl1, ops.weighted_asl1
+    else:
+        target = torch.zeros_like(values) if kind == "soft" else one.long().expand(27)
+        inputs = classification_inputs(values, target, None, None)
+        count, weighted = ops.count_bce, ops.weighted_bce
 
     def weigh(table):
-        return ops.weighted_bce(inputs, table.to(device), one, weighted=False, reduce=False)
+        return weighted(inputs, table.to(device), one, weighted=False, reduce=False)
 
     weighed = weigh(torch.arange(1.0, bins + 1)) / weigh(torch.ones(bins))
     found = torch.bincount(weighed.round().long().flatten() - 1, minlength=bins)
-    assert found.tolist() == regions.tolist()
+    assert found.tolist() == count(inputs, bins).regions.tolist()
 
 
 @pytest.mark.gpu

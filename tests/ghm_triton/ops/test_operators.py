@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from ghm_triton.ops import backend  # noqa: F401 - registers them
+
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("kernels_run")]
 
 BINS = 8
@@ -25,8 +27,6 @@ def check(operator, *arguments):
 
 @pytest.mark.parametrize("kind", ["index", "dense"])
 def test_counting(data, kind):
-    from ghm_triton.ops import backend as ops  # noqa: F401 - registers them
-
     logits, index, dense, weight, _, _ = data
     target = index if kind == "index" else dense
     check(torch.ops.ghm.count_bce, logits, target, None if kind == "index" else weight, BINS)
@@ -36,8 +36,6 @@ def test_counting(data, kind):
 @pytest.mark.parametrize(("reduce", "gradient"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("wanted", [True, False])
 def test_losses(data, reduce, gradient, wanted):
-    from ghm_triton.ops import backend as ops  # noqa: F401
-
     logits, index, dense, weight, table, scale = data
     x = logits.requires_grad_(wanted)
     tail = (table, scale)
@@ -47,8 +45,6 @@ def test_losses(data, reduce, gradient, wanted):
 
 
 def test_their_gradients(data):
-    from ghm_triton.ops import backend as ops  # noqa: F401
-
     logits, _, dense, weight, table, scale = data
     whole, entries = torch.tensor(2.0, device=logits.device), torch.rand_like(logits)
     for outer in (whole, entries):
@@ -60,8 +56,6 @@ def test_their_gradients(data):
 
 @pytest.mark.parametrize(("reduce", "gradient"), [(True, True), (True, False), (False, False)])
 def test_focal_and_softmax(data, reduce, gradient):
-    from ghm_triton.ops import backend as ops  # noqa: F401
-
     logits, index, dense, weight, table, scale = data
     x = logits.requires_grad_()
     options = (reduce, gradient)
@@ -72,8 +66,6 @@ def test_focal_and_softmax(data, reduce, gradient):
 
 
 def test_the_gradients_of_focal_and_softmax(data):
-    from ghm_triton.ops import backend as ops  # noqa: F401
-
     logits, index, dense, weight, table, scale = data
     check(torch.ops.ghm.count_softmax, logits, index % 5, None, BINS)
     whole, entries = torch.tensor(2.0, device=logits.device), torch.rand_like(logits)
@@ -86,8 +78,6 @@ def test_the_gradients_of_focal_and_softmax(data):
 
 @pytest.mark.parametrize("persist", [True, False])
 def test_density(device, persist):
-    from ghm_triton.ops import backend as ops  # noqa: F401
-
     regions = torch.arange(BINS, device=device)
     positives = torch.ones(3, dtype=torch.float64, device=device)
     smoothed = torch.rand(BINS, device=device)
