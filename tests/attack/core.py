@@ -286,8 +286,9 @@ class Canary:
     Each answer must come within very many times of what one takes just before.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, slower: float = _SLOWER) -> None:
         self.service = service
+        self.slower = slower
         self.quiet = statistics.median(service.live() for _ in range(9))
         self.worst = 0.0
         self._done = threading.Event()
@@ -310,7 +311,7 @@ class Canary:
         self._thread.join()
         if error is None:
             assert self._problem is None, self._problem
-            assert self.worst <= _SLOWER * self.quiet, (
+            assert self.worst <= self.slower * self.quiet, (
                 f"/health/live took {self.worst:.2f} s, and {self.quiet:.4f} s just before"
             )
 
