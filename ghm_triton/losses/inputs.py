@@ -113,10 +113,7 @@ def softmax_inputs(
     if look:
         _require_classes(index, classes, background=False)
     return SoftmaxInputs(
-        _rows(logits, classes),
-        index,
-        None if weight is None else weight.reshape(-1),
-        target.shape,
+        _rows(logits, classes), index, None if weight is None else weight.reshape(-1), target.shape
     )
 
 

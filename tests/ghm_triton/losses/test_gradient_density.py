@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ghm_triton import (
-    gradient_density,
-)
+from ghm_triton import gradient_density
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -158,10 +158,7 @@ class TestSoftmax(HarmonizedTester):
 class TestSoftmaxStreaming(TestSoftmax):
     density = "streaming"
     kernel_tests = WINDOW_KERNEL_TESTS
-    cases = {
-        **TestSoftmax.cases,
-        "shape": [(67, 2), (2, 3, 5)],
-    }
+    cases = {**TestSoftmax.cases, "shape": [(67, 2), (2, 3, 5)]}
     test_tensors_that_are_refused = None
     test_options_that_are_refused = None
     test_modules_refuse_options_at_once = None
