@@ -10,7 +10,7 @@ from torch import Tensor
 from ghm_triton import reference
 from ghm_triton.cpu.blocks import LOSS, MORE, SLOPE, TARGET, WEIGHT, Block, supports
 from ghm_triton.cpu.loss import BlockLoss, surely_finite
-from ghm_triton.reference.interface import ClassificationInputs, RegionCounts
+from ghm_triton.reference.interface import ClassificationInputs, Focus, RegionCounts
 
 BITS_OF_ONE = 0x3F800000  # of float32
 ONE = torch.ones((), dtype=torch.float32, device="cpu")  # calls handle tensors faster
@@ -183,36 +183,24 @@ class BCE(ClassificationLoss):
 
 
 def weighted_focal(
-    inputs: ClassificationInputs,
-    scale: Tensor,
-    *,
-    alpha: float,
-    gamma: float,
-    weighted: bool,
-    reduce: bool,
+    inputs: ClassificationInputs, scale: Tensor, focus: Focus, *, weighted: bool, reduce: bool
 ) -> Tensor:
     """As `reference.weighted_focal`, in blocks where they are supported; differentiable once."""
     if not supports(inputs, scale):
-        options = {"weighted": weighted, "reduce": reduce}
-        return reference.weighted_focal(inputs, scale, alpha=alpha, gamma=gamma, **options)
-    return Focal(inputs, scale, alpha, gamma, weighted=weighted)(inputs.logits, reduce)
+        return reference.weighted_focal(inputs, scale, focus, weighted=weighted, reduce=reduce)
+    return Focal(inputs, scale, focus, weighted=weighted)(inputs.logits, reduce)
 
 
 class Focal(ClassificationLoss):
     """The arithmetic of `weighted_focal`."""
 
     def __init__(
-        self,
-        inputs: ClassificationInputs,
-        scale: Tensor,
-        alpha: float,
-        gamma: float,
-        *,
-        weighted: bool,
+        self, inputs: ClassificationInputs, scale: Tensor, focus: Focus, *, weighted: bool
     ) -> None:
         super().__init__(inputs, scale.view(1), weighted=weighted)
-        self._positive, self._negative = alpha * float(scale), (1 - alpha) * float(scale)
-        self._gamma = gamma
+        whole = float(scale)
+        self._positive, self._negative = focus.alpha * whole, (1 - focus.alpha) * whole
+        self._gamma = focus.gamma
 
     def norms(self) -> Tensor:
         """The focal loss has no unit regions."""

@@ -14,7 +14,7 @@ from ghm_triton.losses.options import (
     Reduction,
     select_backend,
 )
-from ghm_triton.reference.interface import ClassificationInputs
+from ghm_triton.reference.interface import ClassificationInputs, Focus
 from ghm_triton.reference.losses import compute_dtype, entries, positives
 
 
@@ -73,7 +73,7 @@ def focal_loss(
     options = LossOptions(loss_weight, average, weighted, reduction, backend, validate)
     _require_factors(alpha, gamma)
     inputs = classification_inputs(logits, target, label_weight, validate)
-    return _focal(inputs, options, alpha, gamma)
+    return _focal(inputs, options, Focus(alpha, gamma))
 
 
 class FocalLoss(LossModule):
@@ -108,7 +108,7 @@ class FocalLoss(LossModule):
     def forward(self, logits: Tensor, target: Tensor, label_weight: Tensor | None = None) -> Tensor:
         """Compute the loss; shapes, dtypes and errors are those of `focal_loss`."""
         inputs = classification_inputs(logits, target, label_weight, self.validate)
-        return _focal(inputs, self, self.alpha, self.gamma)
+        return _focal(inputs, self, Focus(self.alpha, self.gamma))
 
 
 def _require_factors(alpha: float, gamma: float) -> None:
@@ -118,16 +118,12 @@ def _require_factors(alpha: float, gamma: float) -> None:
         raise ValueError(f"gamma must be at least 0, got {gamma}")
 
 
-def _focal(
-    inputs: ClassificationInputs, options: LossOptions, alpha: float, gamma: float
-) -> Tensor:
+def _focal(inputs: ClassificationInputs, options: LossOptions, focus: Focus) -> Tensor:
     kernels = select_backend(options.backend, inputs.logits)
     reduce = options.reduction != "none"
     with torch.no_grad():
         scale = _scale(inputs, options)
-    loss = kernels.weighted_focal(
-        inputs, scale, alpha=alpha, gamma=gamma, weighted=options.weighted, reduce=reduce
-    )
+    loss = kernels.weighted_focal(inputs, scale, focus, weighted=options.weighted, reduce=reduce)
     return loss if reduce else loss.view(inputs.shape)
 
 

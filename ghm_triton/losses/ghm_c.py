@@ -17,7 +17,6 @@ from ghm_triton.losses.options import (
     select_backend,
 )
 from ghm_triton.losses.schedule import StrengthSchedule
-from ghm_triton.reference.density import weigh_bce
 from ghm_triton.reference.interface import ClassificationInputs
 
 
@@ -156,5 +155,4 @@ def _ghm_c(inputs: ClassificationInputs, density: GradientDensity, options: Loss
         *(inputs, inputs.logits, density, options, kernels),
         count=kernels.count_bce,
         loss=kernels.weighted_bce,
-        weigh=weigh_bce,
     )

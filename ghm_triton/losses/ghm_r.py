@@ -16,7 +16,6 @@ from ghm_triton.losses.options import (
     select_backend,
 )
 from ghm_triton.losses.schedule import StrengthSchedule
-from ghm_triton.reference.density import weigh_asl1
 from ghm_triton.reference.interface import RegressionInputs
 
 
@@ -156,5 +155,4 @@ def _ghm_r(inputs: RegressionInputs, density: GradientDensity, options: LossOpti
         *(inputs, inputs.pred, density, options, kernels),
         count=kernels.count_asl1,
         loss=kernels.weighted_asl1,
-        weigh=weigh_asl1,
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ghm_triton import cpu
 from ghm_triton.losses.density import GradientDensity
 from ghm_triton.losses.inputs import require_choice
+from ghm_triton.reference.density import weigh_entries
 from ghm_triton.reference.interface import (
     ClassificationInputs,
     Kernels,
@@ -80,7 +81,6 @@ def harmonized_loss(
     *,
     count: Callable[[Inputs, int], RegionCounts],
     loss: Callable[..., Tensor],
-    weigh: Callable[..., Inputs] | None = None,
 ) -> Tensor:
     """Count the gradient norms, weigh the unit regions, and compute the weighted loss.
 
@@ -92,7 +92,6 @@ def harmonized_loss(
         kernels: The implementation that `count` and `loss` belong to.
         count: Counts the inputs by unit region.
         loss: Computes the loss from the inputs, the weights and the scale of the sum.
-        weigh: Weighs each entry for `density="exact"`; None where that is not supported.
 
     Raises:
         ValueError: The density is on another device than the inputs.
@@ -107,9 +106,9 @@ def harmonized_loss(
     factor = options.loss_weight * (density.world_size() if mean else 1)
     with torch.no_grad():
         counts = density.gather(count(inputs, density.regions))
-        if density.method == "exact" and weigh is not None:
-            strength = density.current_strength()
-            inputs = weigh(inputs, density.bins, strength, density.max_weight, weighted=weighted)
+        if density.method == "exact" and not isinstance(inputs, SoftmaxInputs):
+            strength, bound = density.current_strength(), density.max_weight
+            inputs = weigh_entries(inputs, density.bins, strength, bound, weighted=weighted)
             weighted = True
         table, scale = density.weigh(counts, kernels, options.average if mean else None, factor)
     reduce = options.reduction != "none"

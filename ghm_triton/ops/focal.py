@@ -21,7 +21,7 @@ from ghm_triton.ops.device import (
     reciprocal,
     write_results,
 )
-from ghm_triton.reference.interface import ClassificationInputs
+from ghm_triton.reference.interface import ClassificationInputs, Focus
 
 
 # fmt: off
@@ -120,14 +120,8 @@ FOCAL = launch.LossOperator(
 
 
 def weighted_focal(
-    inputs: ClassificationInputs,
-    scale: Tensor,
-    *,
-    alpha: float,
-    gamma: float,
-    weighted: bool,
-    reduce: bool,
+    inputs: ClassificationInputs, scale: Tensor, focus: Focus, *, weighted: bool, reduce: bool
 ) -> Tensor:
     """Focal loss times `scale`; the gradient has the dtype and layout of the logits."""
     data = (inputs.logits, inputs.labels, inputs.weight)
-    return FOCAL.apply(*data, scale, alpha, gamma, weighted, reduce=reduce)
+    return FOCAL.apply(*data, scale, *focus, weighted, reduce=reduce)

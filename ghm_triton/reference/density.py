@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from ghm_triton.reference.interface import (
 from ghm_triton.reference.losses import difference, gradient_norm, hypotenuse, valid_entries
 
 MOST_REGIONS = 1024  # the limit of the kernels
+
+Inputs = TypeVar("Inputs", ClassificationInputs, RegressionInputs)
 
 
 def update_density(
@@ -186,62 +189,33 @@ def window_density(norm: Tensor, bins: int, valid: Tensor | None = None) -> Tens
     return torch.empty_like(density).scatter_(0, order, density).view(norm.shape)
 
 
-def weigh_bce(
-    inputs: ClassificationInputs,
-    bins: int,
-    strength: Tensor,
-    max_weight: float | None,
-    *,
-    weighted: bool,
-) -> ClassificationInputs:
-    """The same inputs with harmonizing weights for `label_weight`.
+def weigh_entries(
+    inputs: Inputs, bins: int, strength: Tensor, max_weight: float | None, *, weighted: bool
+) -> Inputs:
+    """The same inputs with a harmonizing weight of each entry for `label_weight`.
 
     Args:
-        inputs: Logits and targets.
+        inputs: Predictions and targets.
         bins: `M`.
         strength: float32 scalar in [0, 1].
         max_weight: Upper bound of a weight, or None.
         weighted: Whether the user's `label_weight` multiplies, or only selects.
 
     Returns:
-        Inputs to hand to `weighted_bce` with `weighted=True` and a table of ones.
+        Inputs to hand to `weighted_bce` or `weighted_asl1` with `weighted=True` and a table of
+        ones.
     """
-    norm, valid = gradient_norm(inputs), valid_entries(inputs)
-    multiplier = inputs.weight if weighted else None
-    weight = _entry_weights(norm, valid, bins, strength, max_weight, multiplier)
-    return replace(inputs, weight=weight)
-
-
-def weigh_asl1(
-    inputs: RegressionInputs,
-    bins: int,
-    strength: Tensor,
-    max_weight: float | None,
-    *,
-    weighted: bool,
-) -> RegressionInputs:
-    """As `weigh_bce`, for `weighted_asl1`."""
-    d = difference(inputs).detach()
-    norm = d.abs() / hypotenuse(d, inputs.mu)
-    valid = torch.ones_like(d, dtype=torch.bool) if inputs.weight is None else inputs.weight > 0
-    multiplier = inputs.weight if weighted else None
-    weight = _entry_weights(norm, valid, bins, strength, max_weight, multiplier)
-    return replace(inputs, weight=weight)
-
-
-def _entry_weights(
-    norm: Tensor,
-    valid: Tensor,
-    bins: int,
-    strength: Tensor,
-    max_weight: float | None,
-    multiplier: Tensor | None,
-) -> Tensor:
+    if isinstance(inputs, RegressionInputs):
+        d = difference(inputs).detach()
+        norm = d.abs() / hypotenuse(d, inputs.mu)
+        valid = torch.ones_like(d, dtype=torch.bool) if inputs.weight is None else inputs.weight > 0
+    else:
+        norm, valid = gradient_norm(inputs), valid_entries(inputs)
     beta = valid.sum() / window_density(norm, bins, valid)
     weights = _weights(beta, valid, strength, max_weight)
     # A weight also selects, by being positive. An invalid entry has no density, and must stay
     # selected: its loss is NaN, not 0.
     weights = torch.where(weights > 0, weights, 1.0)
-    if multiplier is not None:
-        weights = weights * multiplier.to(weights.dtype)
-    return torch.where(valid, weights, 0.0)
+    if weighted and inputs.weight is not None:
+        weights = weights * inputs.weight.to(weights.dtype)
+    return replace(inputs, weight=torch.where(valid, weights, 0.0))

@@ -60,6 +60,13 @@ class SoftmaxInputs:
     shape: torch.Size
 
 
+class Focus(NamedTuple):
+    """Options of focal loss: the weight `alpha` of positives and the exponent `gamma`."""
+
+    alpha: float
+    gamma: float
+
+
 class RegionCounts(NamedTuple):
     """Counts of one batch.
 
@@ -169,9 +176,8 @@ class Kernels(Protocol):
         self,
         inputs: ClassificationInputs,
         scale: Tensor,
+        focus: Focus,
         *,
-        alpha: float,
-        gamma: float,
         weighted: bool,
         reduce: bool,
     ) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ghm_triton.reference.interface import (
     ClassificationInputs,
+    Focus,
     RegionCounts,
     RegressionInputs,
     SoftmaxInputs,
@@ -191,19 +192,14 @@ def _asl1(d: Tensor, mu: float) -> Tensor:
 
 
 def weighted_focal(
-    inputs: ClassificationInputs,
-    scale: Tensor,
-    *,
-    alpha: float,
-    gamma: float,
-    weighted: bool,
-    reduce: bool,
+    inputs: ClassificationInputs, scale: Tensor, focus: Focus, *, weighted: bool, reduce: bool
 ) -> Tensor:
     """`scale * sum_i -alpha_t (1 - p_t)^gamma log(p_t)`, differentiable in the logits.
 
     A logit that is not finite, or a target out of range, makes its entry NaN. Arguments and result
     as in `weighted_bce`.
     """
+    alpha, gamma = focus
     valid = valid_entries(inputs)
     target = torch.where(torch.isfinite(inputs.logits), _targets(inputs), float("nan"))
     logits = inputs.logits.to(compute_dtype(inputs.logits))

@@ -5,7 +5,12 @@ import dataclasses
 import torch
 
 from ghm_triton import cpu
-from ghm_triton.reference.interface import ClassificationInputs, RegressionInputs, SoftmaxInputs
+from ghm_triton.reference.interface import (
+    ClassificationInputs,
+    Focus,
+    RegressionInputs,
+    SoftmaxInputs,
+)
 
 TABLE = torch.tensor([3.0, 0.0, 4.0, 0.25, 0.5, 7.0, 1.0, 2.0])
 SCALE = torch.tensor(0.125)
@@ -49,7 +54,7 @@ def loss_of(case, inputs, table=TABLE, scale=SCALE, module=cpu, **options):
     options = {"weighted": False, "reduce": True, **options}
     if case.startswith("focal"):
         gamma = 0.5 if case == "focal-steep" else 2.0
-        return module.weighted_focal(inputs, scale, alpha=0.25, gamma=gamma, **options)
+        return module.weighted_focal(inputs, scale, Focus(0.25, gamma), **options)
     loss = getattr(module, "weighted_" + case.partition("-")[0])
     return loss(inputs, table, scale, **options)
 

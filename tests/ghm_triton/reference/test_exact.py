@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghm_triton.losses.inputs import classification_inputs, regression_inputs
-from ghm_triton.reference.density import weigh_asl1, weigh_bce, window_density
+from ghm_triton.reference.density import weigh_entries, window_density
 
 BINS = [1, 2, 3, 10, 30, 341, 1024]
 
@@ -96,7 +96,7 @@ class TestWeights:
     def weighed(weight, max_weight=None, weighted=False, strength=1.0, pred=0.0):
         inputs = regression_inputs(torch.full((4, 1), pred), torch.zeros(4, 1), weight, False)
         strength = torch.tensor(strength)
-        out = weigh_asl1(inputs, 2, strength, max_weight, weighted=weighted)
+        out = weigh_entries(inputs, 2, strength, max_weight, weighted=weighted)
         assert out.weight.dtype == torch.float32
         return out.weight.flatten().tolist()
 
@@ -119,7 +119,7 @@ class TestWeights:
         target = torch.tensor([[7.5], [0.5], [-3.0], [torch.nan]])
         inputs = classification_inputs(torch.zeros(4, 1), target, None, False)
         for weighted in (False, True):
-            out = weigh_bce(inputs, 10, torch.tensor(1.0), None, weighted=weighted)
+            out = weigh_entries(inputs, 10, torch.tensor(1.0), None, weighted=weighted)
             assert (out.weight > 0).all()
 
     def test_a_multiplier_that_vanishes_is_no_one(self):
@@ -130,7 +130,7 @@ class TestWeights:
         logits = torch.randn(5, 3, generator=generator)
         for target in (torch.zeros(5, dtype=torch.int64), torch.zeros(5, 3)):
             inputs = classification_inputs(logits, target, None, None)
-            out = weigh_bce(inputs, 10, torch.tensor(1.0), None, weighted=False)
+            out = weigh_entries(inputs, 10, torch.tensor(1.0), None, weighted=False)
             assert out.logits is inputs.logits
             assert out.index is inputs.index
             assert out.target is inputs.target
