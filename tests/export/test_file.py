@@ -193,6 +193,7 @@ def external_tensor() -> TensorProto:
         (b"", "the file is empty"),
         (b"not a model", "not an ONNX file"),
         (b"\x00\xff" * 50, "not an ONNX file"),
+        (b"\x08" + b"\xff" * 20, "not an ONNX file"),
         (b"PK\x03\x04 a zip file", "not an ONNX file"),
         (b"\x08\x0a", "holds no graph"),  # a message with an IR version and nothing else
     ],
