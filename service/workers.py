@@ -125,7 +125,8 @@ class _Worker(multiprocess.Process):
 
         settings = self.config.settings
         logs.configure(settings.log_level, settings.log_format)
-        threading.Thread(target=_stop_with_parent, daemon=True).start()
+        limit = settings.drain_seconds + settings.shutdown_seconds + _GRACE_SECONDS
+        threading.Thread(target=_stop_with_parent, args=(limit,), daemon=True).start()
         try:
             app = prepare(settings)
         except SettingsError as error:
@@ -208,8 +209,11 @@ class Supervisor(multiprocess.Multiprocess):
         super().terminate_all()
 
 
-def _stop_with_parent() -> None:
+def _stop_with_parent(limit: float) -> None:
+    """Stop as at SIGTERM when the parent ends; after so many seconds at once."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
+        sleep(limit)
+        os._exit(1)

@@ -28,7 +28,7 @@ from service.core.errors import ProblemError
 from service.engine.deadline import while_wanted
 from service.engine.session import ServedModel
 from service.http.bodies import Upload, read_upload
-from service.images.decode import Geometry, prepare
+from service.images.decode import Geometry, prepare, prepare_bytes
 from service.images.decode import decode as decode_file
 from service.images.header import (
     DamagedImageError,
@@ -179,7 +179,8 @@ async def opened(
     service = job.service
     with _naming(name):
         header = await _measured(service, content)
-    async with service.decoded.use(header.decoded_bytes):
+    needed = header.decoded_bytes + prepare_bytes(job.model.card)
+    async with service.decoded.use(min(needed, service.decoded.total)):
         with _naming(name):
             prepared = await _to_the_end(service, _prepare, content, header, job.model.card, keep)
         service.metrics.stage("decode", prepared.seconds)

@@ -10,7 +10,6 @@ Other files, and those whose name begins with a dot, are ignored.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,9 +69,9 @@ def list_models(source: Path) -> tuple[list[Listed], dict[Path, str]]:
         return [Listed(source, None, FIRST_VERSION)], {}
     models: dict[tuple[str, str], Listed] = {}
     problems: dict[Path, str] = {}
-    for path in _visible(source):
+    for path in sorted(source.iterdir()):
         try:
-            files = [Listed(path, path.stem, FIRST_VERSION)] if path.is_file() else _versions(path)
+            files = _models(path)
         except OSError as error:
             problems[path] = str(error.strerror)
             continue
@@ -99,18 +98,20 @@ def version_key(version: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def _visible(folder: Path) -> Iterator[Path]:
-    """Yield the entries of a folder that may be models or versions of one."""
-    for path in sorted(folder.iterdir()):
-        if not path.name.startswith(".") and (path.suffix == ".onnx" or path.is_dir()):
-            yield path
-
-
-def _versions(folder: Path) -> list[Listed]:
+def _models(path: Path) -> list[Listed]:
+    """Return the models of an entry of the folder: a file, or a folder of versions."""
+    if not _may_be_model(path):
+        return []
+    if path.is_file():
+        return [Listed(path, path.stem, FIRST_VERSION)]
     listed = []
-    for path in _visible(folder):
-        if path.is_file():
-            listed.append(Listed(path, folder.name, path.stem))
-        elif (path / "model.onnx").exists():
-            listed.append(Listed(path / "model.onnx", folder.name, path.name))
+    for inner in filter(_may_be_model, sorted(path.iterdir())):
+        if inner.is_file():
+            listed.append(Listed(inner, path.name, inner.stem))
+        elif (inner / "model.onnx").exists():
+            listed.append(Listed(inner / "model.onnx", path.name, inner.name))
     return listed
+
+
+def _may_be_model(path: Path) -> bool:
+    return not path.name.startswith(".") and (path.suffix == ".onnx" or path.is_dir())

@@ -254,16 +254,19 @@ class Registry:
             except (CatalogueError, OSError) as error:
                 self._skip({self.source: str(error).removeprefix(f"{self.source}: ")})
                 return
-            for path in set(self._entries) - set(listing):
-                if self._skipped.keys() & {path, *path.parents}:  # perhaps still there
-                    continue
-                gone = self._entries.pop(path)
-                logger.info("%s is gone: %s is no longer served", path, gone.name)
             for path, listed in listing.items():
                 signature = await asyncio.to_thread(Signature.of, path)
                 entry = self._entries.get(path, Entry(listed))
                 if signature != entry.signature:
                     await self._replace(entry)
+            listed_as = {(listed.name, listed.version) for listed in listing.values()}
+            for path in set(self._entries) - set(listing):
+                gone = self._entries[path]
+                unreadable = self._skipped.keys() & {path, *path.parents}  # perhaps still there
+                if unreadable and (gone.listed.name, gone.version) not in listed_as:
+                    continue
+                del self._entries[path]
+                logger.info("%s is gone: %s is no longer served", path, gone.name)
 
     async def watch(self, seconds: float) -> NoReturn:
         """Call `refresh` every so many seconds, whatever fails."""
@@ -334,7 +337,7 @@ class Registry:
             with suppress(RuntimeError):  # the loop has closed: nothing waits any more
                 loop.call_soon_threadsafe(finish, *outcome)
 
-        threading.Thread(target=work, name="load").start()
+        threading.Thread(target=work, name="load", daemon=True).start()
         limit = self._settings.load_seconds
         try:
             async with asyncio.timeout(limit):

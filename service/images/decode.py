@@ -4,6 +4,7 @@
 - 16-bit grey is scaled to 8 bits (`round(x / 257)`), not clipped; of 16-bit colour the high byte is
   kept, as Pillow decodes it.
 - Transparency (an alpha channel, a transparent palette entry or colour) is composited on white.
+  The fourth byte of a BMP file's pixels is no alpha channel if it is 0 in all of them.
 - CMYK and YCbCr are converted to RGB, grey becomes three equal channels.
 - Of an animation or a document, the first frame is taken.
 - Colour profiles are ignored, as in training.
@@ -119,6 +120,16 @@ def decode(content: bytes, max_pixels: int, header: ImageHeader | None = None) -
         raise damaged(header.kind, short_reason(error)) from error
 
 
+def prepare_bytes(card: DetectorCard) -> int:
+    """Return an upper bound of the memory of `prepare` beyond that of `decode`.
+
+    Per pixel of the model's input: the row (12 bytes, or 3 for uint8), the resized image and a
+    pass of it (4 each), and its bytes while they are copied (6).
+    """
+    pixels = card.preprocessing.width * card.preprocessing.height
+    return pixels * (17 if card.input == "uint8" else 26)
+
+
 def prepare(image: Image.Image, card: DetectorCard) -> tuple[npt.NDArray[Any], Geometry]:
     """Convert an image to a row of the model's input.
 
@@ -214,9 +225,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         )
     if image.mode.startswith("I;16"):
         image = _to_eight_bits(image)
-    if image.has_transparency_data:
+    if image.has_transparency_data and not _has_unused_alpha(image):
         return _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _has_unused_alpha(image: Image.Image) -> bool:
+    """Whether the alpha of a BMP file is 0 everywhere, as many programs write it."""
+    return image.format == "BMP" and image.getextrema()[-1] == (0, 0)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -11,10 +11,14 @@ from __future__ import annotations
 import logging
 import logging.config
 import os
+import select
+import socket
 import stat
 import sys
+from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal, TextIO
 
 import orjson
@@ -79,10 +83,15 @@ def configure(level: str, kind: Format) -> None:
 
 
 class _Pipe:
-    """A pipe that drops lines while its reader does not keep up, instead of blocking."""
+    """A pipe or socket that drops lines while its reader does not keep up, instead of blocking.
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    Args:
+        send: Writes bytes without blocking and returns their number; raises `BlockingIOError`
+            where there is no room.
+    """
+
+    def __init__(self, send: Callable[[bytes], int]) -> None:
+        self._send = send
         self._rest = b""  # of a line that is written in part
 
     def write(self, text: str) -> None:
@@ -96,7 +105,7 @@ class _Pipe:
     def _write(self, data: bytes) -> bytes:
         """Write what the pipe takes, and return the rest."""
         try:
-            return data[os.write(self._descriptor, data) :]
+            return data[self._send(data) :]
         except BlockingIOError:
             return data
 
@@ -105,15 +114,32 @@ class _Pipe:
 
 
 def _stderr() -> TextIO | _Pipe:
-    """Return stderr, opened a second time if it is a pipe: not blocking is a property of both."""
+    """Return stderr, or an object that writes to it without blocking if it is a pipe or socket.
+
+    `O_NONBLOCK` would hold for every process that shares it. So a pipe is opened a second time.
+    """
     try:
         descriptor = sys.stderr.fileno()
-        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
-            path = f"/proc/self/fd/{descriptor}"
-            return _Pipe(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_APPEND))
-    except OSError:  # not a file, or not on Linux
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISSOCK(mode):
+            stream = socket.socket(fileno=os.dup(descriptor))
+            return _Pipe(lambda data: stream.send(data, socket.MSG_DONTWAIT))
+        if stat.S_ISFIFO(mode):
+            try:
+                again = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
+            except PermissionError:  # a pipe of another user
+                return _Pipe(partial(_write_if_room, descriptor))
+            return _Pipe(partial(os.write, again))
+    except (OSError, AttributeError):  # not a file, or not on Linux
         pass
     return sys.stderr
+
+
+def _write_if_room(descriptor: int, data: bytes) -> int:
+    """Write to a pipe that has room for `PIPE_BUF` bytes, of which a write does not block."""
+    if not select.select([], [descriptor], [], 0)[1]:
+        raise BlockingIOError
+    return os.write(descriptor, data[: select.PIPE_BUF])
 
 
 class JsonFormatter(logging.Formatter):

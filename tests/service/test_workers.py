@@ -17,6 +17,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.workers import _stop_with_parent
+
 ROOT = Path(__file__).parents[2]
 RUN = "import sys; from ghm_triton.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("GHM_")}
@@ -266,6 +268,24 @@ def test_workers_do_not_outlive_their_parent(detector):
         running.process.kill()
         running.rest()  # returns once nobody holds the log any more
         assert not running.connects()
+
+
+def hang_as_a_worker() -> None:
+    threading.Thread(target=_stop_with_parent, args=(0.1,), daemon=True).start()
+    threading.Event().wait()
+
+
+def test_a_worker_that_hangs_ends_after_its_parent():
+    program = (
+        "import os, signal; from multiprocessing import get_context\n"
+        "from tests.service.test_workers import hang_as_a_worker\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "get_context('spawn').Process(target=hang_as_a_worker).start()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE) as process:
+        process.communicate(timeout=PATIENCE)  # returns once the worker has ended as well
 
 
 @pytest.mark.slow

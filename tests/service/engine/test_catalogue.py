@@ -50,16 +50,17 @@ def test_a_name_that_a_url_cannot_carry_is_skipped(folder, name):
     assert "is no name for a model" in problems[root / name]
 
 
-def test_a_folder_that_cannot_be_read_is_skipped(folder, monkeypatch):
+@pytest.mark.parametrize("call", ["iterdir", "stat"])
+def test_an_entry_that_cannot_be_read_is_skipped(folder, monkeypatch, call):
     root = folder("good.onnx", "lost+found/x.onnx")
-    iterdir = type(root).iterdir
+    real = getattr(type(root), call)
 
-    def read(path):  # as for a user without permission; the tests may run as root
+    def read(path, *arguments, **options):  # as without permission; the tests may run as root
         if path.name == "lost+found":
             raise PermissionError(13, "Permission denied")
-        return iterdir(path)
+        return real(path, *arguments, **options)
 
-    monkeypatch.setattr(type(root), "iterdir", read)
+    monkeypatch.setattr(type(root), call, read)
     models, problems = list_models(root)
     assert [model.name for model in models] == ["good"]
     assert problems == {root / "lost+found": "Permission denied"}
@@ -77,4 +78,7 @@ def test_a_signature_changes_with_the_file(tmp_path):
     first = Signature.of(path)
     assert first == Signature.of(path)
     path.write_bytes(b"longer")
-    assert Signature.of(path) != first
+    second = Signature.of(path)
+    assert second != first
+    path.chmod(0o600)
+    assert Signature.of(path) != second

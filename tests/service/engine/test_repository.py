@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from export.card import CardError
+from export.file import read_detector
 from service.core.errors import ProblemError
 from service.core.settings import Settings
 from service.engine.catalogue import CatalogueError
@@ -198,6 +199,55 @@ def test_a_folder_that_cannot_be_read_for_a_while_keeps_its_models(
         await registry.refresh()
         assert registry.get("pets").version == "2"
         assert registry.problems() == [f"{tmp_path / 'pets'}: Permission denied"]
+
+    asyncio.run(check())
+
+
+def test_a_file_that_may_be_read_later_is_served_then(start, detector, tmp_path, monkeypatch):
+    forbidden = True
+
+    def read(path):  # as for a user without permission; the tests may run as root
+        if forbidden and path.name == "later.onnx":
+            raise PermissionError(13, "Permission denied")
+        return read_detector(path)
+
+    monkeypatch.setattr("service.engine.repository.read_detector", read)
+
+    async def check():
+        nonlocal forbidden
+        registry, _ = await start(folder_of(tmp_path, good=detector, later=detector))
+        assert "Permission denied" in registry.problems()[0]
+        forbidden = False
+        (tmp_path / "later.onnx").chmod(0o600)
+        await registry.refresh()
+        assert registry.get("later").warm
+        assert registry.problems() == []
+
+    asyncio.run(check())
+
+
+def test_a_file_with_the_version_of_another_is_a_problem_until_that_is_gone(
+    start, detector, tmp_path
+):
+    async def check():
+        registry, _ = await start(folder_of(tmp_path, pets=detector))
+        folder_of(tmp_path, pets__1=detector, cars=detector)
+        await registry.refresh()
+        paths = [entry.path for entry in registry.entries()]
+        assert paths == [tmp_path / "cars.onnx", tmp_path / "pets/1.onnx"]
+        assert "is version 1 of pets already" in registry.problems()[0]
+        (tmp_path / "pets/1.onnx").unlink()
+        await registry.refresh()
+        assert registry.problems() == []
+        assert registry.entries()[1].path == tmp_path / "pets.onnx"
+
+    asyncio.run(check())
+
+
+def test_problems_are_text_whatever_the_bytes_of_a_name(start, detector, tmp_path):
+    async def check():
+        registry, _ = await start(folder_of(tmp_path, good=detector, **{"a\udcff": detector}))
+        assert registry.problems()[0].encode().startswith(bytes(tmp_path / "a") + b"\\udcff.onnx")
 
     asyncio.run(check())
 

@@ -3,6 +3,7 @@ import contextvars
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -148,15 +149,30 @@ def test_notes_are_summed_over_threads_and_dropped_outside_of_a_request():
     contextvars.Context().run(logs.note, model="a")
 
 
-def test_a_pipe_that_nobody_reads_stops_nothing():
+FORBIDDEN = """
+import os
+def forbid(path, *_): raise PermissionError(13, path)
+os.open = forbid
+"""
+
+
+@pytest.mark.parametrize(
+    ("pair", "first"),
+    [(os.pipe, ""), (os.pipe, FORBIDDEN), (socket.socketpair, "")],
+    ids=["pipe", "pipe of another user", "socket"],
+)
+def test_a_log_that_nobody_reads_stops_nothing(pair, first):
     program = (
-        "import logging; from service.observability import logs; logs.configure('info', 'json')\n"
+        "import logging; from service.observability import logs\n"
+        f"{first}\nlogs.configure('info', 'json')\n"
         "for number in range(20_000): logging.getLogger('ghm').info('%s', 'x' * (number % 9000))"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
+    reader, writer = (one if isinstance(one, int) else one.detach() for one in pair())
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=writer)
+    os.close(writer)
     assert process.wait(60) == 0
-    lines = process.stderr.read().splitlines()
-    process.stderr.close()
+    with os.fdopen(reader, "rb") as received:
+        lines = received.read().splitlines()
     assert 0 < len(lines) < 20_000
     for line in lines[:-1]:  # the last one may be cut
         assert json.loads(line)["msg"].strip("x") == ""
