@@ -10,11 +10,11 @@ import zlib
 from collections.abc import Callable
 
 from benchmarks.fuzz_json import mutate_json
+from ghm_triton.images.decode import decode
+from ghm_triton.images.header import ImageError
 from service.core.detections import DetectOptions, read_options
 from service.core.errors import ProblemError
 from service.http import bodies
-from service.images.decode import decode
-from service.images.header import ImageError
 
 MAX_PIXELS = 2**20
 _PNG = b"\x89PNG\r\n\x1a\n"

@@ -91,7 +91,7 @@ def _run_model(arguments: argparse.Namespace, options: dict[str, str]) -> None:
     from service.core.errors import ProblemError
     from service.core.settings import available_cpus
     from service.engine.session import ModelError, ServedModel
-    from service.images.decode import prepare
+    from service.images import prepare
 
     if not arguments.images:
         raise ValueError(f"no image is named after {arguments.model}")
@@ -134,9 +134,9 @@ def _read_thresholds(text: str) -> dict[str, Any]:
 
 
 def _decode(path: Path) -> Image.Image:
+    from ghm_triton.images.decode import decode
+    from ghm_triton.images.header import ImageError
     from service.core.settings import MOST_PIXELS
-    from service.images.decode import decode
-    from service.images.header import ImageError
 
     try:
         return decode(path.read_bytes(), MOST_PIXELS)

@@ -25,10 +25,11 @@ from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.evaluate import Detections, detect, torch_predictor
 from ghm_triton.detection.models.postprocess import DeployedDetector
 from ghm_triton.detection.training.checkpoint import Checkpoint
+from ghm_triton.images.decode import decode
 from service.app import create_app
 from service.core.settings import Settings
 from service.engine.session import ServedModel
-from service.images.decode import decode, letterbox
+from service.images import letterbox
 
 # The contract's: boxes in pixels, scores. Runtimes sum convolutions in different orders.
 BOX, SCORE = 0.1, 1e-4

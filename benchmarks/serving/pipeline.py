@@ -16,11 +16,12 @@ import numpy as np
 
 from benchmarks.serving.processes import resident_bytes
 from export.file import read_detector
+from ghm_triton.images.decode import decode
 from service.api.pipeline import image_answer
 from service.core.detections import DetectOptions, resolve
 from service.core.settings import MOST_PIXELS
 from service.engine.session import ServedModel
-from service.images.decode import decode, prepare
+from service.images import prepare
 
 
 class Pipeline:

@@ -22,22 +22,22 @@ from fastapi import Request, Response
 from PIL import Image
 
 from export.card import DetectorCard
-from service.api.state import ServiceState, service_state
-from service.core.detections import DetectionParams, Detections, Options, read_options
-from service.core.errors import ProblemError
-from service.engine.deadline import while_wanted
-from service.engine.session import ServedModel
-from service.http.bodies import Upload, read_upload
-from service.images.decode import Geometry, prepare, prepare_bytes
-from service.images.decode import decode as decode_file
-from service.images.header import (
+from ghm_triton.images.decode import decode as decode_file
+from ghm_triton.images.header import (
     DamagedImageError,
     ImageError,
     ImageHeader,
     ImageTooLargeError,
     UnsupportedImageError,
 )
-from service.images.headers import measure
+from ghm_triton.images.headers import measure
+from service.api.state import ServiceState, service_state
+from service.core.detections import DetectionParams, Detections, Options, read_options
+from service.core.errors import ProblemError
+from service.engine.deadline import while_wanted
+from service.engine.session import ServedModel
+from service.http.bodies import Upload, read_upload
+from service.images import Geometry, prepare, prepare_bytes
 from service.observability.metrics import Metrics
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class Prepared:
     """A decoded image, ready for the model.
 
     Attributes:
-        row: One row of the model's input, as `service.images.decode.prepare` returns it.
+        row: One row of the model's input, as `service.images.prepare` returns it.
         geometry: Maps boxes back to the image.
         image: The upright image, if it was kept.
         seconds: Time spent decoding.

@@ -110,7 +110,7 @@ class ServedModel:
 
         Args:
             batch: Images of the card's `input` type: float32 `[B, 3, H, W]`, normalised
-                (`service.images.decode.letterbox`), or uint8 RGB `[B, height, width, 3]` of any
+                (`service.images.letterbox`), or uint8 RGB `[B, height, width, 3]` of any
                 size.
             class_thresholds: float32 `[C]`, minimum score per class; None for the card's. `OFF`
                 switches a class off.

@@ -26,7 +26,7 @@ from export.verify.compare import (
     split_batch,
 )
 from ghm_triton.detection.data import open_dataset
-from service.images.decode import letterbox
+from service.images import letterbox
 
 Feeds = dict[str, np.ndarray]
 

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from ghm_triton.images.decode import decode
 from service.api import pipeline
 from service.api.pipeline import Job, Prepared
 from service.api.state import ServiceState
 from service.core.detections import DetectOptions, resolve
 from service.core.errors import ProblemError
 from service.http.bodies import Upload
-from service.images.decode import decode, prepare
+from service.images import prepare
 from service.observability.metrics import Metrics
 
 pytestmark = pytest.mark.anyio

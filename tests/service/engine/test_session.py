@@ -7,7 +7,7 @@ from export.file import read_detector
 from service.core.detections import OFF
 from service.engine import session as module
 from service.engine.session import CPU, CUDA, ModelError, ServedModel
-from service.images.decode import letterbox
+from service.images import letterbox
 
 PATCHES = {(16, 16, 32, 32): "#ff0000", (64, 16, 80, 32): "#00d000", (32, 40, 48, 56): "#0000ff"}
 

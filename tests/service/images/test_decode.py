@@ -13,13 +13,14 @@ from PIL import Image, PngImagePlugin, TiffImagePlugin
 from export.card import Preprocessing
 from ghm_triton.detection.data.transforms import Letterbox
 from ghm_triton.detection.models.config import DetectorConfig
-from service.images.decode import Geometry, canvas, decode, letterbox, prepare
-from service.images.header import (
+from ghm_triton.images.decode import decode
+from ghm_triton.images.header import (
     DamagedImageError,
     ImageError,
     ImageTooLargeError,
     UnsupportedImageError,
 )
+from service.images import Geometry, canvas, letterbox, prepare
 
 LIMIT = 1_000_000
 ORIENTATION = 0x0112
@@ -388,8 +389,9 @@ import io, sys
 from types import SimpleNamespace
 from PIL import Image
 from export.card import Preprocessing
-from service.images.decode import decode, prepare, prepare_bytes
-from service.images.headers import measure
+from ghm_triton.images.decode import decode
+from service.images import prepare, prepare_bytes
+from ghm_triton.images.headers import measure
 from pathlib import Path
 
 def kilobytes(key):

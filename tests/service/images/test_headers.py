@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.images.decode import decode
-from service.images.header import (
+from ghm_triton.images.decode import decode
+from ghm_triton.images.header import (
     DamagedImageError,
     ImageError,
     ImageTooLargeError,
     UnsupportedImageError,
 )
-from service.images.headers import measure
+from ghm_triton.images.headers import measure
 
 EVERYTHING = sorted((Path(__file__).parents[1] / "corpus").iterdir())
 CORPUS = [path for path in EVERYTHING if path.name[0].isdigit()]  # the others are bodies
@@ -68,8 +68,8 @@ def test_every_file_of_the_corpus_has_its_builder():
 PEAK = """
 import sys
 from pathlib import Path
-from service.images.decode import decode
-from service.images.header import ImageError
+from ghm_triton.images.decode import decode
+from ghm_triton.images.header import ImageError
 
 def kilobytes(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -157,8 +157,8 @@ import io, sys
 import numpy as np
 from pathlib import Path
 from PIL import Image
-from service.images.decode import decode
-from service.images.headers import measure
+from ghm_triton.images.decode import decode
+from ghm_triton.images.headers import measure
 
 def kilobytes(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -6,7 +6,8 @@ import numpy as np
 import orjson
 import pytest
 
-from service.images.decode import decode, prepare
+from ghm_triton.images.decode import decode
+from service.images import prepare
 from service.v2 import schemas
 from service.v2.codec import HEADER
 from service.v2.signature import Signature

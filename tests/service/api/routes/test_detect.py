@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ghm_triton.images.decode import decode
 from service.api.routes.detect import JPEG, PNG, preferred_type
 from service.core.schema import DetectManyResponse, DetectResponse, PreviewResponse
-from service.images.decode import decode, letterbox
+from service.images import letterbox
 
 URL = "/v1/detect"
 PREVIEW = "/v1/thresholds/preview"

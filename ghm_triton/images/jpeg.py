@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from service.images.header import (
+from ghm_triton.images.header import (
     MOST_PARTS,
     ImageHeader,
     ImageTooLargeError,
     damaged,
     too_many_parts,
 )
-from service.images.tiff import orientation_of
+from ghm_triton.images.tiff import orientation_of
 
 # Encoders write about ten scans. Each costs a pass over every coefficient, however short it is.
 MOST_SCANS = 64

@@ -12,8 +12,8 @@ import struct
 from dataclasses import replace
 from typing import Any
 
-from service.images import jpeg, tiff
-from service.images.header import (
+from ghm_triton.images import jpeg, tiff
+from ghm_triton.images.header import (
     FORMATS,
     MOST_PARTS,
     MOST_SIDE,
@@ -25,7 +25,7 @@ from service.images.header import (
     open_lazily,
     too_many_parts,
 )
-from service.images.tiff import orientation_of
+from ghm_triton.images.tiff import orientation_of
 
 _SLACK = 2 * 2**20  # the decoder's tables and row buffers
 
@@ -50,7 +50,7 @@ def measure(content: bytes, max_pixels: int) -> ImageHeader:
         max_pixels: Largest number of pixels allowed.
 
     Returns:
-        The header. `decoded_bytes` bounds the memory that `service.images.decode.decode` takes
+        The header. `decoded_bytes` bounds the memory that `ghm_triton.images.decode.decode` takes
         beyond the file itself.
 
     Raises:

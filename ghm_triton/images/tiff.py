@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from service.images.header import (
+from ghm_triton.images.header import (
     ImageError,
     ImageHeader,
     ImageTooLargeError,

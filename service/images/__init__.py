@@ -1,1 +1,0 @@
-"""Decoding of images within stated bounds."""
