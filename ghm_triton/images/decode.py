@@ -29,7 +29,7 @@ from ghm_triton.images.headers import measure
 _TIFF_BITS_PER_SAMPLE = 258
 _TIFF_PHOTOMETRIC = 262
 _TIFF_WHITE_IS_ZERO = 0
-_BAND = 64  # rows composited at a time, so that no further full copies are needed
+_BAND = 2**16  # pixels composited at a time, so that no further full copies are needed
 
 # The transposition that undoes each EXIF orientation; 1 is upright.
 _UPRIGHT = {
@@ -102,8 +102,9 @@ def _has_unused_alpha(image: Image.Image) -> bool:
 
 def _on_white(image: Image.Image) -> Image.Image:
     rgb = Image.new("RGB", image.size)
-    for top in range(0, image.height, _BAND):
-        band = image.crop((0, top, image.width, min(top + _BAND, image.height)))
+    rows = max(1, _BAND // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
         white = Image.new("RGBA", band.size, "white")
         shown = Image.alpha_composite(white, band.convert("RGBA"))
         rgb.paste(shown.convert("RGB"), (0, top))

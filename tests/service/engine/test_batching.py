@@ -10,6 +10,8 @@ from service.core.errors import ProblemError
 from service.engine.batching import Scheduler
 from service.engine.session import ModelError, ServedModel
 
+pytestmark = pytest.mark.anyio
+
 HOUR = 3_600_000  # milliseconds; a test that waited for it would time out
 
 
@@ -154,33 +156,25 @@ def test_a_share_of_a_batch_equals_the_image_alone(make, model, gated):
         (1, 2, 1, [1]),  # and no longer than it may
     ],
 )
-def test_waiting_for_other_images(make, gated, wait, admitted, runs, batches):
+async def test_waiting_for_other_images(make, gated, wait, admitted, runs, batches):
     scheduler, _ = make(batch_size=2, batch_wait_ms=wait)
     gated.gate.set()
-
-    async def check():
-        with scheduler.admit(admitted):
-            tasks = [asyncio.create_task(scheduler.run(gated, images(1))) for _ in range(runs)]
-            await asyncio.wait_for(asyncio.gather(*tasks), 30)
-
-    asyncio.run(check())
+    with scheduler.admit(admitted):
+        tasks = [asyncio.create_task(scheduler.run(gated, images(1))) for _ in range(runs)]
+        await asyncio.wait_for(asyncio.gather(*tasks), 30)
     assert gated.batches == batches
 
 
-def test_another_model_or_overlap_is_another_inference(make, gated, detector):
+async def test_another_model_or_overlap_is_another_inference(make, gated, detector):
     other = GatedModel(read_detector(detector), provider="cpu")
     scheduler, _ = make(batch_size=8)
-
-    async def check():
-        runs = [scheduler.run(model, images(1), params(model)) for model in (gated, gated, other)]
-        runs += [scheduler.run(gated, images(1), params(gated, iou=0.9))]
-        tasks = [asyncio.create_task(run) for run in runs]
-        await asyncio.sleep(0)
-        gated.gate.set()
-        other.gate.set()
-        await asyncio.gather(*tasks)
-
-    asyncio.run(check())
+    runs = [scheduler.run(model, images(1), params(model)) for model in (gated, gated, other)]
+    runs += [scheduler.run(gated, images(1), params(gated, iou=0.9))]
+    tasks = [asyncio.create_task(run) for run in runs]
+    await asyncio.sleep(0)
+    gated.gate.set()
+    other.gate.set()
+    await asyncio.gather(*tasks)
     assert (gated.batches, other.batches) == ([1, 1, 1], [1])
 
 
@@ -192,20 +186,17 @@ def test_only_the_cause_of_a_failed_batch_fails(make, gated):
     assert [isinstance(answer, ModelError) for answer in answers] == [False, False, True, False]
 
 
-def test_any_error_of_a_model_reaches_its_request_only(make, model, monkeypatch):
+async def test_any_error_of_a_model_reaches_its_request_only(make, model, monkeypatch):
     scheduler, _ = make()
 
     def fail(*inputs, **options):
         raise RuntimeError("surprise")
 
-    async def check():
-        with monkeypatch.context() as patch:
-            patch.setattr(model, "run", fail)
-            with pytest.raises(RuntimeError, match="surprise"):
-                await scheduler.run(model, images(1))
-        assert len(await scheduler.run(model, images(1))) == 1
-
-    asyncio.run(check())
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "run", fail)
+        with pytest.raises(RuntimeError, match="surprise"):
+            await scheduler.run(model, images(1))
+    assert len(await scheduler.run(model, images(1))) == 1
 
 
 def test_a_full_queue_refuses_and_estimates_when_to_retry(make):
@@ -253,7 +244,6 @@ def test_a_closed_scheduler_can_start_again(make, model):
     assert asyncio.run(scheduler.decode(int, "7")) == 7
 
 
-@pytest.mark.anyio
 async def test_an_endless_inference_is_ended_at_the_deadline(make, endless_detector, model):
     endless = ServedModel(read_detector(endless_detector), provider="cpu")
     scheduler, _ = make(deadline_ms=50, inferences=1)
@@ -263,7 +253,6 @@ async def test_an_endless_inference_is_ended_at_the_deadline(make, endless_detec
     assert len(await scheduler.run(model, images(1))) == 1
 
 
-@pytest.mark.anyio
 async def test_a_closed_scheduler_ends_its_inferences(make, endless_detector):
     endless = ServedModel(read_detector(endless_detector), provider="cpu")
     scheduler, _ = make(deadline_ms=HOUR)
@@ -274,7 +263,6 @@ async def test_a_closed_scheduler_ends_its_inferences(make, endless_detector):
         await running
 
 
-@pytest.mark.anyio
 async def test_an_inference_that_cannot_be_ended_frees_its_slot(make, gated, model, monkeypatch):
     monkeypatch.setattr("service.engine.batching._GRACE_SECONDS", 0.01)
     scheduler, _ = make(deadline_ms=10, inferences=1, batch_size=1)

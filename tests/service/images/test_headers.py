@@ -157,8 +157,11 @@ import io, sys
 import numpy as np
 from pathlib import Path
 from PIL import Image
+from types import SimpleNamespace
+from export.card import Preprocessing
 from ghm_triton.images.decode import decode
 from ghm_triton.images.headers import measure
+from service.images import prepare, prepare_bytes
 
 def kilobytes(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -184,26 +187,39 @@ files = {
     "tiff": encoded(image, "TIFF", exif=turned),
     "gif": encoded(image.convert("P"), "GIF", transparency=3),
 }
+for size in ((65_535, 61), (61, 65_535), (20, 20)):
+    files[str(size)] = encoded(Image.new("RGBA", size, (9, 9, 9, 9)), "PNG")
 del image, grey
+norm = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+card = SimpleNamespace(
+    input=sys.argv[1], preprocessing=Preprocessing(height=1280, width=1280, **norm)
+)
 for name, content in files.items():
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
     before = kilobytes("VmRSS")
     bound = measure(content, 10**7).decoded_bytes
-    decode(content, 10**7)
-    print(name, (kilobytes("VmHWM") - before) * 1024, bound)
+    image = decode(content, 10**7)
+    decoded = kilobytes("VmHWM")
+    prepare(image, card)
+    del image
+    peak = (kilobytes("VmHWM") - before) * 1024
+    print((decoded - before) * 1024, bound, peak, bound + prepare_bytes(card), name, sep="|")
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_decoded_bytes_bound_the_memory_of_decoding():
+@pytest.mark.parametrize("kind", ["float32", "uint8"])
+def test_the_memory_of_decoding_and_preparing_is_bounded(kind):
     # Blocks that were freed are not kept for the next file, which would seem to need less.
     told = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", MEMORY]
+    command = [sys.executable, "-c", MEMORY, kind]
     done = subprocess.run(command, capture_output=True, text=True, env=told)
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) == 9
-    assert [name for name, peak, bound in rows if int(peak) > int(bound)] == []
+    rows = [list(map(int, line.split("|")[:4])) for line in done.stdout.splitlines()]
+    assert len(rows) == 12, done.stdout
+    for decoding, bound, both, bound_of_both in rows:
+        assert decoding <= bound, done.stdout
+        assert both <= bound_of_both, done.stdout
     # A bound far above the truth would send away what fits: none is more than thrice the most.
-    assert max(int(bound) / (2000 * 1500) for _, _, bound in rows) < 22
+    assert max(bound / (2000 * 1500) for _, bound, _, _ in rows[:9]) < 22
