@@ -46,21 +46,27 @@ def check_head(
     Raises:
         Refusal: The head is too large or ambiguous, or is no HTTP/1.1 or HTTP/1.0.
     """
-    size = len(url) + sum(len(name) + len(value) + 4 for name, value in headers)
+    size, hosts, codings = len(url), 0, []
+    for name, value in headers:
+        size += len(name) + len(value) + 4
+        if name == b"host":
+            hosts += 1
+        elif name == b"transfer-encoding":
+            codings.append(value)
     if size > limit or len(headers) > _MOST_HEADERS:
         raise too_large(limit, headers=len(url) <= limit)
     version = parser.get_http_version()
     if version not in ("1.1", "1.0"):
         raise _unsupported(f"HTTP/{version}")
-    if any(url + protocol in data for protocol in (b" RTSP/", b" ICE/")):
-        raise _unsupported("RTSP or ICE")  # which the parser takes for HTTP
+    # The parser takes these for HTTP. In a head that comes in pieces they are not found.
+    target = data.find(url + b" ")
+    if target >= 0 and data.startswith((b"RTSP/", b"ICE/"), target + len(url) + 1):
+        raise _unsupported("RTSP or ICE")
     if parser.get_method() == b"CONNECT":
         raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "malformed", "CONNECT is not answered")
-    hosts = [value for name, value in headers if name == b"host"]
-    if len(hosts) > 1 or (not hosts and version == "1.1"):
-        detail = f"the request has {len(hosts)} Host headers; it must have one"
+    if hosts > 1 or (not hosts and version == "1.1"):
+        detail = f"the request has {hosts} Host headers; it must have one"
         raise Refusal(HTTPStatus.BAD_REQUEST, "malformed", detail)
-    codings = [value for name, value in headers if name == b"transfer-encoding"]
     if codings and (version == "1.0" or [coding.lower() for coding in codings] != [b"chunked"]):
         detail = f"Transfer-Encoding is {short(b', '.join(codings))}; only chunked is supported"
         raise Refusal(HTTPStatus.NOT_IMPLEMENTED, "malformed", detail)

@@ -169,7 +169,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._held += len(data)
                 data = self._feed(data)
             if self._held > self._limits.header_bytes:
-                raise too_large(self._limits.header_bytes, headers=bool(self.headers))
+                in_url = not self._in_body and not self.headers
+                raise too_large(self._limits.header_bytes, headers=not in_url)
         except Refusal as refusal:
             self._refuse(refusal)
         except httptools.HttpParserError as error:
@@ -227,11 +228,6 @@ class BoundedProtocol(HttpToolsProtocol):
             raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, "pipelined", detail)
         super().on_message_begin()
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header; trailers are discarded."""
-        if not self._in_body:
-            super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
         """Check a head, and start or queue its request."""
         check_head(self.parser, self.url, self.headers, self._fed, self._limits.header_bytes)
@@ -241,6 +237,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._held = 0
         self._in_body = True
         super().on_headers_complete()
+        self.headers = []  # takes the trailers, which are discarded
 
     def on_chunk_header(self) -> None:
         """Pass a chunk's size."""
@@ -267,7 +264,7 @@ class BoundedProtocol(HttpToolsProtocol):
                     self._close_after(cycle)  # rather than wait for the rest of the body
                 await send(message)
 
-            await app(scope, receive, send_message)
+            await app(scope, receive, send_message if cycle.more_body else send)
 
         super()._start_asgi_task(cycle, answer)
 
