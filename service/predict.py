@@ -136,10 +136,9 @@ def _read_thresholds(text: str) -> dict[str, Any]:
 def _decode(path: Path) -> Image.Image:
     from ghm_triton.images.decode import decode
     from ghm_triton.images.header import ImageError
-    from service.core.settings import MOST_PIXELS
 
     try:
-        return decode(path.read_bytes(), MOST_PIXELS)
+        return decode(path.read_bytes())
     except ImageError as error:
         raise ValueError(f"{path}: {error}") from error
 

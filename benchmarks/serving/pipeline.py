@@ -19,7 +19,6 @@ from export.file import read_detector
 from ghm_triton.images.decode import decode
 from service.api.pipeline import image_answer
 from service.core.detections import DetectOptions, resolve
-from service.core.settings import MOST_PIXELS
 from service.engine.session import ServedModel
 from service.images import prepare
 
@@ -44,7 +43,7 @@ class Pipeline:
 
     def prepare(self, content: bytes) -> tuple[np.ndarray, Any]:
         """Return a row of the model's input and its geometry."""
-        return prepare(decode(content, MOST_PIXELS), self.model.card)
+        return prepare(decode(content), self.model.card)
 
     def infer(self, row: np.ndarray, geometry: Any) -> dict[str, Any]:
         """Return the answer for a row."""

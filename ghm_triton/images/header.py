@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -15,6 +16,9 @@ FORMATS = ("JPEG", "PNG", "WebP", "BMP", "TIFF", "GIF")
 
 # Segments, chunks or blocks read per file. Real files have dozens; a million take a second.
 MOST_PARTS = 10_000
+
+# Pillow refuses images of more pixels itself.
+MOST_PIXELS = 2 * 89_478_485
 
 # Pixels of a side: the most that JPEG and GIF can have. Each row costs memory of its own.
 MOST_SIDE = 65_535
@@ -71,15 +75,16 @@ def too_many_parts(kind: str) -> ImageTooLargeError:
     )
 
 
-def open_lazily(content: bytes, kind: str) -> ImageFile.ImageFile:
-    """Open an image file of a format without decoding it.
+def open_lazily(source: bytes | Path, kind: str) -> ImageFile.ImageFile:
+    """Open an image file of a format, given by its content or path, without decoding it.
 
     Raises:
         DamagedImageError: The header is broken, or of a variant that Pillow does not read.
         ImageTooLargeError: The image exceeds Pillow's own limit of pixels.
     """
     try:
-        return Image.open(io.BytesIO(content), formats=(kind.upper(),))
+        content = io.BytesIO(source) if isinstance(source, bytes) else source
+        return Image.open(content, formats=(kind.upper(),))
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(f"the {kind} image is too large: {error}") from error
     except UnidentifiedImageError as error:  # its own message shows the address of a buffer

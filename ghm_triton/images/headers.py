@@ -16,6 +16,7 @@ from ghm_triton.images import jpeg, tiff
 from ghm_triton.images.header import (
     FORMATS,
     MOST_PARTS,
+    MOST_PIXELS,
     MOST_SIDE,
     DamagedImageError,
     ImageHeader,
@@ -42,7 +43,7 @@ _SIGNATURES = {
 }
 
 
-def measure(content: bytes, max_pixels: int) -> ImageHeader:
+def measure(content: bytes, max_pixels: int = MOST_PIXELS) -> ImageHeader:
     """Read the header of an image file without decoding it.
 
     Args:
@@ -62,7 +63,7 @@ def measure(content: bytes, max_pixels: int) -> ImageHeader:
     """
     if not content:
         raise DamagedImageError("the image is empty: 0 bytes")
-    kind = _kind(content)
+    kind = kind_of(content)
     try:
         header = _READERS[kind](content)
     except (struct.error, IndexError, TypeError) as error:  # past the end, or of another type
@@ -87,7 +88,12 @@ def measure(content: bytes, max_pixels: int) -> ImageHeader:
     return replace(header, decoded_bytes=header.decoded_bytes + copied + _SLACK)
 
 
-def _kind(content: bytes) -> str:
+def kind_of(content: bytes) -> str:
+    """Return the format of an image file, one of `FORMATS`, by its first 16 bytes.
+
+    Raises:
+        UnsupportedImageError: The format is not supported.
+    """
     for signature, kind in _SIGNATURES.items():
         if content.startswith(signature):
             return kind

@@ -12,6 +12,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from ghm_triton.images.header import MOST_PIXELS
+
 PREFIX = "GHM_"
 _PROVIDERS = "GHM_PROVIDERS"  # onnxruntime's spelling; read if GHM_PROVIDER is not set
 
@@ -24,9 +26,6 @@ CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")  # names the control groups of this process
 _QUOTA_V1: tuple[str, ...] = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
 _QUOTA_V2: tuple[str, ...] = ("cpu.max",)
-
-# Pillow refuses larger images itself.
-MOST_PIXELS = 178_956_970
 
 
 def available_cpus(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:

@@ -88,11 +88,6 @@ SHAPES: dict[str, Callable[[], bytes]] = {
     "PPM": lambda: saved("PPM"),
     "ICO": lambda: saved("ICO"),
 }
-BROKEN = [
-    *("alpha of PNG", "alpha of grey", "clear colour", "clear grey", "alpha of WebP"),
-    *("alpha of TIFF", "16-bit PNG", "16-bit TIFF", "Lab", "XMP of JPEG", "XMP of WebP"),
-    *("AVIF", "JPEG 2000", "PPM", "ICO"),
-]
 SEEN = {"motion photo", "bitmap whose alpha is 0"}  # by both
 
 
@@ -114,9 +109,7 @@ def trained(folder, content: bytes) -> np.ndarray | None:
         return None
 
 
-@pytest.mark.parametrize(
-    ("name", "make"), cases(12, {k: (k, v) for k, v in SHAPES.items()}, BROKEN)
-)
+@pytest.mark.parametrize(("name", "make"), cases(12, {k: (k, v) for k, v in SHAPES.items()}))
 def test_training_and_serving_see_the_same(service, tmp_path, name, make):
     content = make()
     answer = service.ask("/v1/detect?format=image&threshold=1", content, Accept="image/png")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from ghm_triton.detection.data.boxes import Box
 from ghm_triton.detection.data.problems import (
@@ -16,10 +16,11 @@ from ghm_triton.detection.data.problems import (
     ProblemLog,
 )
 from ghm_triton.detection.data.sample import DetectionDataset, Sample, box_tensor
+from ghm_triton.images.decode import check_decodes, decode, peek
+from ghm_triton.images.header import DamagedImageError, ImageError
+from ghm_triton.images.headers import measure
 
 _VERIFIED = 5000  # decoding this many photographs takes seconds, all of COCO minutes
-_DEEP_MODES = ("I", "F")  # 16 or 32 bits a pixel: PIL would cut the range off at 255
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class UnusableError(Exception):
@@ -28,11 +29,11 @@ class UnusableError(Exception):
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image that was probed: its path, its size, and whether EXIF rotates it."""
+    """An image that was probed: its path, its size, and whether its orientation is ignored."""
 
     path: Path
     size: tuple[int, int]
-    turned: bool
+    as_stored: bool
 
 
 @dataclass
@@ -86,7 +87,7 @@ class FileDataset(DetectionDataset):
         record = self._records[index]
         try:
             image = load_image(record.image)
-        except _UNREADABLE as error:
+        except (OSError, ImageError) as error:
             message = f"cannot be decoded ({error}); verify_images=True finds all such images"
             problem = AnnotationProblem(record.source, message)
             raise DamagedAnnotationError(self.name, [problem]) from error
@@ -120,32 +121,40 @@ def probe_image(path: Path, declared: tuple[int, int] | None, *, verify: bool) -
         UnusableError: It cannot be read, or has another size than declared.
     """
     try:
-        with Image.open(path) as image:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            stored, mode = image.size, image.mode
-            if verify:
-                image.draft("RGB", (stored[0] // 8, stored[1] // 8))  # JPEG: eight times less work
-                image.load()
+        if verify:
+            header = measure(path.read_bytes())
+            check_decodes(header)
+            stored, orientation = (header.width, header.height), header.orientation
+        else:
+            stored, orientation = peek(path)
     except FileNotFoundError:
         raise UnusableError("the image is missing") from None
-    except _UNREADABLE as error:
+    except (OSError, ImageError) as error:
         raise UnusableError(f"the image cannot be read ({error})") from error
-    if mode.startswith(_DEEP_MODES):
-        raise UnusableError(f"the image has more than 8 bits a channel (mode {mode})")
     upright = stored[::-1] if orientation in (5, 6, 7, 8) else stored
-    turned = orientation in range(2, 9) and (declared != stored or declared == upright)
-    size = upright if turned else stored
+    as_stored = orientation in range(2, 9) and declared == stored != upright
+    size = stored if as_stored else upright
     if declared is not None and declared != size:
         expected, actual = "x".join(map(str, declared)), "x".join(map(str, size))
         raise UnusableError(f"the annotation says {expected} pixels, the image has {actual}")
-    return ImageFile(path, size, turned)
+    return ImageFile(path, size, as_stored)
 
 
 def load_image(file: ImageFile) -> Image.Image:
-    """Decode an image to RGB, upright."""
-    with Image.open(file.path) as image:
-        upright = ImageOps.exif_transpose(image) if file.turned else image
-        return upright.convert("RGB")
+    """Decode an image to RGB, upright, with the pixels that the service sees.
+
+    Raises:
+        OSError: The file cannot be read.
+        ImageError: It cannot be decoded, or has another size than when it was probed.
+    """
+    content = file.path.read_bytes()
+    header = measure(content)
+    image = decode(content, header=replace(header, orientation=1) if file.as_stored else header)
+    if image.size != file.size:
+        raise DamagedImageError(
+            "the image was {} x {} pixels and is {} x {}".format(*file.size, *image.size)
+        )
+    return image
 
 
 def stays_inside(name: str) -> bool:
