@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from onnx import ModelProto
 
@@ -137,7 +136,7 @@ def make_card(
     config, statistics = checkpoint.config, checkpoint.statistics
     if statistics.class_names != config.class_names:
         raise CheckpointError(
-            f"the statistics are of {', '.join(statistics.class_names)}"
+            f"{checkpoint.source}: the statistics are of {', '.join(statistics.class_names)}"
             f" and the detector of {', '.join(config.class_names)}"
         )
     iou = config.iou_threshold if iou_threshold is None else iou_threshold
@@ -161,11 +160,16 @@ def make_card(
             height=height, width=width, pad_value=config.pad_value, mean=config.mean, std=config.std
         ),
         statistics=statistics,
-        training=_training({**checkpoint.training, "assigner": config.assigner}, checkpoint_sha256),
+        training=_training(
+            {**checkpoint.training, "assigner": config.assigner},
+            checkpoint.source,
+            checkpoint_sha256,
+        ),
     )
 
 
-def _training(training: dict[str, Any], checkpoint_sha256: str) -> TrainingCard:
+def _training(checkpoint: Checkpoint, checkpoint_sha256: str) -> TrainingCard:
+    training = {**checkpoint.training, "assigner": checkpoint.config.assigner}
     methods = {  # older checkpoints lack these options
         option: training[option]
         for option, off in METHOD_OPTIONS.items()
@@ -182,7 +186,12 @@ def _training(training: dict[str, Any], checkpoint_sha256: str) -> TrainingCard:
         )
     except KeyError as error:
         missing = error.args[0]
-        raise CheckpointError(f"the checkpoint does not say its training's {missing}") from error
+        raise CheckpointError(
+            f"{checkpoint.source} does not say its training's {missing}"
+        ) from error
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{checkpoint.source}: training cannot be used: {reason}") from error
 
 
 def without_folders(data: str) -> str:

@@ -7,6 +7,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from ghm_triton.options import FRACTION, Check, Rule, at_least, check_options, option, require
 
 ARCHITECTURES = ("retinanet", "fcos", "faster-rcnn")
@@ -15,7 +17,13 @@ ASSIGNERS = ("iou", "cleanliness")
 BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
 
 DISTINCT = Check("be distinct and not empty", lambda v: bool(v) and len(set(v)) == len(v))
-FRAME = Check("be multiples of 32", lambda v: all(side >= 32 and side % 32 == 0 for side in v))
+MOST_SIDE = 16_384  # pixels of the input, as of a card
+MOST_CHANNELS = 4096
+
+FRAME = Check(
+    f"be multiples of 32 up to {MOST_SIDE}",
+    lambda v: all(32 <= side <= MOST_SIDE and side % 32 == 0 for side in v),
+)
 
 RULES = (
     Rule(
@@ -47,6 +55,8 @@ class DetectorConfig:
         ValueError: A value is out of range or does not fit the architecture.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     class_names: tuple[str, ...] = option(
         help="the classes in label order, 0..C-1", check=DISTINCT, hidden=True
     )
@@ -69,7 +79,10 @@ class DetectorConfig:
         64,
         "width of tiny, of its pyramid and head; a ResNet's pyramid has 256",
         group="detector",
-        check=Check("be a multiple of 8", lambda value: value >= 8 and value % 8 == 0),
+        check=Check(
+            f"be a multiple of 8 up to {MOST_CHANNELS}",
+            lambda value: 8 <= value <= MOST_CHANNELS and value % 8 == 0,
+        ),
     )
     head_convs: int = option(
         2,
@@ -151,10 +164,11 @@ class DetectorConfig:
         Raises:
             ValueError: A field is unknown, missing or out of range.
         """
-        tuples: dict[str, Any] = {
-            key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
-        }
         try:
-            return cls(**tuples)
-        except TypeError as error:
-            raise ValueError(f"not a detector configuration: {error}") from error
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            given = f"{where} is {first['input']!r:.50}: " if where else ""
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ValueError(f"not a detector configuration: {given}{reason}") from error

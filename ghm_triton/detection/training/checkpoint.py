@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import pickle
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -42,6 +44,7 @@ class Checkpoint:
         statistics: Counts of the training.
         training: Every option of the run (`TrainOptions`), `step` and `versions`; plain values.
         resume: State of the optimiser and the scaler, for a resumed run.
+        source: The file that it was read from, for messages.
     """
 
     config: DetectorConfig
@@ -49,6 +52,7 @@ class Checkpoint:
     statistics: ClassStatistics
     training: dict[str, Any]
     resume: dict[str, Any] = field(default_factory=dict)
+    source: str = "the checkpoint"
 
     def save(self, path: Path) -> None:
         """Write atomically: a killed run leaves the old file or the new one, whole."""
@@ -69,7 +73,8 @@ class Checkpoint:
         """Read a checkpoint onto the CPU. Never executes code from the file.
 
         Raises:
-            CheckpointError: The file is missing, is not a checkpoint, is damaged or is newer.
+            CheckpointError: The file is missing, is not a checkpoint, is damaged or is newer, or
+                its content cannot be used; the message names the file and the value.
         """
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -85,17 +90,27 @@ class Checkpoint:
             raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise CheckpointError(f"{path} is a torch file, but not a checkpoint of ghm-triton")
-        if content["format_version"] > FORMAT_VERSION:
+        version = content.get("format_version")
+        if not isinstance(version, int) or version < 1:
+            raise CheckpointError(f"{path}: format_version must be 1 or more, got {version!r:.50}")
+        if version > FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} has format_version {content['format_version']};"
-                f" this package reads up to {FORMAT_VERSION}"
+                f"{path} has format_version {version}; this package reads up to {FORMAT_VERSION}"
             )
+        for key in ("config", "model", "statistics", "training", "resume"):
+            if not isinstance(content.get(key), dict):
+                raise CheckpointError(f"{path}: {key} must be a dict, got {content.get(key)!r:.50}")
+        with _refused(f"{path}: config cannot be used"):
+            config = DetectorConfig.from_dict(content["config"])
+        with _refused(f"{path}: statistics cannot be used"):
+            statistics = ClassStatistics.from_dict(content["statistics"])
         return cls(
-            config=DetectorConfig.from_dict(content["config"]),
+            config=config,
             model=content["model"],
-            statistics=ClassStatistics.from_dict(content["statistics"]),
+            statistics=statistics,
             training=content["training"],
             resume=content["resume"],
+            source=str(path),
         )
 
     def detector(self) -> Detector:
@@ -111,7 +126,7 @@ class Checkpoint:
             shown = "; ".join(misfits[:SHOWN])
             more = f"; and {len(misfits) - SHOWN} more" if len(misfits) > SHOWN else ""
             raise CheckpointError(
-                f"the checkpoint's weights do not fit a {self.config.architecture} detector with"
+                f"{self.source}: the weights do not fit a {self.config.architecture} detector with"
                 f" backbone {self.config.backbone}, as this version builds it: {shown}{more}"
             )
         detector.load_state_dict(weights)
@@ -140,7 +155,9 @@ def resume_run(run: Run) -> None:
     saved = Checkpoint.load(run.out / CHECKPOINT)
     if saved.config != run.config:
         raise ValueError(f"{run.out / CHECKPOINT} holds another detector: {saved.config}")
-    before = TrainOptions.of_run(saved.training).settled(run.config.architecture).to_dict()
+    with _refused(f"{saved.source}: training cannot be used"):
+        before = TrainOptions.of_run(saved.training).settled(run.config.architecture).to_dict()
+        step = int(saved.training["step"])
     now = run.options.to_dict()
     changed = {
         key: (old, now[key])
@@ -149,11 +166,24 @@ def resume_run(run: Run) -> None:
     }
     if changed:
         raise ValueError(f"cannot resume with other options (old, new): {changed}")
-    run.detector.load_state_dict(saved.model)
-    run.optimizer.load_state_dict(saved.resume["optimizer"])
-    run.scaler.load_state_dict(saved.resume["scaler"])
+    with _refused(f"{saved.source} cannot be resumed"):
+        run.detector.load_state_dict(saved.model)
+        run.optimizer.load_state_dict(saved.resume["optimizer"])
+        run.scaler.load_state_dict(saved.resume["scaler"])
     run.statistics = saved.statistics
-    run.step = int(saved.training["step"])
+    run.step = step
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Raise the errors of reading content of a wrong kind as a `CheckpointError` of one line."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"{what}: {error} is missing") from error
+    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{what}: {reason[:300]}") from error
 
 
 def versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ghm_triton.detection.training.checkpoint import Checkpoint, CheckpointError, sha256_of
+from ghm_triton.detection.training.loop import train
 
 
 def test_what_is_saved_comes_back(trained, tmp_path):
@@ -91,6 +92,56 @@ def test_foreign_newer_and_missing_files_say_so(trained, tmp_path):
         Checkpoint.load(tmp_path / "newer.pt")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         Checkpoint.load(tmp_path / "none.pt")
+
+
+WRONG = {
+    "no version": (lambda c: c.pop("format_version"), "format_version must be 1 or more, got None"),
+    "version of text": (lambda c: c.update(format_version="1"), "format_version .* got '1'"),
+    "no configuration": (lambda c: c.pop("config"), "config must be a dict, got None"),
+    "list": (lambda c: c.update(config=[1]), r"config must be a dict, got \[1\]"),
+    "backbone": (lambda c: c["config"].update(backbone="vgg"), "backbone must be .* got 'vgg'"),
+    "size": (lambda c: c["config"].update(image_size=(10**9, 64)), r"got \(1000000000, 64\)"),
+    "size of text": (lambda c: c["config"].update(image_size="64x64"), "image_size is '64x64'"),
+    "class": (lambda c: c["config"].update(class_names=(1, "b")), "class_names.0 is 1"),
+    "unknown": (lambda c: c["config"].update(surprise=1), "surprise is 1: Unexpected"),
+    "no statistics": (lambda c: c.pop("statistics"), "statistics must be a dict"),
+    "counts": (lambda c: c["statistics"].update(anchors="x"), "statistics cannot be used: anchors"),
+    "weights of text": (lambda c: c.update(model="weights"), "model must be a dict, got 'weights'"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "said"), WRONG.values(), ids=WRONG)
+def test_wrong_content_is_refused_in_a_sentence_with_file_and_value(trained, tmp_path, spoil, said):
+    content = torch.load(trained, weights_only=True)
+    spoil(content)
+    torch.save(content, tmp_path / "wrong.pt")
+    with pytest.raises(CheckpointError, match=said) as caught:
+        Checkpoint.load(tmp_path / "wrong.pt")
+    assert str(caught.value).startswith(str(tmp_path / "wrong.pt"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_file_is_refused(tmp_path):
+    (tmp_path / "notes.pt").write_text("no checkpoint\n" * 100)
+    with pytest.raises(CheckpointError, match=r"notes\.pt is damaged, or holds more than weights"):
+        Checkpoint.load(tmp_path / "notes.pt")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda c: c["resume"].pop("optimizer"), "cannot be resumed: 'optimizer' is missing"),
+        (lambda c: c["training"].update(step="soon"), "training cannot be used: .*'soon'"),
+        (lambda c: c["model"].clear(), "cannot be resumed: .*Missing key"),
+    ],
+    ids=["optimizer", "step", "weights"],
+)
+def test_a_run_does_not_resume_from_wrong_content(trained, options, config, tmp_path, spoil, said):
+    content = torch.load(trained, weights_only=True)
+    spoil(content)
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=rf"checkpoint\.pt:? {said}"):
+        train(options, config, tmp_path, resume=True, device="cpu", progress=False)
 
 
 def test_a_failed_save_keeps_the_old_file_and_leaves_no_litter(trained, tmp_path, monkeypatch):
