@@ -29,8 +29,9 @@ from prometheus_client.registry import Collector
 # prometheus_client reads this variable when it is first imported.
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
-_VALUES_BYTES = 2**18  # some thousand series; beyond them the file grows as it used to
-# some thousand series; prometheus_client's files grow beyond it by themselves
+_IN_MEMORY = "/dev/shm"  # noqa: S108  a folder of its own is created there
+_ROOM_BYTES = 2**22  # for the files of a few workers
+_VALUES_BYTES = 2**18  # some thousand series; prometheus_client's files grow beyond it
 
 # prometheus_client has no types for these.
 _merge: Any = MultiProcessCollector.merge
@@ -44,12 +45,25 @@ def shared_folder() -> TemporaryDirectory[str]:
     """Create a folder for `WorkerFiles`, in `TMPDIR`, in memory, or among temporary files.
 
     Raises:
-        OSError: None of them can be written to.
+        OSError: None of them has room for the files of a worker.
     """
-    if "TMPDIR" not in os.environ:
-        with suppress(OSError):
-            return TemporaryDirectory(prefix="ghm-", dir="/dev/shm")
-    return TemporaryDirectory(prefix="ghm-")
+    first = None if "TMPDIR" in os.environ else _IN_MEMORY
+    with suppress(OSError):
+        return _folder_with_room(first)
+    return _folder_with_room(_IN_MEMORY if first is None else None)
+
+
+def _folder_with_room(parent: str | None) -> TemporaryDirectory[str]:
+    folder = TemporaryDirectory(prefix="ghm-", dir=parent)
+    probe = Path(folder.name, "probe")
+    try:
+        with probe.open("wb") as file:
+            allocate(file, _ROOM_BYTES)
+        probe.unlink()
+    except OSError:
+        folder.cleanup()
+        raise
+    return folder
 
 
 def allocate(file: IO[bytes], size: int) -> None:

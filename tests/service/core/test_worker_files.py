@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.core import worker_files
 from service.core.worker_files import VARIABLE, WorkerFiles, shared_folder
 
 # A worker: counts as it is told and says its pid; ends as it is told.
@@ -137,3 +138,19 @@ def test_the_folder_is_in_memory_or_among_temporary_files(monkeypatch, tmp_path,
         monkeypatch.setattr("service.core.worker_files.TemporaryDirectory", refuse)
     with shared_folder() as folder:
         assert (Path(folder).parent == tmp_path) is not memory
+
+
+def test_a_folder_without_room_gives_way_to_memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    allocate = worker_files.allocate
+
+    def fill(file, size):
+        if file.name.startswith(str(tmp_path)):
+            raise OSError(28, "No space left on device")
+        allocate(file, size)
+
+    monkeypatch.setattr(worker_files, "allocate", fill)
+    with worker_files.shared_folder() as folder:
+        assert not folder.startswith(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
