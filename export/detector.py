@@ -160,11 +160,7 @@ def make_card(
             height=height, width=width, pad_value=config.pad_value, mean=config.mean, std=config.std
         ),
         statistics=statistics,
-        training=_training(
-            {**checkpoint.training, "assigner": config.assigner},
-            checkpoint.source,
-            checkpoint_sha256,
-        ),
+        training=_training(checkpoint, checkpoint_sha256),
     )
 
 
