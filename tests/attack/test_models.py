@@ -454,7 +454,7 @@ def test_a_model_that_reads_another_file_is_refused(folder, change):
     refused(folder, graph(change))
 
 
-@pytest.mark.parametrize("change", cases(5, GRAPHS, ["warm-up that never ends"]))
+@pytest.mark.parametrize("change", cases(5, GRAPHS))
 def test_a_graph_that_cannot_be_trusted_is_refused(folder, change):
     refused(folder, graph(change))
 
