@@ -26,7 +26,7 @@ test-slow: $(READY)  ## the rest: fuzzing, a browser, long trainings, benchmark 
 
 test-all: test test-slow  ## every test
 
-attack: $(READY)  ## hostile tries against real services on loopback: 6 minutes on two cores
+attack: $(READY)  ## hostile tries against real services on loopback: 7 minutes on two cores
 	$(PYTEST) tests/attack
 
 # Two lanes side by side, of about the same length; 5 is pytest's status if it selects no test.
