@@ -168,9 +168,8 @@ def test_a_log_that_nobody_reads_stops_nothing(pair, first):
         "for number in range(20_000): logging.getLogger('ghm').info('%s', 'x' * (number % 9000))"
     )
     reader, writer = (one if isinstance(one, int) else one.detach() for one in pair())
-    process = subprocess.Popen([sys.executable, "-c", program], stderr=writer)
+    subprocess.run([sys.executable, "-c", program], stderr=writer, check=True, timeout=60)
     os.close(writer)
-    assert process.wait(60) == 0
     with os.fdopen(reader, "rb") as received:
         lines = received.read().splitlines()
     assert 0 < len(lines) < 20_000
