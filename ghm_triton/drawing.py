@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ghm_triton.tables import printable
+
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
 
 
@@ -26,6 +28,7 @@ def draw_detections(
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=14)
     for box, caption, label in detections:
+        caption = printable(caption)  # a line feed has no place in a caption
         colour = PALETTE[label % len(PALETTE)]
         x1, y1, x2, y2 = (value * zoom for value in box)
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=2)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ghm_triton.options import Command, add_options, chosen, option
+from ghm_triton.tables import printable
 from service.predict import PREDICT
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             _serve_with_workers(settings)
     except (SettingsError, OSError) as error:
-        print(f"ghm serve: {error}", file=sys.stderr)
+        print(f"ghm serve: {printable(str(error))}", file=sys.stderr)
         return _BAD_USAGE
     return 0
 

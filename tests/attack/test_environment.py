@@ -69,7 +69,7 @@ def test_a_platform_cannot_keep_it_from_starting(detector, png, tmp_path, prefix
         service.lives()
 
 
-@pytest.mark.parametrize("variables", cases(11, REFUSED, ["host with escapes"]))
+@pytest.mark.parametrize("variables", cases(11, REFUSED))
 def test_a_setting_without_sense_ends_the_start_in_one_sentence(detector, variables):
     done = run("serve", detector, **variables)
     assert done.returncode == 2
