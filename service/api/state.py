@@ -7,12 +7,23 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import Request
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from service.core.errors import ProblemError
 from service.core.settings import Settings
 from service.engine.batching import Scheduler, stuck_reason
 from service.engine.repository import Entry, Registry
 from service.observability.metrics import Metrics
+
+
+class _NameConvertor(StringConvertor):
+    regex = r"[\s\S]+"
+
+
+# A model's name in a route, which may contain slashes and newlines. Routes that end with it must
+# follow those with a longer path.
+register_url_convertor("model", _NameConvertor())
+MODEL = "{name:model}"
 
 
 class ByteBudget:

@@ -244,7 +244,7 @@ class AccessMiddleware:
             request = {
                 "method": scope["method"] if scope["method"] in _METHODS else OTHER,
                 "path": path[:200],
-                "route": getattr(inner.get("route"), "path", OTHER),
+                "route": getattr(inner.get("route"), "path_format", OTHER),
                 "status": status or CLIENT_GONE,
                 "ms": round(seconds * 1000, 3),
                 "bytes_in": bytes_in,

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Path, Request, Response
 from pydantic import BaseModel
 
 from service.api.openapi import problems
-from service.api.state import service_state
+from service.api.state import MODEL, service_state
 from service.core.errors import ProblemError, short
 from service.engine.repository import Entry
 from service.engine.session import ServedModel
@@ -87,9 +87,9 @@ def _model_route(
         async def one_version(request: Request, name: Name, version: Version) -> Response:
             return await handler(request, name, version)
 
-        for path, endpoint in (("", newest), ("/versions/{version}", one_version)):
+        for path, endpoint in (("/versions/{version}", one_version), ("", newest)):
             router.add_api_route(
-                f"/models/{{name}}{path}{suffix}",
+                f"/models/{MODEL}{path}{suffix}",
                 endpoint,
                 methods=[method],
                 summary=summary + (" of one version" if path else ""),
@@ -150,13 +150,6 @@ def _statistics(entries: list[Entry]) -> Response:
 def _versions(request: Request, name: str) -> list[Entry]:
     entries = service_state(request).registry.entries()
     return [entry for entry in entries if entry.name == name and entry.model]
-
-
-@_model_route("GET", "", "The tensors", schemas.ModelMetadata)
-async def model_metadata(request: Request, name: str, version: str | None) -> Response:
-    """The model's inputs and outputs."""
-    model = _loaded(request, name, version)
-    return _json(metadata(model, [entry.version for entry in _versions(request, name)]))
 
 
 def _loaded(request: Request, name: str, version: str | None) -> ServedModel:
@@ -230,7 +223,7 @@ def _listed(entry: Entry) -> dict[str, str]:
 
 
 @router.post(
-    "/repository/models/{name}/load",
+    f"/repository/models/{MODEL}/load",
     summary="Read a model's file again",
     response_model=list[schemas.RepositoryModel],
     responses=problems(400, 403, 404, 408, 409, 413, 415, 429, 500),
@@ -254,12 +247,12 @@ async def _query(request: Request, kind: type[Query]) -> Query:
 _UNSUPPORTED = {
     "/logging": "logging",
     "/trace/setting": "trace",
-    "/models/{name}/trace/setting": "trace",
+    f"/models/{MODEL}/trace/setting": "trace",
     "/systemsharedmemory/{rest:path}": "system_shared_memory",
     "/cudasharedmemory/{rest:path}": "cuda_shared_memory",
-    "/models/{name}/generate": "generate",
-    "/models/{name}/generate_stream": "generate",
-    "/repository/models/{name}/unload": "unloading of models, which stay as long as their files,",
+    f"/models/{MODEL}/generate": "generate",
+    f"/models/{MODEL}/generate_stream": "generate",
+    f"/repository/models/{MODEL}/unload": "unloading of models, which stay as long as their files,",
 }
 
 
@@ -274,3 +267,11 @@ for _path, _extension in _UNSUPPORTED.items():
     router.add_api_route(
         _path, _refusal(_extension), methods=["GET", "POST"], include_in_schema=False
     )
+
+
+# The last, as its path ends with the name.
+@_model_route("GET", "", "The tensors", schemas.ModelMetadata)
+async def model_metadata(request: Request, name: str, version: str | None) -> Response:
+    """The model's inputs and outputs."""
+    model = _loaded(request, name, version)
+    return _json(metadata(model, [entry.version for entry in _versions(request, name)]))

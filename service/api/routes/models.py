@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from service.api.openapi import problems
-from service.api.state import service_state
+from service.api.state import MODEL, service_state
 from service.core.schema import (
     ClassDriftAnswer,
     DriftAnswer,
@@ -36,20 +36,8 @@ async def list_models(request: Request) -> ModelList:
     return ModelList(models=[_summary(entry) for entry in loaded])
 
 
-@router.get("/{name}", summary="Show a model's card", responses=problems(404, 500, 503))
-async def show_model(request: Request, name: str, version: Version = None) -> ModelDetail:
-    """The whole content of the card.
-
-    Thresholds and the evidence behind each, training statistics, preprocessing, and the origin of
-    the weights.
-    """
-    entry = service_state(request).registry.loaded(name, version)
-    model = entry.served
-    return ModelDetail(**_identity(entry), providers=model.providers, card=model.card)
-
-
 @router.post(
-    "/{name}/reload", summary="Read a model's file again", responses=problems(403, 404, 409, 500)
+    f"/{MODEL}/reload", summary="Read a model's file again", responses=problems(403, 404, 409, 500)
 )
 async def reload_model(request: Request, name: str) -> ModelList:
     """Replace every version of a model by what its file holds now.
@@ -81,7 +69,7 @@ def _identity(entry: Entry) -> dict[str, Any]:
 
 
 @router.get(
-    "/{name}/drift", summary="Compare today with training", responses=problems(404, 500, 503)
+    f"/{MODEL}/drift", summary="Compare today with training", responses=problems(404, 500, 503)
 )
 def drift(request: Request, name: str, version: Version = None) -> DriftAnswer:
     """How far recent detections have moved from those on held-out images.
@@ -111,6 +99,18 @@ def drift(request: Request, name: str, version: Version = None) -> DriftAnswer:
             for one in monitor.classes(live)
         ],
     )
+
+
+@router.get(f"/{MODEL}", summary="Show a model's card", responses=problems(404, 500, 503))
+async def show_model(request: Request, name: str, version: Version = None) -> ModelDetail:
+    """The whole content of the card.
+
+    Thresholds and the evidence behind each, training statistics, preprocessing, and the origin of
+    the weights.
+    """
+    entry = service_state(request).registry.loaded(name, version)
+    model = entry.served
+    return ModelDetail(**_identity(entry), providers=model.providers, card=model.card)
 
 
 def _histograms(comparison: Comparison) -> HistogramPair:

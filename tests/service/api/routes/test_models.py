@@ -1,4 +1,5 @@
 import hashlib
+from urllib.parse import quote
 
 import pytest
 
@@ -82,3 +83,19 @@ def test_a_bad_file_is_409_and_its_predecessor_serves(tmp_path, detector, serve_
 )
 def test_an_unknown_model_is_404_and_the_known_ones_are_named(client, path, detail, problem):
     assert problem(client.get(path), 404) == detail
+
+
+@pytest.mark.parametrize("name", ["cells/blood", "a\nb", "a?b#c", "versions/1"])
+def test_models_of_any_name_can_be_addressed(write_detector, serve_with, name):
+    part = quote(name, safe="")
+    with serve_with(None, model=write_detector(name=name)) as client:
+        assert client.get(f"/v1/models/{part}").json()["name"] == name
+        assert client.get(f"/v1/models/{part}/drift").json()["model"] == name
+        assert client.post(f"/v1/models/{part}/reload").status_code == 200
+        for path in (f"/v2/models/{part}", f"/v2/models/{part}/versions/1"):
+            assert client.get(path).json()["name"] == name
+            assert client.get(f"{path}/config").json()["name"] == name
+            assert client.get(f"{path}/stats").json()["model_stats"][0]["name"] == name
+            assert client.post(f"{path}/infer", json={}).status_code in (400, 503)
+        load = client.post(f"/v2/repository/models/{part}/load")
+        assert load.json()[0]["name"] == name
