@@ -177,24 +177,19 @@ class ModelCard:
 T = TypeVar("T")
 
 
-def _build(kind: type[T], body: Mapping[str, Any], **changes: Any) -> T:
+def build(kind: type[T], body: Mapping[str, Any], **changes: Any) -> T:
     """Make a dataclass from the members of JSON with the names of its fields."""
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     values = {name: changes[name] if name in changes else body[name] for name in names}
     return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
 
-def read_result(body: Any) -> Result:
-    """Read the answer for one image."""
-    return _read_image(Result, body)
-
-
-def _read_image(
+def read_image(
     kind: type[T], body: Any, thresholds: Mapping[int, float] | None = None, **changes: Any
 ) -> T:
     """Read an image's answer; `thresholds` by label where its detections have none."""
     detections = [
-        _build(
+        build(
             Detection,
             one,
             class_name=one["class"],
@@ -202,7 +197,7 @@ def _read_image(
         )
         for one in body["detections"]
     ]
-    return _build(kind, body, detections=detections, **body["image"], **changes)
+    return build(kind, body, detections=detections, **body["image"], **changes)
 
 
 def read_results(body: Any) -> list[Result | ServiceError]:
@@ -210,28 +205,13 @@ def read_results(body: Any) -> list[Result | ServiceError]:
     return [
         ServiceError(one["error"]["status"], one["error"]["detail"], body["request_id"])
         if "error" in one
-        else read_result({**body, **one})
+        else read_image(Result, {**body, **one})
         for one in body["results"]
     ]
 
 
 def read_preview(body: Any) -> Preview:
     """Read the answer of a preview."""
-    classes = [_build(ClassPreview, one, class_name=one["class"]) for one in body["classes"]]
+    classes = [build(ClassPreview, one, class_name=one["class"]) for one in body["classes"]]
     thresholds = {one.label: one.threshold for one in classes}
-    return _read_image(Preview, body, thresholds, classes=classes)
-
-
-def read_models(body: Any) -> list[Model]:
-    """Read the list of models."""
-    return [_build(Model, one) for one in body["models"]]
-
-
-def read_card(body: Any) -> ModelCard:
-    """Read one model."""
-    return _build(ModelCard, body)
-
-
-def read_ready(body: Any) -> bool:
-    """Read the readiness of a service that answered with success."""
-    return bool(body["status"])
+    return read_image(Preview, body, thresholds, classes=classes)

@@ -160,15 +160,7 @@ class Client:
 class AsyncClient:
     """`Client` with `await`, on asyncio or trio. Close it, or use it in an `async with`.
 
-    Args:
-        url: Address of the service, such as `http://127.0.0.1:8000`.
-        token: Bearer token, if the service needs one.
-        timeout: Seconds to wait for a connection and for each part of an answer; None waits
-            without limit.
-        retries: Limit on retries while the service is busy (429 or 503), each after the time in
-            its `Retry-After`. Nothing else is retried.
-        transport: An asynchronous httpx transport in place of the network.
-        sleep: Waits between retries.
+    The arguments are those of `Client`; `transport` and `sleep` are asynchronous.
 
     Raises:
         ValueError: The address is not an HTTP URL.

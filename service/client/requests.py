@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from importlib.metadata import version as installed
 from os import PathLike, fspath
 from pathlib import Path
@@ -144,7 +145,8 @@ def detect(images: Any, options: Mapping[str, Any]) -> Call[Any]:
         ValueError: The list is empty.
     """
     if not isinstance(images, list | tuple):
-        return Call("POST", "v1/detect", answers.read_result, options, [("file", _file(images))])
+        read = partial(answers.read_image, answers.Result)
+        return Call("POST", "v1/detect", read, options, [("file", _file(images))])
     if not images:
         raise ValueError("images is an empty list")
     files = [("files", _file(image)) for image in images]
@@ -170,14 +172,16 @@ def preview(image: Any, options: Mapping[str, Any]) -> Call[answers.Preview]:
     return Call("POST", "v1/thresholds/preview", answers.read_preview, options, files)
 
 
-MODELS = Call("GET", "v1/models", answers.read_models)
-READY = Call("GET", "health/ready", answers.read_ready, retried=False)
+MODELS = Call(
+    "GET", "v1/models", lambda body: [answers.build(answers.Model, one) for one in body["models"]]
+)
+READY = Call("GET", "health/ready", lambda body: bool(body["status"]), retried=False)
 
 
 def model(name: str, version: str | None) -> Call[answers.ModelCard]:
     """Describe the request for one model's card."""
     path = f"v1/models/{quote(name, safe='')}"
-    return Call("GET", path, answers.read_card, {"version": version})
+    return Call("GET", path, partial(answers.build, answers.ModelCard), {"version": version})
 
 
 def http_options(url: str, token: str | None, timeout: float | None) -> dict[str, Any]:

@@ -59,23 +59,34 @@ def refused(*arguments: object) -> str:
 
 
 @contextmanager
-def running(*arguments: object, **variables: str) -> Iterator[str]:
-    """Run the command; yields the address that it prints."""
+def running(
+    *arguments: object, stop: int = signal.SIGTERM, log: list[str] | None = None, **variables: str
+) -> Iterator[tuple[str, list[str]]]:
+    """Run the command until a signal; yields the address that it prints, and all lines so far."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = ENVIRONMENT | variables
-    with subprocess.Popen(
-        command(*arguments), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command(*arguments), cwd=ROOT, env=environment, **pipes) as process:
+        printed = []
         try:
-            yield next(line.split()[-1] for line in process.stdout if line.startswith("serving"))
+            while not (printed and printed[-1].startswith("serving at ")):
+                line = process.stdout.readline()
+                assert line, process.stderr.read()  # it ended before it served
+                printed.append(line.rstrip("\n"))
+            yield printed[-1].split()[-1], printed
         finally:
-            process.terminate()
+            process.send_signal(stop)
+            _, written = process.communicate(timeout=60)
+    assert process.returncode == 0, written
+    assert "Traceback" not in written
+    if log is not None:
+        log.append(written)
 
 
 def test_a_unix_socket_is_taken_over_from_a_service_that_has_ended(detector, tmp_path):
     path = tmp_path / "ghm.sock"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    with running(detector, "--uds", path, GHM_PORT="tcp://10.0.0.7:8000") as address:
+    with running(detector, "--uds", path, GHM_PORT="tcp://10.0.0.7:8000") as (address, _):
         assert address == f"unix:{path}"
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
             assert client.get("http://ghm/health/ready").status_code == 200
@@ -92,7 +103,8 @@ def test_https_under_a_prefix(detector, tmp_path):
     context = ssl.create_default_context()
     authority.configure_trust(context)
     files = ("--ssl-certfile", chain, "--ssl-keyfile", key)
-    with running(detector, "--port", 0, *files, "--root-path", "/ghm", GHM_TOKENS="a") as address:
+    options = ("--port", 0, *files, "--root-path", "/ghm")
+    with running(detector, *options, GHM_TOKENS="a") as (address, _):
         assert address.startswith("https://")
         with httpx.Client(base_url=address, verify=context) as client:
             for prefix in ("", "/ghm"):  # of a proxy that takes it away, and of one that does not
@@ -106,7 +118,7 @@ def test_https_under_a_prefix(detector, tmp_path):
 
 
 def test_the_wildcard_of_ipv6_is_that_of_ipv4_too(detector):
-    with running(detector, "--port", 0, "--host", "::") as address:
+    with running(detector, "--port", 0, "--host", "::") as (address, _):
         port = address.rpartition(":")[2]
         for host in ("127.0.0.1", "[::1]"):
             assert httpx.get(f"http://{host}:{port}/health/live").status_code == 200
@@ -114,27 +126,13 @@ def test_the_wildcard_of_ipv6_is_that_of_ipv4_too(detector):
 
 @pytest.fixture(scope="module")
 def served(detector):
-    """A running service: its address and what it printed."""
-    arguments = command(detector, "--port", 0, "--threads", 1, "--max-upload-mb", 0.5)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, **pipes) as process:
-        try:
-            printed = []
-            while not (printed and printed[-1].startswith("serving at ")):
-                line = process.stdout.readline()
-                assert line, process.stderr.read()  # it ended before it served
-                printed.append(line)
-            yield printed[-1].split()[-1], "".join(printed)
-        finally:
-            process.send_signal(signal.SIGINT)
-            _, log = process.communicate(timeout=60)
-        assert process.returncode == 0, log
-        assert "Traceback" not in log
+    arguments = (detector, "--port", 0, "--threads", 1, "--max-upload-mb", 0.5)
+    with running(*arguments, stop=signal.SIGINT) as service:
+        yield service
 
 
 def test_prints_thresholds_and_an_address(served):
-    url, printed = served
-    lines = printed.splitlines()
+    url, lines = served
     assert lines[0] == "thresholds by policy 'f1'"
     assert lines[1].split()[:5] == ["class", "threshold", "from", "positives", "held-out"]
     assert lines[3].split() == ["red", "0.5000", "policy", "100", "50", "90.0", "%", "80.0", "%"]
@@ -211,26 +209,14 @@ def test_a_folder_of_models_and_what_runs_each(detector, tmp_path):
         path = tmp_path / place
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(detector.read_bytes())
-    arguments = command(tmp_path, "--port", 0, "--threads", 1, "--log-format", "text")
-    with subprocess.Popen(
-        arguments, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        printed = []
-        while not (printed and printed[-1].startswith("serving at ")):
-            line = process.stdout.readline().decode()
-            assert line, process.stderr.read()
-            printed.append(line)
-        names = {
-            one["name"]
-            for one in httpx.get(f"{printed[-1].split()[-1]}/v1/models").json()["models"]
-        }
-        process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=60)
-    assert process.returncode == 0, log
-    assert "blue 2 runs on CPUExecutionProvider, threads: 1\n" in printed
-    assert "red 1 runs on CPUExecutionProvider, threads: 1\n" in printed
+    log = []
+    arguments = (tmp_path, "--port", 0, "--threads", 1, "--log-format", "text")
+    with running(*arguments, log=log) as (url, printed):
+        names = {one["name"] for one in httpx.get(f"{url}/v1/models").json()["models"]}
+    assert "blue 2 runs on CPUExecutionProvider, threads: 1" in printed
+    assert "red 1 runs on CPUExecutionProvider, threads: 1" in printed
     assert names == {"red", "blue"}
-    assert b" info     ghm.service: stopping" in log
+    assert " info     ghm.service: stopping" in log[0]
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def test_predict_answers_what_the_service_answers(options, detector, photo, clie
     assert predict(detector, photo, "--json", *flags) == 0
     ours = json.loads(capsys.readouterr().out)
     theirs = client.post("/v1/detect", content=photo.read_bytes(), params=options).json()
-    assert ours == {"source": str(photo), "image": theirs["image"], **without_model(theirs)}
+    assert ours == {"source": str(photo), **{key: theirs[key] for key in ("image", "detections")}}
     assert ours["detections"]
 
 
@@ -41,10 +41,6 @@ def test_predict_takes_either_variant(detector, uint8_detector, photo, capsys):
     )
     assert ours == theirs
     assert len(ours) == 3
-
-
-def without_model(answer: dict[str, object]) -> dict[str, object]:
-    return {"detections": answer["detections"]}
 
 
 def test_each_line_shows_score_and_threshold(detector, photo, capsys):
@@ -61,19 +57,27 @@ def test_drawings_are_written(detector, photo, tmp_path, capsys):
         assert drawn.resize(plain.size).tobytes() != plain.convert("RGB").tobytes()
 
 
+@pytest.mark.parametrize("by_service", [False, True], ids=["file", "service"])
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--threshold", "7"], "threshold is '7'"),
         (["--classes", "violet"], "unknown class 'violet'"),
         (["--max-detections", "0"], "max_detections is '0'"),
+        (["--thresholds", "{"], "thresholds is '{'"),
+        (["--thresholds", "[1]"], "[1]"),
     ],
 )
-def test_a_wrong_option_is_one_sentence(flags, message, detector, photo, capsys):
-    assert predict(detector, photo, *flags) == 2
+def test_a_wrong_option_is_one_sentence(
+    flags, message, by_service, detector, photo, live_service, capsys
+):
+    source = ["--url", live_service] if by_service else [detector]
+    assert predict(*source, photo, *flags) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    if by_service and "--thresholds" not in flags:  # JSON is parsed before an image is sent
+        assert f"{photo}: " in error
 
 
 def test_what_is_not_an_image_or_not_a_detector_is_named(detector, photo, tmp_path, capsys):
@@ -133,22 +137,6 @@ def test_a_service_that_asks_for_a_token(serve, settings, model, photo, monkeypa
         assert predict("--url", url, photo) == 0
         assert predict("--url", url, photo, "--token", "wrong") == 2
     assert capsys.readouterr().err.count("\n") == 3
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--threshold", "7"], "photo.png: threshold is '7'"),
-        (["--classes", "violet"], "unknown class 'violet'"),
-        (["--thresholds", "{"], "thresholds is '{'"),
-        (["--thresholds", "[1]"], "it must be a JSON object"),
-    ],
-)
-def test_a_services_refusal_is_one_sentence(flags, message, photo, live_service, capsys):
-    assert predict("--url", live_service, photo, *flags) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
 
 
 def test_what_is_missing_is_said(detector, photo, capsys):

@@ -66,11 +66,3 @@ def test_infer(v2, client, model, batch, sends_bytes, takes_bytes):
     expected = vars(model.run(batch, np.array([0.1, 0.2, 0.3], np.float32)))
     assert expected["num_detections"].min() >= 3
     assert v2.same_bits(v2.tensors(response), expected)
-
-
-def test_infer_of_a_plain_dictionary(v2, client, model, batch):
-    response = client.post(
-        INFER, **v2.json_request(batch[:1]), headers={"content-type": "application/json"}
-    )
-    assert response.json().get("id") is None
-    assert v2.same_bits(v2.tensors(response), vars(model.run(batch[:1])))
