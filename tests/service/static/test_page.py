@@ -212,7 +212,8 @@ def test_a_model_that_was_replaced_shows_its_own_thresholds(
     ]
     path = tmp_path / "model.onnx"
     shutil.copy(write_detector(), path)
-    with serve(create_app(Settings(model=path, threads=1, provider="cpu"))) as url:
+    settings = Settings(model=path, model_control=True, threads=1, provider="cpu")
+    with serve(create_app(settings)) as url:
         page = visit(ready_at(url))
         page.choose(photo)
         expect(page.locator("#boxes")).to_have_attribute("data-boxes", "3")
