@@ -7,8 +7,6 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 from ghm_triton.options import FRACTION, Check, Rule, at_least, check_options, option, require
 
 ARCHITECTURES = ("retinanet", "fcos", "faster-rcnn")
@@ -55,7 +53,7 @@ class DetectorConfig:
         ValueError: A value is out of range or does not fit the architecture.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  read by pydantic
 
     class_names: tuple[str, ...] = option(
         help="the classes in label order, 0..C-1", check=DISTINCT, hidden=True
@@ -164,6 +162,8 @@ class DetectorConfig:
         Raises:
             ValueError: A field is unknown, missing or out of range.
         """
+        from pydantic import TypeAdapter, ValidationError  # of no use for `ghm --help`
+
         try:
             return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:
