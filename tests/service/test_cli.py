@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import socket
 import ssl
@@ -19,7 +20,7 @@ import trustme
 from onnx import numpy_helper
 
 from export.file import read_detector
-from service.cli import COMMANDS
+from service.cli import COMMANDS, _announce, _listen
 from service.engine.session import ServedModel
 
 ROOT = Path(__file__).parents[2]
@@ -263,3 +264,28 @@ def test_the_command_is_found_by_its_fields():
     assert "ghm serve detector.onnx" in text
     assert "curl -F file=@photo.jpg" in text
     assert serve.help
+
+
+@pytest.mark.parametrize(
+    ("changes", "address"),
+    [
+        ({"host": "0.0.0.0"}, r"http://127\.0\.0\.1:\d+"),  # noqa: S104
+        ({"host": "::"}, r"http://\[::1\]:\d+"),
+        ({"host": "127.0.0.1", "ssl_certfile": Path("chain")}, r"https://127\.0\.0\.1:\d+"),
+        ({"uds": True}, r"unix:.*ghm\.sock"),
+    ],
+)
+def test_the_address_that_is_printed_can_be_opened(told, tmp_path, capsys, changes, address):
+    path = tmp_path / "ghm.sock"
+    settings = told(**{"port": 0} | changes | ({"uds": path} if "uds" in changes else {}))
+    with _listen(settings) as listener:
+        _announce("thresholds", listener, settings)
+        with socket.socket(listener.family) as client:
+            client.connect(listener.getsockname())
+        if settings.uds:
+            with pytest.raises(OSError, match=r"cannot listen at .*: Address already in use"):
+                _listen(settings).__enter__()
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "thresholds"
+    assert re.fullmatch(f"serving at {address}", last)
+    assert not path.exists()

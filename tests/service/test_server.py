@@ -2,12 +2,20 @@
 
 import asyncio
 import signal
+import threading
 
 import pytest
+import trustme
 
 from service.app import create_app
 from service.core.settings import Settings, SettingsError
-from service.server import DrainingServer, banner, prepare
+from service.server import (
+    DrainingServer,
+    _check_certificate,
+    _end_process_in,
+    banner,
+    prepare,
+)
 from service.workers import Supervisor
 
 
@@ -101,3 +109,27 @@ def test_a_worker_that_cannot_be_started_ends_no_other(monkeypatch, caplog):
     monkeypatch.setattr("uvicorn.supervisors.multiprocess.Multiprocess.keep_subprocess_alive", fail)
     Supervisor.keep_subprocess_alive(object.__new__(Supervisor))
     assert "a worker cannot be started: [Errno 24] Too many open files" in caplog.text
+
+
+def test_the_process_ends_though_work_does_not(monkeypatch, caplog):
+    ended = threading.Event()
+    statuses = []
+    monkeypatch.setattr("os._exit", lambda status: (statuses.append(status), ended.set()))
+    monkeypatch.setattr("logging.shutdown", lambda: None)
+    _end_process_in(0.01)
+    assert ended.wait(30)
+    assert statuses == [1]
+    assert "work does not end" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["chain", "nothing"])
+def test_a_certificate_is_checked_before_the_start(told, tmp_path, name):
+    chain, key = tmp_path / "chain", tmp_path / "key"
+    certificate = trustme.CA().issue_cert("127.0.0.1")
+    certificate.cert_chain_pems[0].write_to_path(chain)
+    certificate.private_key_pem.write_to_path(key)
+    _check_certificate(told(ssl_certfile=chain, ssl_keyfile=key))
+    with pytest.raises(SettingsError, match=f"ssl_certfile .*{name}: "):
+        _check_certificate(told(ssl_certfile=tmp_path / name))
+    with pytest.raises(SettingsError, match="ssl_certfile is not"):
+        _check_certificate(told(ssl_keyfile=key))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import pytest
@@ -191,3 +192,55 @@ def test_a_line_that_did_not_fit_is_completed_before_the_next():
         rest = process.stderr.read()
     assert 0 < len(first) < len(first + rest) < 200_000
     assert set(first + rest) == set(b"x")
+
+
+class Reader:
+    """Stands in for stderr: a pipe or a socket with a reader that can be slow."""
+
+    def __init__(self, kind: str) -> None:
+        if kind == "pipe":
+            self.reading, self.writing = os.pipe()
+        else:
+            self.ends = socket.socketpair()
+            self.reading, self.writing = (end.fileno() for end in self.ends)
+
+    def fileno(self) -> int:
+        return self.writing
+
+    def read(self) -> bytes:
+        os.set_blocking(self.reading, False)
+        parts = []
+        with suppress(BlockingIOError):
+            while part := os.read(self.reading, 2**20):
+                parts.append(part)
+        return b"".join(parts)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "another user's pipe"])
+def test_lines_are_dropped_while_nobody_reads_and_go_on_after(kind, monkeypatch):
+    reader = Reader(kind.split()[-1])
+    monkeypatch.setattr("sys.stderr", reader)
+    if kind == "another user's pipe":
+
+        def refuse(*arguments):
+            raise PermissionError
+
+        monkeypatch.setattr("os.open", refuse)
+    stream = logs._stderr()
+    monkeypatch.undo()
+    line = "x" * 1000 + "\n"
+    for _ in range(5000):
+        stream.write(line)
+        stream.flush()
+    first = reader.read()
+    assert 0 < len(first) < 5000 * len(line)
+    stream.write("y\n")
+    lines = (first + reader.read()).decode().splitlines()
+    assert set(lines) == {"x" * 1000, "y"}
+    assert lines[-1] == "y"
+
+
+def test_a_file_is_written_to_as_it_is(tmp_path, monkeypatch):
+    with (tmp_path / "log").open("w") as file:
+        monkeypatch.setattr("sys.stderr", file)
+        assert logs._stderr() is file
