@@ -255,6 +255,16 @@ class BoundedProtocol(HttpToolsProtocol):
             self._in_body = False
             super().on_message_complete()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let no request of a lost connection answer; uvicorn marks the one that came last."""
+        super().connection_lost(exc)
+        waiting = [cycle for cycle, _ in self.pipeline]
+        self.pipeline.clear()
+        for cycle in (self._running, *waiting):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
 

@@ -157,7 +157,7 @@ def test_a_data_set_is_called_by_its_folder(source, label):
         ("hflip: 0.5", "hflop: 0.5", "data.clean: unknown key 'hflop'"),
         ("hflip: 0.5", "hflip: 1.5", "data 'clean': hflip must lie in"),
         ("[96, 128]", "96", "data.clean.image_size: expected .*, got 96"),
-        ("[96, 128]", "[96, 100]", "image_size must be multiples of 32, got \\(96, 100\\)"),
+        ("[96, 128]", "[96, 100]", r"image_size must be multiples of 32 .*, got \(96, 100\)"),
         ("channels: 16, ", "", "data.clean: channels is missing"),
         ("head_convs: 1", "head_conv: 1", "data.cells.config: unknown key 'head_conv'"),
         ("cls_loss: focal", "cls_los: focal", "methods.focal: unknown key 'cls_los'; known: con"),

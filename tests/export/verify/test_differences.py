@@ -39,7 +39,11 @@ def shift_class_scores(model: ModelProto) -> None:
 
 def shift_one_class_of_one_anchor(model: ModelProto) -> None:
     # Predictors are 9 anchors x 3 classes: anchor 4, class 'blue'.
-    edit(model, f"{CLASSIFIER}.bias", lambda bias: bias + 0.01 * (np.arange(27) == 4 * 3 + 2))
+    edit(
+        model,
+        f"{CLASSIFIER}.bias",
+        lambda bias: bias + np.float32(0.01) * (np.arange(27) == 4 * 3 + 2),
+    )
 
 
 def shift_boxes(model: ModelProto) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
@@ -26,6 +27,9 @@ OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings:
 
 
 GO, GONE = Event(), Event()
+
+
+SLOW_BEGAN, SLOW_MAY_END = Event(), Event()
 
 
 class Server(uvicorn.Server):
@@ -84,6 +88,9 @@ async def echo(scope, receive, send) -> None:
             pass
         GONE.set()
     size = 0 if request.url.path == "/early" else len(await request.body())
+    if request.url.path == "/slow":
+        SLOW_BEGAN.set()
+        await asyncio.to_thread(SLOW_MAY_END.wait, 20)
     answer = f"<{request.method} {request.url.path} {size}>"
     if request.url.path == "/large":
         answer = "x" * 40_000_000
@@ -299,3 +306,20 @@ def test_refused_connections_take_few_descriptors():
             with suppress(ConnectionError):
                 connection.recv(1)
         assert len(server.server_state.connections) < 20
+
+
+def test_a_lost_connection_ends_the_request_that_runs_before_pipelined_ones(caplog):
+    with serving() as server:
+        with server.connect() as connection:
+            connection.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n" + GET)
+            SLOW_BEGAN.wait(20)
+            reset = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        while server.server_state.connections:
+            pass
+        SLOW_MAY_END.set()
+        while server.server_state.tasks:
+            pass
+        assert statuses(server.exchange(GET)) == [200, 200]
+    assert "Traceback" not in caplog.text
+    assert "the handler is closed" not in caplog.text
